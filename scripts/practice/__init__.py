@@ -1,0 +1,1 @@
+"""The practice checkpoint's workshop: problems, tokenizer, training loop, evaluation."""

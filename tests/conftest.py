@@ -1,0 +1,21 @@
+"""Test-wide settings: one thread (timings and results do not depend on the machine's load), offline."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("trtkit", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("trtkit")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,142 @@
+"""The tokenizer of a checkpoint: problem text to prompt ids, ids to text, and the ids that end a thought.
+
+Everything that feeds text to a model goes through here (solving, calibration, drafter training), so that all of it sees
+the deployed chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtkit.errors import CheckpointError, ConfigError
+from trtkit.files import nearest, read_json
+
+__all__ = ["THINK_END", "THINK_START", "VARIANTS", "Chat", "PromptVariant", "load_chat", "variant_named"]
+
+THINK_START = "<think>"
+THINK_END = "</think>"
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptVariant:
+    """One way to ask. ``user`` holds ``{problem}``, filled by plain replacement: other braces stay as they are."""
+
+    name: str
+    user: str
+    system: str | None = None
+
+
+VARIANTS: dict[str, PromptVariant] = {
+    variant.name: variant
+    for variant in (
+        # The Fast-Math model cards' prompt.
+        PromptVariant(name="solve", user="Solve the problem, and put the answer in \\boxed{}. {problem}"),
+        # The R1 line's recommendation, also Fast-Math's SFT prompt.
+        PromptVariant(
+            name="reason", user="Please reason step by step, and put your final answer within \\boxed{}.\n{problem}"
+        ),
+        # Fast-Math's GRPO system prompt, with single braces and without the name of the base model.
+        PromptVariant(
+            name="system",
+            system="You are a helpful and harmless assistant. You should think step-by-step. "
+            "Return final answer within \\boxed{}.",
+            user="{problem}",
+        ),
+        # OpenMath-Nemotron's evaluation prompt.
+        PromptVariant(
+            name="nemotron",
+            system="",
+            user="Solve the following math problem. Make sure to put the answer (and only answer) inside "
+            "\\boxed{}.\n\n{problem}",
+        ),
+    )
+}
+
+
+def variant_named(name: str) -> PromptVariant:
+    """The prompt variant called ``name``; :class:`ConfigError` with the nearest valid name otherwise."""
+    if name not in VARIANTS:
+        raise ConfigError(
+            f"unknown prompt variant {name!r}{nearest(name, VARIANTS)}", hint=f"one of: {', '.join(VARIANTS)}"
+        )
+    return VARIANTS[name]
+
+
+class Chat:
+    """A checkpoint's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Any, eos_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        """Ids that end an assistant turn."""
+        self.think_end = tuple(tokenizer.encode(THINK_END, add_special_tokens=False))
+        """Ids of ``</think>``: one where the vocabulary has it, else the several that plain BPE gives (neighbouring
+        characters may change the split then, so match the text, not the ids)."""
+
+    @property
+    def size(self) -> int:
+        """Number of ids that the tokenizer can produce."""
+        return len(self._tokenizer)
+
+    def prompt(self, problem: str, variant: PromptVariant) -> tuple[int, ...]:
+        """Ids of the chat turn that asks ``problem``, up to where the model's answer begins."""
+        messages = [{"role": "system", "content": variant.system}] if variant.system is not None else []
+        messages.append({"role": "user", "content": variant.user.replace("{problem}", problem)})
+        ids = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return tuple(ids)
+
+    def completion(self, prompt: Sequence[int], solution: str) -> tuple[int, ...]:
+        """Ids of a worked solution as the model would have written it after ``prompt``, with the end of turn.
+
+        Solutions start with ``<think>``; where the template has already opened the thought, that tag is dropped.
+        """
+        opened = self.decode(prompt).rstrip().endswith(THINK_START)
+        if opened and solution.lstrip().startswith(THINK_START):
+            solution = solution.lstrip().removeprefix(THINK_START).lstrip("\n")
+        ids = self._tokenizer.encode(solution, add_special_tokens=False)
+        return (*ids, *self.eos_ids[:1])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of ``tokens``, special tokens included (``</think>`` must stay visible)."""
+        return str(
+            self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+
+def load_chat(directory: Path) -> Chat:
+    """The tokenizer in ``directory``. Raises :class:`CheckpointError` when it or its chat template is missing."""
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(
+            "no tokenizer found", where=str(directory), hint=f"expected one of: {', '.join(_TOKENIZER_FILES)}"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as problem:  # transformers raises anything from OSError to KeyError for a broken file
+        raise CheckpointError(f"the tokenizer cannot be read: {problem}", where=str(directory)) from problem
+    if not tokenizer.chat_template:
+        raise CheckpointError(
+            "the tokenizer has no chat template",
+            where=str(directory),
+            hint="add the chat_template of the model card to tokenizer_config.json",
+        )
+    return Chat(tokenizer, _eos_ids(directory, tokenizer))
+
+
+def _eos_ids(directory: Path, tokenizer: Any) -> list[int]:
+    ids: list[int] = []
+    path = directory / "generation_config.json"
+    if path.is_file():
+        listed = read_json(path, CheckpointError).get("eos_token_id")
+        ids += listed if isinstance(listed, list) else [listed] if isinstance(listed, int) else []
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return ids

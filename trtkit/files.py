@@ -1,0 +1,198 @@
+"""Files in and out: JSON, JSONL, TOML, digests, and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+import tomli_w
+
+from trtkit.errors import ConfigError, InputError, OutputError, TrtkitError
+
+__all__ = [
+    "JsonObject",
+    "append_jsonl",
+    "digest_file",
+    "nearest",
+    "read_json",
+    "read_jsonl",
+    "read_text",
+    "read_toml",
+    "staged_dir",
+    "write_json",
+    "write_text",
+    "write_toml",
+]
+
+JsonObject: TypeAlias = dict[str, Any]
+
+
+def read_text(path: Path, error: type[TrtkitError] = ConfigError) -> str:
+    """The file's text. Raises ``error`` when it is missing, unreadable or not UTF-8 (with the byte's line)."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise error("no such file", where=str(path)) from None
+    except OSError as problem:
+        raise error(f"cannot be read: {problem.strerror or problem}", where=str(path)) from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = raw[: problem.start].count(b"\n") + 1
+        raise error(
+            f"not UTF-8 text (byte 0x{raw[problem.start]:02x})",
+            where=f"{path}:{line}",
+            hint="convert the file to UTF-8, for example with iconv",
+        ) from None
+
+
+def read_json(path: Path, error: type[TrtkitError] = ConfigError) -> JsonObject:
+    """The JSON object in ``path``; ``error`` with file:line for anything else."""
+    text = read_text(path, error)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise error(f"not valid JSON: {problem.msg}", where=f"{path}:{problem.lineno}") from None
+    if not isinstance(value, dict):
+        raise error("expected a JSON object at the top level", where=str(path))
+    return value
+
+
+def read_jsonl(path: Path, error: type[TrtkitError] = InputError) -> list[tuple[int, JsonObject]]:
+    """All rows of a JSON-lines file as ``(line number, object)``; blank lines are skipped.
+
+    Raises ``error`` with every malformed line listed, not only the first one.
+    """
+    rows: list[tuple[int, JsonObject]] = []
+    offenders: list[str] = []
+    for number, line in enumerate(read_text(path, error).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as problem:
+            offenders.append(f"{path}:{number}: not valid JSON: {getattr(problem, 'msg', 'nested too deeply')}")
+            continue
+        if isinstance(value, dict):
+            rows.append((number, value))
+        else:
+            offenders.append(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
+    if offenders:
+        raise error(
+            f"{len(offenders)} malformed line(s)",
+            where=str(path),
+            offenders=offenders[:20],
+            hint='every line must be one JSON object, e.g. {"id": "1", "problem": "..."}',
+        )
+    return rows
+
+
+def read_toml(path: Path, error: type[TrtkitError] = ConfigError) -> JsonObject:
+    """The TOML document in ``path``."""
+    try:
+        return tomllib.loads(read_text(path, error))
+    except tomllib.TOMLDecodeError as problem:
+        raise error(f"not valid TOML: {problem}", where=str(path)) from None
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        _unwritable(path, problem)
+
+
+def _unwritable(path: Path, problem: OSError) -> NoReturn:
+    raise OutputError(
+        f"cannot be written: {problem.strerror or problem}",
+        where=str(path),
+        hint="check free space and permissions, or choose another place with --out",
+    ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` aside and rename it into place. Raises :class:`OutputError`."""
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented, with a final newline."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_toml(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a TOML document."""
+    write_text(path, tomli_w.dumps(dict(value)))
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows in one write and sync it to the disk: what was appended survives ``kill -9``."""
+    payload = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with _writing(path), path.open("a", encoding="utf-8") as stream:
+        stream.write(payload)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of the file's bytes, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def staged_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A fresh directory beside ``target`` that becomes ``target`` when the block ends well, and vanishes when it fails.
+
+    Raises :class:`OutputError` when ``target`` exists with content and ``replace`` is false, when the place cannot be
+    written, or when the disk fills up inside the block.
+    """
+    if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(
+            "already exists", where=str(target), hint="choose another --out, or pass --force to replace it"
+        )
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    try:
+        with _writing(target):
+            yield stage
+            stage.chmod(0o755)
+            if target.is_dir() and not target.is_symlink():
+                retired = stage.with_name(stage.name + ".old")
+                target.rename(retired)
+                stage.rename(target)
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
+                stage.rename(target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` when ``name`` looks like a typing error of a valid name, else an empty string."""
+    close = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,139 @@
+"""The ``Engine`` protocol: token ids in, token ids out. No torch, no tokenizer.
+
+>>> with open_engine(directory) as engine:
+...     engine.submit(Request(id="p1/0", prompt=(1, 2, 3), sampling=SamplingParams(), stop_ids=(7,),
+...                           max_tokens=256, seed=1))
+...     while engine.has_work:
+...         for output in engine.step():
+...             print(output.request_id, output.tokens, output.finish)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import TracebackType
+from typing import Protocol, Self
+
+from trtkit.errors import RequestError
+
+__all__ = ["Engine", "EngineStats", "FinishReason", "Request", "SamplingParams", "StepOutput"]
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    """One of the stop ids was emitted; it is the last token of the output."""
+    LENGTH = "length"
+    """``max_tokens`` or the engine's total length was reached."""
+    CANCELLED = "cancelled"
+    """``cancel`` was called."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How a token is drawn from the logits.
+
+    The distribution is softmax(logits / temperature), cut by top_k, then top_p, then min_p (each on what the one
+    before left, renormalised). ``temperature`` 0 means the most likely token, lowest id on a tie. ``top_k`` 0 and
+    ``top_p`` 1 and ``min_p`` 0 mean no cut.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if not 0 <= self.temperature <= 100:
+            wrong.append(f"temperature {self.temperature}: must lie in 0..100")
+        if not 0 < self.top_p <= 1:
+            wrong.append(f"top_p {self.top_p}: must lie in (0, 1]")
+        if self.top_k < 0:
+            wrong.append(f"top_k {self.top_k}: must be 0 (off) or positive")
+        if not 0 <= self.min_p <= 1:
+            wrong.append(f"min_p {self.min_p}: must lie in 0..1")
+        if wrong:
+            raise RequestError("sampling parameters out of range", offenders=wrong)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sequence to generate. Requests with equal prompts share the prompt's KV blocks."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    stop_ids: tuple[int, ...] = ()
+    max_tokens: int
+    seed: int
+    """The noise at position t depends on (seed, t) alone: same seed, same sample, whatever else is in the batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """New tokens of one request. ``finish`` is set exactly once, on its last output (whose tokens may be empty)."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine was opened. ``seconds`` is split by phase: prefill, draft, verify, accept."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens asked for."""
+    prefill_tokens: int = 0
+    """Prompt tokens computed; smaller than ``prompt_tokens`` where samples share a prompt."""
+    new_tokens: int = 0
+    row_steps: int = 0
+    """Sum over decode steps of the rows in it; new_tokens / row_steps is the number of tokens per step."""
+    preemptions: int = 0
+    peak_rows: int = 0
+    kv_blocks: int = 0
+    kv_blocks_free: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean tokens that one row gains in one decode step: 1.0 without a drafter."""
+        return self.new_tokens / self.row_steps if self.row_steps else 0.0
+
+
+class Engine(Protocol):
+    """What ``solve``, ``bench`` and ``serve`` need of a backend."""
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Longest prompt + output of one request."""
+
+    @property
+    def has_work(self) -> bool:
+        """True while a submitted request has not finished."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises :class:`RequestError` when it can never run (too long, id in use, token id out of range)."""
+
+    def step(self) -> Sequence[StepOutput]:
+        """One decode step over all running rows, after admitting waiting ones. Cheap no-op without work."""
+
+    def cancel(self, request_id: str) -> None:
+        """End a request now; the next ``step`` reports it as CANCELLED. Unknown or finished ids are ignored."""
+
+    def stats(self) -> EngineStats:
+        """Counters so far."""
+
+    def close(self) -> None:
+        """Free memory. The engine must not be used afterwards."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
