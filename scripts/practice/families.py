@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import gcd, lcm
 from random import Random
 
 from practice.arithmetic import Scratch
@@ -74,6 +73,8 @@ def make_modular(rng: Random, level: int) -> Draft | None:
     value = residues[0]
     for residue in residues[1:]:
         value = scratch.remainder(scratch.multiply(value, residue), modulus)
+    if value == 0 and rng.random() < 0.8:
+        return None
     product = "*".join(map(str, factors))
     return Draft(
         key=(modulus, *sorted(factors)),
@@ -89,37 +90,112 @@ def make_modular(rng: Random, level: int) -> Draft | None:
 
 
 def make_linear(rng: Random, level: int) -> Draft | None:
-    """A linear equation in one unknown."""
+    """A linear equation in one unknown: plain, with the unknown on both sides, or with a bracket."""
     scratch, check = Scratch(), Scratch()
     a, x, b = rng.randint(2, 9), rng.randint(1, 99), rng.randint(2, 99)
-    c = rng.randint(1, a - 1) if level == 1 else 0
-    if level == 0:
-        right = a * x + b
-        equation = f"{a}x+{b}={right}"
-        scratch.say(f"{a}x={right}-{b}")
-        scratch.say(f"x={scratch.divide(scratch.subtract(right, b), a)}")
-        check.add(check.multiply(x, a), b)
-    elif level == 1:
-        right = (a - c) * x + b
-        d = rng.randint(1, b)
-        right, b = right - b + d + (b - d), b - d
-        if b == 0:
-            return None
-        d = right - (a - c) * x - b
-        b, d = b, b + d
-        equation = f"{a}x+{b}={c}x+{d + (a - c) * x}"
-        right = d + (a - c) * x
+    c, offset = 0, 0
+    if level == 1:
+        c = rng.randint(1, a - 1)
+    if level == 2:
+        offset = rng.randint(2, 60)
+    right = (a - c) * (x + offset) + b
+    largest = right + c * x
+    if max(largest, a * x + b) > LARGEST:
+        return None
+    bracket = f"(x+{offset})" if offset else "x"
+    equation = f"{a}{bracket}+{b}={c if c > 1 else ''}x+{right}" if c else f"{a}{bracket}+{b}={right}"
+    if c:
         scratch.say(f"{a}-{c}={a - c}")
-        scratch.say(f"{a - c}x={right}-{b}")
-        rest = scratch.subtract(right, b)
-        return None if rest % (a - c) else _linear_two_sided(scratch, a, b, c, right, rest)
-    else:
-        offset = rng.randint(2, 40)
-        right = a * (x + offset) + b
-        equation = f"{a}(x+{offset})+{b}={right}"
-        scratch.say(f"{a}(x+{offset})={right}-{b}")
-        total = scratch.divide(scratch.subtract(right, b), a)
+    scratch.say(f"{a - c if a - c > 1 else ''}{bracket}={right}-{b}")
+    total = scratch.subtract(right, b)
+    if a - c > 1:
+        total = scratch.divide(total, a - c)
+    if offset:
         scratch.say(f"x={total}-{offset}")
-        x = scratch.subtract(total, offset)
-        check.add(check.multiply(check.add(x, offset), a), b)
-    return None
+        scratch.subtract(total, offset)
+    if not c:
+        check.add(check.multiply(check.add(x, offset) if offset else x, a), b)
+    spoken = f"I think of a number, multiply it by {a} and add {b}. The result is {right}. What is the number?"
+    return Draft(
+        key=(a, b, c, offset, right),
+        wordings=(
+            f"Solve for x: {equation}.",
+            f"Find x if {equation}.",
+            f"For which x is {equation}?",
+            f"What is the solution of the equation {equation}?",
+            *((spoken,) if level == 0 else ()),
+        ),
+        answer=x,
+        lines=tuple(scratch.lines),
+        check=tuple(check.lines),
+    )
+
+
+def make_series(rng: Random, level: int) -> Draft | None:
+    """A term of an arithmetic series, or the sum of its first terms."""
+    a, step = rng.randint(1, 60), rng.randint(2, 19)
+    n = rng.randint(4, 40) if level == 0 else rng.randint(4, 12) if level == 1 else rng.randint(10, 30)
+    if level == 2:
+        a, step = rng.randint(1, 30), rng.randint(2, 6)
+    last = a + (n - 1) * step
+    total = n * (a + last) // 2
+    if max(last, total if level else 0) > LARGEST:
+        return None
+    scratch = Scratch()
+    scratch.say(f"{n}-1={n - 1}")
+    scratch.add(a, scratch.multiply(step, n - 1))
+    if level == 0:
+        wordings: tuple[str, ...] = (
+            f"An arithmetic series starts with {a} and has difference {step}. What is term number {n}?",
+            f"Find term number {n} of the arithmetic series {a}, {a + step}, {a + 2 * step}, ...",
+            f"A worker earns {a} coins on day 1 and {step} more on each next day. What does he earn on day {n}?",
+        )
+        answer = last
+    else:
+        wordings = (
+            f"An arithmetic series starts with {a} and has difference {step}. Find the sum of its first {n} terms.",
+            f"Find the sum of the first {n} terms of {a}, {a + step}, {a + 2 * step}, ...",
+            f"A hall has {n} rows of seats. The first row has {a} seats and each next row has {step} more. "
+            "How many seats are there?",
+        )
+        answer = total
+        scratch.say(f"sum={n}*({a}+{last})/2")
+        both = scratch.add(last, a)
+        if both % 2 == 0:
+            scratch.multiply(scratch.divide(both, 2), n)
+        else:
+            scratch.say(f"{n}/2={n // 2}")
+            scratch.multiply(both, n // 2)
+    return Draft(key=(level > 0, a, step, n), wordings=wordings, answer=answer, lines=tuple(scratch.lines))
+
+
+def make_recurrence(rng: Random, level: int) -> Draft | None:
+    """A chain: x -> (p*x+q) mod m, several times."""
+    modulus = rng.randint(5, 9) if level == 0 else rng.randint(7, 19)
+    steps = rng.randint(*((3, 4), (4, 6), (7, 10))[level])
+    p, q = rng.randint(2, 5), rng.randint(1, 9)
+    start = value = rng.randint(1, modulus - 1)
+    scratch = Scratch()
+    for index in range(1, steps + 1):
+        raw = p * value + q
+        line = f"x{index}:{p}*{value}+{q}={p * value}+{q}={raw}"
+        if raw >= modulus:
+            quotient = raw // modulus
+            product = quotient * modulus
+            line += (f",{quotient}*{modulus}={product}" if quotient > 1 else "") + f",{raw}-{product}={raw - product}"
+        if raw % modulus == value:
+            return None
+        value = raw % modulus
+        scratch.say(f"{line}->{value}")
+    return Draft(
+        key=(modulus, p, q, start, steps),
+        wordings=(
+            f"Let x0={start} and let each next term be {p} times the last one plus {q}, modulo {modulus}. Find x{steps}.",
+            f"A machine replaces x by the remainder of {p}x+{q} modulo {modulus}. It starts with x={start}. "
+            f"What is x after {steps} steps?",
+            f"Start with {start}. Do this {steps} times: multiply by {p}, add {q} and keep the remainder modulo "
+            f"{modulus}. What number do you get?",
+        ),
+        answer=value,
+        lines=tuple(scratch.lines),
+    )

@@ -1,0 +1,124 @@
+"""The sampling distribution and its picks, against transformers' warpers, exact frequencies and brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from trtkit.errors import RequestError
+from trtkit.runtime.api import SamplingParams
+from trtkit.runtime.sampling import invert_cdf, pick, sampling_rows, sampling_weights, uniforms
+
+CPU = torch.device("cpu")
+
+PARAMS = [
+    SamplingParams(),
+    SamplingParams(temperature=0.6),
+    SamplingParams(temperature=1.3, top_k=7),
+    SamplingParams(top_p=0.8),
+    SamplingParams(temperature=0.7, top_p=0.95, min_p=0.05),
+    SamplingParams(top_k=50, top_p=0.5, min_p=0.01),
+    SamplingParams(top_p=0.01),
+]
+
+
+def _transformers_distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    ids = torch.zeros(logits.shape[0], 1, dtype=torch.long)
+    warped = TemperatureLogitsWarper(params.temperature)(ids, logits) if params.temperature != 1 else logits
+    if params.top_k:
+        warped = TopKLogitsWarper(params.top_k)(ids, warped)
+    if params.top_p < 1:
+        warped = TopPLogitsWarper(params.top_p)(ids, warped)
+    if params.min_p:
+        warped = MinPLogitsWarper(params.min_p)(ids, warped)
+    return warped.softmax(dim=-1)
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_distribution_is_that_of_transformers(params: SamplingParams) -> None:
+    logits = torch.randn(5, 1000) * 3
+    ours = sampling_weights(logits, sampling_rows([params] * 5, range(5), CPU))
+    ours = ours / ours.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(ours, _transformers_distribution(logits, params), rtol=1e-4, atol=1e-7)
+
+
+def test_a_row_does_not_see_its_neighbours() -> None:
+    """Mixed parameters in one batch give each row what it would get alone."""
+    logits = torch.randn(len(PARAMS), 300) * 2
+    params = [*PARAMS[:-1], SamplingParams(temperature=0)]
+    seeds = [11 * i for i in range(len(params))]
+    positions = torch.arange(len(params)) + 5
+    together = pick(logits, sampling_rows(params, seeds, CPU), positions)
+    for i, param in enumerate(params):
+        alone = pick(logits[i : i + 1], sampling_rows([param], [seeds[i]], CPU), positions[i : i + 1])
+        assert together[i] == alone[0]
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**31))
+def test_uniforms_match_a_plain_integer_version(seed: int, position: int) -> None:
+    mask = (1 << 64) - 1
+
+    def mix(z: int) -> int:
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return z ^ (z >> 31)
+
+    golden = 0x9E3779B97F4A7C15
+    wanted = (mix((mix((seed + golden) & mask) + position * golden) & mask) >> 11) / 2**53
+    rows = sampling_rows([SamplingParams()], [seed], CPU)
+    assert uniforms(rows.seeds, torch.tensor([position])).item() == wanted
+
+
+def test_uniforms_are_uniform_and_uncorrelated() -> None:
+    count = 40_000
+    along = uniforms(torch.full((count,), 7), torch.arange(count))
+    across = uniforms(torch.arange(count), torch.full((count,), 7))
+    for sample in (along, across):
+        histogram = torch.histc(sample.float(), bins=20, min=0, max=1)
+        chi_square = ((histogram - count / 20) ** 2 / (count / 20)).sum()
+        assert chi_square < 43.8, "19 degrees of freedom, p < 0.001"
+        assert abs(torch.corrcoef(torch.stack([sample[:-1], sample[1:]]))[0, 1]) < 0.02
+
+
+@given(st.lists(st.sampled_from([0.0, 0.1, 1.0, 1e-6, 7.0]), min_size=1, max_size=400), st.floats(0, 1, exclude_max=True))
+def test_inverse_cdf_matches_a_scan(weights: list[float], uniform: float) -> None:
+    if not any(weights):
+        weights[-1] = 1.0
+    row = torch.tensor([weights])
+    found = int(invert_cdf(row, torch.tensor([uniform], dtype=torch.float64))[0])
+    assert weights[found] > 0
+    below = sum(row[0, :found].double().tolist())
+    total = sum(row[0].double().tolist())
+    # float32 block sums may move a boundary by a rounding error, never further.
+    slack = 1e-5 * total
+    assert below - slack <= uniform * total <= below + weights[found] + slack
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    """Chi-square over a tiny vocabulary: 20,000 draws with different seeds at one position."""
+    logits = torch.tensor([[0.5, -1.0, 2.0, 0.0, 1.0]])
+    count = 20_000
+    rows = sampling_rows([SamplingParams(temperature=0.8)] * count, range(count), CPU)
+    drawn = pick(logits.expand(count, -1), rows, torch.full((count,), 3))
+    expected = (logits[0] / 0.8).softmax(0) * count
+    chi_square = ((torch.bincount(drawn, minlength=5) - expected) ** 2 / expected).sum()
+    assert chi_square < 18.5, "4 degrees of freedom, p < 0.001"
+
+
+def test_temperature_zero_takes_the_lowest_of_tied_maxima() -> None:
+    rows = sampling_rows([SamplingParams(temperature=0)], [1], CPU)
+    assert pick(torch.tensor([[0.0, 3.0, 3.0, 1.0]]), rows, torch.tensor([0])).tolist() == [1]
+
+
+def test_parameters_out_of_range_are_listed_together() -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(temperature=-1, top_p=0, min_p=2)
+    assert len(caught.value.offenders) == 3

@@ -1,0 +1,92 @@
+"""The block-based KV cache: tensors for the blocks that the scheduler hands out.
+
+Layout of one layer: (kv_heads, blocks, block_size * D). Selecting a row's blocks along the second axis then gives
+(kv_heads, R, S, D) in one contiguous copy, ready for a batched product.
+
+Letters: R rows, N nodes a row adds in this step, S slots (blocks x block_size), D head_dim, g = heads / kv_heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trtkit.model_spec import ModelSpec
+from trtkit.runtime.scheduler import Row
+from trtkit.scheme import KvDtype
+
+__all__ = ["KvCache", "kv_block_bytes"]
+
+_FP8_MAX = 448.0
+
+
+def _storage(kv_dtype: KvDtype, dtype: torch.dtype) -> torch.dtype:
+    return torch.float8_e4m3fn if kv_dtype == "fp8" else dtype
+
+
+def kv_block_bytes(spec: ModelSpec, kv_dtype: KvDtype, dtype: torch.dtype, block_size: int) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    return int(spec.kv_bytes_per_token(_storage(kv_dtype, dtype).itemsize)) * block_size
+
+
+class KvCache:
+    """Keys and values of every block, and the block table of the admitted rows."""
+
+    def __init__(
+        self, spec: ModelSpec, *, blocks: int, block_size: int, max_rows: int, max_tokens: int,
+        kv_dtype: KvDtype, dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.block_size = block_size
+        self._dtype = dtype
+        self._kv_heads = spec.kv_heads
+        self._head_dim = spec.head_dim
+        shape = (spec.layers, spec.kv_heads, blocks, block_size * spec.head_dim)
+        # Zeros, not empty: masked slots still enter the product with the values, and 0 * NaN would be NaN.
+        self._keys = torch.zeros(shape, dtype=_storage(kv_dtype, dtype), device=device)
+        self._values = torch.zeros_like(self._keys)
+        self._table = np.zeros((max_rows, -(-max_tokens // block_size) + 1), dtype=np.int64)
+        self._listed: list[list[int]] = [[] for _ in range(max_rows)]
+        self.device = device
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to), in every layer."""
+        if not copies:
+            return
+        source, target = torch.tensor(copies, device=self.device).unbind(dim=1)
+        for pool in (self._bytes(self._keys), self._bytes(self._values)):
+            pool[:, :, target] = pool[:, :, source]
+
+    def block_table(self, rows: Sequence[Row], slots: int) -> Tensor:
+        """The block ids that cover ``slots`` token slots of each row: int64 (R, ceil(slots / block_size))."""
+        for row in rows:
+            listed = self._listed[row.slot]
+            if listed != row.blocks:
+                self._table[row.slot, : len(row.blocks)] = row.blocks
+                self._listed[row.slot] = list(row.blocks)
+        width = -(-slots // self.block_size)
+        lines = self._table[[row.slot for row in rows], :width]
+        return torch.from_numpy(lines).to(self.device)
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k and v (T, kv_heads, D) at ``slots`` (T,): block id x block_size + offset."""
+        for pool, fresh in ((self._keys, k), (self._values, v)):
+            flat = pool[layer].view(self._kv_heads, -1, self._head_dim)
+            if flat.dtype == torch.float8_e4m3fn:
+                fresh = fresh.float().clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+            self._bytes(flat).index_copy_(1, slots, self._bytes(fresh.transpose(0, 1).contiguous()))
+
+    def read(self, layer: int, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the listed blocks (R * B,), each (kv_heads, R, S, D) in the compute dtype."""
+        shape = (self._kv_heads, rows, -1, self._head_dim)
+        keys, values = (
+            self._bytes(pool[layer]).index_select(1, blocks).view(pool.dtype) for pool in (self._keys, self._values)
+        )
+        return keys.to(self._dtype).view(shape), values.to(self._dtype).view(shape)
+
+    @staticmethod
+    def _bytes(pool: Tensor) -> Tensor:
+        """fp8 as bytes: indexing kernels do not know the fp8 types."""
+        return pool.view(torch.uint8) if pool.dtype == torch.float8_e4m3fn else pool

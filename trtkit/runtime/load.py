@@ -1,0 +1,117 @@
+"""``open_engine``: from an engine directory to a running ``Engine``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trtkit.checkpoint.unified import open_unified
+from trtkit.errors import CapacityError, EngineError, UnsupportedError, UsageError
+from trtkit.model_spec import ModelSpec
+from trtkit.recipe import EngineManifest, read_manifest
+from trtkit.runtime.api import Engine
+from trtkit.runtime.blocks import blocks_for
+from trtkit.runtime.kv_cache import kv_block_bytes
+from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.torch_engine import TorchEngine, TorchLimits
+
+__all__ = ["OpenOptions", "open_engine"]
+
+_BLOCK_SIZE = 16
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenOptions:
+    """What may differ from run to run without a rebuild."""
+
+    device: str = "auto"
+    """``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
+    dtype: str | None = None
+    """Compute dtype; None takes the checkpoint's. float16 checkpoints compute in float32 on a CPU."""
+    threads: int | None = None
+    rows: int | None = None
+    """Largest in-flight batch; None takes the engine's own limit."""
+    kv_memory_fraction: float | None = None
+    """Share of the free memory for keys and values; None means 0.9 on CUDA, 0.25 on a CPU."""
+
+
+def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
+    """Open an engine directory. Raises :class:`EngineError`, :class:`CapacityError` or :class:`UnsupportedError`."""
+    options = options or OpenOptions()
+    manifest = read_manifest(directory)
+    if manifest.backend != "torch":
+        raise UnsupportedError(
+            f"this engine is for the {manifest.backend} backend, which this version does not run",
+            where=str(directory),
+            hint="build one with --backend torch",
+        )
+    device = _device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    checkpoint = open_unified(directory)
+    if checkpoint.scheme.name != manifest.recipe.precision:
+        raise EngineError(
+            f"engine.json says {manifest.recipe.precision}, the weights are {checkpoint.scheme.name}",
+            where=str(directory),
+            hint="the directory was edited; build it again",
+        )
+    dtype = _dtype(options.dtype, checkpoint.spec, device)
+    total = min(manifest.recipe.limits.total_tokens, checkpoint.spec.max_positions)
+    model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=total)
+    return TorchEngine(model, _limits(manifest, checkpoint.spec, options, model, total))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}", hint="auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device is available", hint="use --device cpu, or see `trtkit doctor`")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported", hint="auto, cpu, cuda or cuda:N")
+    return device
+
+
+def _dtype(asked: str | None, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    if asked is not None:
+        if asked not in _DTYPES:
+            raise UsageError(f"unknown dtype {asked!r}", hint=f"one of: {', '.join(_DTYPES)}")
+        return _DTYPES[asked]
+    # CPUs have no float16 matrix kernels worth using.
+    return torch.float32 if spec.dtype == "float16" and device.type == "cpu" else _DTYPES[spec.dtype]
+
+
+def _limits(
+    manifest: EngineManifest, spec: ModelSpec, options: OpenOptions, model: DecoderModel, total: int
+) -> TorchLimits:
+    rows = options.rows or manifest.recipe.limits.batch
+    kv_dtype = manifest.recipe.kv_dtype
+    block_bytes = kv_block_bytes(spec, kv_dtype, model.dtype, _BLOCK_SIZE)
+    fraction = options.kv_memory_fraction or (0.9 if model.device.type == "cuda" else 0.25)
+    affordable = int(_free_bytes(model.device) * fraction) // block_bytes
+    # One block more than a lone row's length: the copy of a shared partial prompt block.
+    least = blocks_for(total, _BLOCK_SIZE) + 1
+    if affordable < least:
+        raise CapacityError(
+            f"the keys and values of one request of {total} tokens take {least * block_bytes / 1e9:.2f} GB, "
+            f"{affordable * block_bytes / 1e9:.2f} GB may be used",
+            hint="build with a smaller --max-total-tokens, or free memory",
+        )
+    return TorchLimits(
+        rows=rows, total_tokens=total, kv_blocks=min(affordable, rows * least), block_size=_BLOCK_SIZE,
+        kv_dtype=kv_dtype,
+    )  # fmt: skip
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

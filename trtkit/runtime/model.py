@@ -1,0 +1,87 @@
+"""The decoder of an engine: a checkpoint's weights behind the forward of ``trtkit/decoder.py``.
+
+Letters: T tokens (flat over rows and nodes), H hidden, V vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trtkit.checkpoint.unified import UnifiedCheckpoint
+from trtkit.decoder import Attend, LinearName, Norms, Rope, decoder_layer, rms_norm, rope_at
+from trtkit.quant.tensor import LinearWeights, dense
+from trtkit.runtime.linear import Kernel, runtime_linear
+
+__all__ = ["DecoderModel"]
+
+_NAMES: tuple[LinearName, ...] = ("qkv", "o", "gate_up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    norms: Norms
+    kernels: dict[LinearName, Kernel]
+
+    def linear(self, name: LinearName, x: Tensor) -> Tensor:
+        return self.kernels[name](x)
+
+
+class DecoderModel:
+    """Weights on a device, ready to run."""
+
+    def __init__(
+        self, checkpoint: UnifiedCheckpoint, *, device: torch.device, dtype: torch.dtype, max_tokens: int
+    ) -> None:
+        self.spec = checkpoint.spec
+        self.device = device
+        self.dtype = dtype
+        self._layers = [self._load_layer(checkpoint, index) for index in range(self.spec.layers)]
+        self._embedding = checkpoint.embedding().to(device=device, dtype=dtype)
+        self._final_norm = checkpoint.final_norm().to(device).float()
+        head = LinearWeights(weight=dense(checkpoint.lm_head()))
+        self._head = runtime_linear(head, device=device, dtype=dtype)
+        self._rope = rope_at(self.spec, torch.arange(max_tokens, device=device), dtype)
+
+    def _load_layer(self, checkpoint: UnifiedCheckpoint, index: int) -> _Layer:
+        linears = {name: checkpoint.linear(index, name) for name in _NAMES}
+        stored = checkpoint.norms(index)
+        # The scale in front of qkv and gate_up is the norm's own output scale: fold it in, in float32, for nothing.
+        input_norm, linears["qkv"] = _fold(stored.input, linears["qkv"])
+        post_norm, linears["gate_up"] = _fold(stored.post, linears["gate_up"])
+        norms = Norms(
+            input=input_norm.to(self.device),
+            post=post_norm.to(self.device),
+            q=None if stored.q is None else stored.q.float().to(self.device),
+            k=None if stored.k is None else stored.k.float().to(self.device),
+        )
+        kernels = {
+            name: runtime_linear(weights, device=self.device, dtype=self.dtype) for name, weights in linears.items()
+        }
+        return _Layer(norms, kernels)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Callable[[int], Attend]) -> Tensor:
+        """Hidden states after the final norm, (T, H), of tokens (T,) at positions (T,).
+
+        ``attend(layer)`` is that layer's attention over the cache.
+        """
+        hidden = F.embedding(tokens, self._embedding)
+        rope = Rope(self._rope.cos[positions], self._rope.sin[positions])
+        for index, layer in enumerate(self._layers):
+            hidden = decoder_layer(self.spec, layer.norms, hidden, rope, layer.linear, attend(index))
+        return rms_norm(hidden, self._final_norm, self.spec.norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(T, H) -> (T, V)."""
+        return self._head(hidden)
+
+
+def _fold(norm: Tensor, weights: LinearWeights) -> tuple[Tensor, LinearWeights]:
+    if weights.pre_scale is None:
+        return norm.float(), weights
+    return norm.float() * weights.pre_scale.float(), dataclasses.replace(weights, pre_scale=None)

@@ -1,0 +1,206 @@
+"""The embedded runtime: an ``Engine`` in PyTorch, on CPU or CUDA.
+
+One ``step`` is: schedule, prefill what is new, verify one token of every running row, accept. See ``decode.py`` for the
+phases and ``scheduler.py`` for who runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from trtkit.errors import CapacityError, RequestError
+from trtkit.runtime import decode
+from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
+from trtkit.runtime.blocks import BlockAllocator
+from trtkit.runtime.kv_cache import KvCache
+from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.sampling import SamplingRows, sampling_rows
+from trtkit.runtime.scheduler import Row, Schedule, Scheduler
+from trtkit.scheme import KvDtype
+
+__all__ = ["TorchEngine", "TorchLimits"]
+
+_PHASES = ("prefill", "draft", "verify", "accept")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchLimits:
+    """How much the engine may hold at once."""
+
+    rows: int
+    total_tokens: int
+    """Longest prompt + output."""
+    kv_blocks: int
+    block_size: int = 16
+    kv_dtype: KvDtype = "model"
+
+
+class TorchEngine:
+    """Runs requests in one in-flight batch."""
+
+    def __init__(self, model: DecoderModel, limits: TorchLimits) -> None:
+        self._model = model
+        self._limits = limits
+        self._cache = KvCache(
+            model.spec, blocks=limits.kv_blocks, block_size=limits.block_size, max_rows=limits.rows,
+            max_tokens=limits.total_tokens, kv_dtype=limits.kv_dtype, dtype=model.dtype, device=model.device,
+        )  # fmt: skip
+        self._allocator = BlockAllocator(limits.kv_blocks)
+        self._scheduler = Scheduler(self._allocator, block_size=limits.block_size, max_rows=limits.rows)
+        self._cancelled: list[str] = []
+        self._sampling: tuple[tuple[str, ...], SamplingRows] | None = None
+        self._seconds = dict.fromkeys(_PHASES, 0.0)
+        self._steps = self._prompt_tokens = self._prefill_tokens = 0
+        self._new_tokens = self._row_steps = self._preemptions = self._peak_rows = 0
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Longest prompt + output of one request."""
+        return self._limits.total_tokens
+
+    @property
+    def has_work(self) -> bool:
+        """True while a submitted request has not been reported as finished."""
+        return self._scheduler.has_work or bool(self._cancelled)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises :class:`RequestError` when it can never run."""
+        self._check(request)
+        self._scheduler.submit(request)
+        self._prompt_tokens += len(request.prompt)
+
+    def _check(self, request: Request) -> None:
+        wrong: list[str] = []
+        vocab, longest = self._model.spec.vocab, self._limits.total_tokens
+        if request.id in self._scheduler:
+            wrong.append("the id is in use by an unfinished request")
+        if not request.prompt:
+            wrong.append("the prompt is empty")
+        outside = [token for token in request.prompt if not 0 <= token < vocab]
+        if outside:
+            wrong.append(f"token id {outside[0]} lies outside the vocabulary of {vocab}")
+        if request.max_tokens < 1:
+            wrong.append(f"max_tokens {request.max_tokens}: must be at least 1")
+        if len(request.prompt) >= longest:
+            wrong.append(f"the prompt has {len(request.prompt)} tokens, the engine takes {longest} with the answer")
+        elif self._scheduler.blocks_needed(self._total(request)) > self._limits.kv_blocks:
+            slots = self._limits.kv_blocks * self._limits.block_size
+            wrong.append(f"{self._total(request)} tokens do not fit into a KV cache of {slots}")
+        if wrong:
+            raise RequestError("the request cannot run", where=f"request {request.id}", offenders=wrong)
+
+    def _total(self, request: Request) -> int:
+        return min(len(request.prompt) + request.max_tokens, self._limits.total_tokens)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request now; the next ``step`` reports it as CANCELLED. Unknown or finished ids are ignored."""
+        if request_id in self._scheduler:
+            self._scheduler.finish(request_id)
+            self._cancelled.append(request_id)
+
+    @torch.inference_mode()
+    def step(self) -> Sequence[StepOutput]:
+        """One decode step over all running rows, after admitting waiting ones."""
+        outputs = [
+            StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._cancelled
+        ]
+        self._cancelled.clear()
+        if not self._scheduler.has_work:
+            return outputs
+        plan = self._scheduler.schedule(nodes=1)
+        if not plan.rows:
+            raise CapacityError("no row fits into the KV cache", hint="open the engine with a larger KV budget")
+        self._count(plan)
+        with self._phase("prefill"):
+            self._prefill(plan)
+        with self._phase("verify"):
+            logits = decode.verify(self._model, self._cache, plan.rows)
+        with self._phase("accept"):
+            tokens = decode.accept(logits, self._sampling_of(plan.rows), plan.rows)
+            outputs += [self._advance(row, token) for row, token in zip(plan.rows, tokens, strict=True)]
+        return outputs
+
+    def _prefill(self, plan: Schedule) -> None:
+        fresh = [decode.Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
+        decode.prefill(self._model, self._cache, fresh)
+        self._cache.copy_blocks(plan.copies)
+        again = [
+            decode.Stretch(tokens=row.tokens[row.cached : -1], cached=row.cached, blocks=row.blocks)
+            for row in plan.recomputes
+        ]
+        decode.prefill(self._model, self._cache, again)
+        for row in plan.recomputes:
+            row.cached = len(row.tokens) - 1
+        self._prefill_tokens += sum(len(stretch.tokens) for stretch in (*fresh, *again))
+
+    def _sampling_of(self, rows: Sequence[Row]) -> SamplingRows:
+        names = tuple(row.request.id for row in rows)
+        if self._sampling is None or self._sampling[0] != names:
+            params = [row.request.sampling for row in rows]
+            seeds = [row.request.seed for row in rows]
+            self._sampling = (names, sampling_rows(params, seeds, self._model.device))
+        return self._sampling[1]
+
+    def _advance(self, row: Row, token: int) -> StepOutput:
+        row.tokens.append(token)
+        row.cached += 1
+        self._new_tokens += 1
+        finish = None
+        if token in row.request.stop_ids:
+            finish = FinishReason.STOP
+        elif row.generated >= row.request.max_tokens or len(row.tokens) >= self._limits.total_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self._scheduler.finish(row.request.id)
+        return StepOutput(request_id=row.request.id, tokens=(token,), finish=finish)
+
+    def _count(self, plan: Schedule) -> None:
+        self._steps += 1
+        self._row_steps += len(plan.rows)
+        self._peak_rows = max(self._peak_rows, len(plan.rows))
+        self._preemptions += plan.preempted
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Host time of a phase. On CUDA, work still in flight is counted where the host waits for it: in accept."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def stats(self) -> EngineStats:
+        """Counters so far."""
+        return EngineStats(
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            prefill_tokens=self._prefill_tokens,
+            new_tokens=self._new_tokens,
+            row_steps=self._row_steps,
+            preemptions=self._preemptions,
+            peak_rows=self._peak_rows,
+            kv_blocks=self._allocator.total,
+            kv_blocks_free=self._allocator.free,
+            seconds=dict(self._seconds),
+        )
+
+    def close(self) -> None:
+        """Free the cache and the weights."""
+        del self._cache, self._model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

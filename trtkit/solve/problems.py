@@ -1,0 +1,139 @@
+"""``Problem`` rows from a JSON-lines file, with every offending line reported at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from trtkit.errors import InputError
+from trtkit.files import read_text
+
+__all__ = ["Problem", "read_problems"]
+
+_TEXT_FIELDS = ("problem", "question")
+_ANSWER_FIELDS = ("answer", "expected_answer")
+_EXAMPLE = 'every line must be one JSON object, e.g. {"id": "1", "problem": "...", "answer": "42"}'
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One problem to solve. ``answer`` is the gold answer as the file states it, None where it gives none."""
+
+    id: str
+    text: str
+    answer: str | None = None
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """The problems in a JSON-lines file, in file order.
+
+    The text is ``problem`` or ``question``, the optional gold answer ``answer`` or ``expected_answer`` (string or
+    number), the ``id`` a string or an integer. A file where no row has an id is numbered by line. Raises
+    :class:`InputError` naming the file and line of every row that is wrong.
+    """
+    offenders: list[str] = []
+    rows = _rows(path, offenders)
+    numbered = not any("id" in row for _, row in rows)
+    problems: list[Problem] = []
+    first_line: dict[str, int] = {}
+    for line, row in rows:
+        complaints: list[str] = []
+        problem = _problem({**row, "id": line} if numbered else row, complaints)
+        if problem is not None:
+            if problem.id in first_line:
+                complaints.append(
+                    f"id {_short(problem.id)} was already used in line {first_line[problem.id]}"
+                )
+            first_line.setdefault(problem.id, line)
+            problems.append(problem)
+        offenders += [f"{path}:{line}: {complaint}" for complaint in complaints]
+    if offenders:
+        shown = offenders[:_SHOWN]
+        if len(offenders) > _SHOWN:
+            shown.append(f"... and {len(offenders) - _SHOWN} more")
+        message = f"{len(offenders)} thing(s) wrong with the problems"
+        raise InputError(message, where=str(path), offenders=shown, hint=_EXAMPLE)
+    if not problems:
+        raise InputError("holds no problem", where=str(path), hint=_EXAMPLE)
+    return problems
+
+
+def _rows(path: Path, offenders: list[str]) -> list[tuple[int, dict[str, Any]]]:
+    # Not files.read_jsonl: it stops at malformed lines, and here those belong into one list with the missing fields.
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for line, text in enumerate(read_text(path, InputError).split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as problem:
+            offenders.append(f"{path}:{line}: not valid JSON: {problem.msg}")
+        except (
+            RecursionError,
+            ValueError,
+        ) as problem:  # nested thousands deep, or a number of thousands of digits
+            offenders.append(f"{path}:{line}: not usable JSON: {problem}")
+        else:
+            if isinstance(value, dict):
+                rows.append((line, value))
+            else:
+                offenders.append(f"{path}:{line}: expected a JSON object, found {type(value).__name__}")
+    return rows
+
+
+def _problem(row: Mapping[str, Any], complaints: list[str]) -> Problem | None:
+    identity = row.get("id")
+    if "id" not in row:
+        complaints.append("no id")
+    elif isinstance(identity, bool) or not isinstance(identity, (str, int)) or not str(identity).strip():
+        complaints.append(f"id {_short(identity)}: must be a non-empty string or an integer")
+        identity = None
+    text = _field(row, _TEXT_FIELDS)
+    if text is None:
+        complaints.append("no problem (or question) field")
+    elif not isinstance(text, str):
+        complaints.append(f"the problem must be text, found {type(text).__name__}")
+        text = None
+    elif not text.strip():
+        complaints.append("the problem text is empty")
+    answer = _field(row, _ANSWER_FIELDS)
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float, type(None))):
+        complaints.append(f"the answer must be text or a number, found {type(answer).__name__}")
+        answer = None
+    if identity is None or text is None:
+        return None
+    gold = None if answer is None or not str(answer).strip() else _plain(answer)
+    for name, value in (("id", str(identity)), ("problem", text), ("answer", gold or "")):
+        if not _is_unicode(value):
+            complaints.append(f"the {name} holds half of a surrogate pair, which no UTF-8 text can")
+            return None
+    return Problem(id=str(identity), text=text, answer=gold)
+
+
+def _plain(answer: str | int | float) -> str:
+    # 1e+20 and 42.0 are how JSON writers spell integers.
+    if isinstance(answer, float) and answer.is_integer():
+        return str(Fraction(answer))
+    return str(answer)
+
+
+def _field(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
