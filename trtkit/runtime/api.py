@@ -94,6 +94,8 @@ class EngineStats:
     new_tokens: int = 0
     row_steps: int = 0
     """Sum over decode steps of the rows in it; new_tokens / row_steps is the number of tokens per step."""
+    accepted_by_depth: tuple[int, ...] = ()
+    """Row-steps in which at least 1, 2, ... drafted tokens were accepted; empty without a drafter."""
     preemptions: int = 0
     peak_rows: int = 0
     kv_blocks: int = 0

@@ -1,10 +1,11 @@
-"""The phases of a step over plain tensors: *prefill*, *verify*, *accept*.
+"""The phases of a step over plain tensors: *prefill*, *draft*, *verify*, *accept*.
 
-Prefill computes keys and values of known tokens. Verify runs every row's pending token (with a drafter: the nodes of
-its draft tree, the pending token at the root) and gives logits at each node. Accept draws one token at each node that
-is reached, with noise that depends on (seed, position) alone, and follows the tree while it agrees.
+Prefill computes keys and values of known tokens. Draft grows a tree on each row's pending token (without a drafter the tree
+is that token alone). Verify runs the tree's nodes through the model and gives logits at each. Accept draws one token at
+each node, with noise that depends on (seed, position) alone, follows the tree while it agrees, and keeps the keys and
+values of the nodes on the way.
 
-Letters: R rows, N nodes, T tokens, S cache slots, V vocab.
+Letters: R rows, N nodes, T tokens, S cache slots, H hidden, V vocab.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drafter.accept import AcceptedPath, follow
+from drafter.beam import beam_search
+from drafter.config import TreeShape
+from drafter.model import Drafter
+from drafter.tree import TokenTree, build_tree
 from trtkit.decoder import Attend
 from trtkit.runtime.attention import Span, VerifyBatch, attend_prefill, attend_verify
 from trtkit.runtime.kv_cache import KvCache
@@ -22,7 +28,7 @@ from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.sampling import SamplingRows, pick
 from trtkit.runtime.scheduler import Row
 
-__all__ = ["Stretch", "accept", "prefill", "verify"]
+__all__ = ["Pending", "Stretch", "Verified", "accept", "draft", "pending", "prefill", "root_only", "verify"]
 
 PREFILL_TOKENS = 2048
 """Most tokens in one prefill pass: bounds the activations."""
@@ -79,31 +85,85 @@ def _prefill_pass(model: DecoderModel, cache: KvCache, batch: Sequence[Stretch])
     model.forward(tokens, torch.cat(positions), attend)
 
 
-def verify(model: DecoderModel, cache: KvCache, rows: Sequence[Row]) -> Tensor:
-    """Run the pending token of each row; its keys and values go to slot ``row.cached``. Logits (R, V)."""
-    device, size = model.device, cache.block_size
-    cached_list = [row.cached for row in rows]
-    longest = max(cached_list) + 1
-    table = cache.block_table(rows, longest)
-    cached = torch.tensor(cached_list, device=device)
-    seen = torch.arange(table.shape[1] * size, device=device)
-    batch = VerifyBatch(
-        rows=len(rows),
-        nodes=1,
-        blocks=table.flatten(),
-        slots=table.gather(1, (cached // size)[:, None]).squeeze(1) * size + cached % size,
-        hidden_slots=(seen[None, :] > cached[:, None])[:, None, :],
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """Where R rows stand: their last tokens, and how much is in the cache."""
+
+    tokens: Tensor
+    """int64 (R,): the pending tokens."""
+    cached: Tensor
+    """int64 (R,): tokens in the cache; the pending token's position."""
+    longest: int
+    """max(cached), known to the host."""
+
+
+def pending(rows: Sequence[Row], device: torch.device) -> Pending:
+    """The rows' state as tensors."""
+    cached = [row.cached for row in rows]
+    return Pending(
+        tokens=torch.tensor([row.tokens[-1] for row in rows], device=device),
+        cached=torch.tensor(cached, device=device),
+        longest=max(cached),
     )
-    tokens = torch.tensor([row.tokens[-1] for row in rows], device=device)
+
+
+def root_only(at: Pending) -> TokenTree:
+    """The tree of plain decoding: the pending token."""
+    zero = torch.zeros_like(at.tokens)[:, None]
+    seen = torch.ones(1, 1, 1, dtype=torch.bool, device=zero.device).expand(zero.shape[0], 1, 1)
+    return TokenTree(tokens=at.tokens[:, None], parent=zero - 1, depth=zero, mask=seen)
+
+
+def draft(drafter: Drafter, model: DecoderModel, contexts: Tensor, at: Pending, shape: TreeShape) -> TokenTree:
+    """Trees on the pending tokens; contexts (R, H) are the hidden states that drew them."""
+    return build_tree(at.tokens, beam_search(drafter, model.embed, contexts, at.tokens, shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """What the model says at every node."""
+
+    logits: Tensor
+    """(R, N, V)"""
+    hidden: Tensor
+    """(R, N, H): after the final norm; the next draft's context."""
+    slots: Tensor
+    """int64 (R, N): cache slots of the nodes' keys and values."""
+
+
+def verify(model: DecoderModel, cache: KvCache, rows: Sequence[Row], at: Pending, tree: TokenTree) -> Verified:
+    """Run all nodes; node n of row r goes to the n-th slot after what the row has in the cache."""
+    size, (count, nodes) = cache.block_size, tree.tokens.shape
+    table = cache.block_table(rows, at.longest + nodes)
+    places = at.cached[:, None] + torch.arange(nodes, device=model.device)
+    slots = table.gather(1, places // size) * size + places % size
+    seen = torch.arange(table.shape[1] * size, device=model.device)
+    hidden_slots = (seen >= at.cached[:, None])[:, None, :].repeat(1, nodes, 1)
+    hidden_slots.scatter_(2, places[:, None, :].expand(-1, nodes, -1), ~tree.mask)
+    batch = VerifyBatch(
+        rows=count, nodes=nodes, blocks=table.flatten(), slots=slots.flatten(), hidden_slots=hidden_slots
+    )
 
     def attend(layer: int) -> Attend:
         return lambda q, k, v: attend_verify(cache, layer, batch, q, k, v)
 
-    return model.logits(model.forward(tokens, cached, attend))
+    positions = at.cached[:, None] + tree.depth
+    hidden = model.forward(tree.tokens.flatten(), positions.flatten(), attend)
+    return Verified(
+        logits=model.logits(hidden).view(count, nodes, -1), hidden=hidden.view(count, nodes, -1), slots=slots
+    )
 
 
-def accept(logits: Tensor, sampling: SamplingRows, rows: Sequence[Row]) -> list[int]:
-    """The next token of each row, drawn at its position."""
-    positions = torch.tensor([len(row.tokens) for row in rows], device=logits.device)
-    picked: list[int] = pick(logits, sampling, positions).tolist()
-    return picked
+def accept(
+    cache: KvCache, verified: Verified, tree: TokenTree, sampling: SamplingRows, at: Pending
+) -> AcceptedPath:
+    """Draw at every node, follow the tree, and move the path's keys and values next to what the row had."""
+    count, nodes = tree.tokens.shape
+    positions = at.cached[:, None] + 1 + tree.depth
+    picks = pick(verified.logits.flatten(0, 1), sampling.repeat(nodes), positions.flatten()).view(count, nodes)
+    path = follow(tree, picks)
+    step = torch.arange(path.nodes.shape[1], device=picks.device)
+    moved = (path.nodes != step) & (step < path.length[:, None])
+    if nodes > 1 and bool(moved.any()):
+        cache.move(verified.slots.gather(1, path.nodes)[moved], verified.slots[:, : len(step)][moved])
+    return path

@@ -70,6 +70,12 @@ class KvCache:
         lines = self._table[[row.slot for row in rows], :width]
         return torch.from_numpy(lines).to(self.device)
 
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy the keys and values at slots ``source`` (M,) to ``target`` (M,) in every layer."""
+        for pool in (self._bytes(self._keys), self._bytes(self._values)):
+            flat = pool.view(*pool.shape[:2], -1, self._head_dim)
+            flat[:, :, target] = flat[:, :, source]
+
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v (T, kv_heads, D) at ``slots`` (T,): block id x block_size + offset."""
         for pool, fresh in ((self._keys, k), (self._values, v)):

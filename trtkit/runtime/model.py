@@ -70,11 +70,15 @@ class DecoderModel:
 
         ``attend(layer)`` is that layer's attention over the cache.
         """
-        hidden = F.embedding(tokens, self._embedding)
+        hidden = self.embed(tokens)
         rope = Rope(self._rope.cos[positions], self._rope.sin[positions])
         for index, layer in enumerate(self._layers):
             hidden = decoder_layer(self.spec, layer.norms, hidden, rope, layer.linear, attend(index))
         return rms_norm(hidden, self._final_norm, self.spec.norm_eps)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings: ids (...) -> (..., H)."""
+        return F.embedding(tokens, self._embedding)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, H) -> (T, V)."""

@@ -1,7 +1,7 @@
 """The embedded runtime: an ``Engine`` in PyTorch, on CPU or CUDA.
 
-One ``step`` is: schedule, prefill what is new, verify one token of every running row, accept. See ``decode.py`` for the
-phases and ``scheduler.py`` for who runs.
+One ``step`` is: schedule, prefill what is new, draft, verify, accept. See ``decode.py`` for the phases and ``scheduler.py``
+for who runs. With a drafter the tokens are the same, only sooner.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Self
 
 import torch
 
+from drafter.config import TreeShape
+from drafter.model import Drafter
 from trtkit.errors import CapacityError, RequestError
 from trtkit.runtime import decode
 from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
@@ -25,7 +27,7 @@ from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row, Schedule, Scheduler
 from trtkit.scheme import KvDtype
 
-__all__ = ["TorchEngine", "TorchLimits"]
+__all__ = ["Drafting", "TorchEngine", "TorchLimits"]
 
 _PHASES = ("prefill", "draft", "verify", "accept")
 
@@ -42,15 +44,28 @@ class TorchLimits:
     kv_dtype: KvDtype = "model"
 
 
-class TorchEngine:
-    """Runs requests in one in-flight batch."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafting:
+    """A draft head on the model's device, and the tree it draws in every step."""
 
-    def __init__(self, model: DecoderModel, limits: TorchLimits) -> None:
+    head: Drafter
+    tree: TreeShape
+
+
+class TorchEngine:
+    """Runs requests in one in-flight batch. ``model`` must know positions up to total_tokens + the draft length."""
+
+    def __init__(self, model: DecoderModel, limits: TorchLimits, drafting: Drafting | None = None) -> None:
         self._model = model
         self._limits = limits
+        self._drafting = drafting
+        self._nodes = 1 if drafting is None else drafting.tree.max_nodes
+        # The hidden state that drew a row's pending token, by slot. A fresh row has none yet: its first draft is a
+        # poor one, which costs a little speed and nothing else.
+        self._contexts = torch.zeros(limits.rows, model.spec.hidden, dtype=model.dtype, device=model.device)
         self._cache = KvCache(
             model.spec, blocks=limits.kv_blocks, block_size=limits.block_size, max_rows=limits.rows,
-            max_tokens=limits.total_tokens, kv_dtype=limits.kv_dtype, dtype=model.dtype, device=model.device,
+            max_tokens=limits.total_tokens + self._nodes, kv_dtype=limits.kv_dtype, dtype=model.dtype, device=model.device,
         )  # fmt: skip
         self._allocator = BlockAllocator(limits.kv_blocks)
         self._scheduler = Scheduler(self._allocator, block_size=limits.block_size, max_rows=limits.rows)
@@ -59,6 +74,7 @@ class TorchEngine:
         self._seconds = dict.fromkeys(_PHASES, 0.0)
         self._steps = self._prompt_tokens = self._prefill_tokens = 0
         self._new_tokens = self._row_steps = self._preemptions = self._peak_rows = 0
+        self._accepted = [0] * (0 if drafting is None else drafting.tree.length)
 
     @property
     def max_total_tokens(self) -> int:
@@ -90,7 +106,7 @@ class TorchEngine:
             wrong.append(f"max_tokens {request.max_tokens}: must be at least 1")
         if len(request.prompt) >= longest:
             wrong.append(f"the prompt has {len(request.prompt)} tokens, the engine takes {longest} with the answer")
-        elif self._scheduler.blocks_needed(self._total(request)) > self._limits.kv_blocks:
+        elif self._scheduler.blocks_needed(self._total(request) + self._nodes) > self._limits.kv_blocks:
             slots = self._limits.kv_blocks * self._limits.block_size
             wrong.append(f"{self._total(request)} tokens do not fit into a KV cache of {slots}")
         if wrong:
@@ -114,18 +130,37 @@ class TorchEngine:
         self._cancelled.clear()
         if not self._scheduler.has_work:
             return outputs
-        plan = self._scheduler.schedule(nodes=1)
+        plan = self._scheduler.schedule(nodes=self._nodes)
         if not plan.rows:
             raise CapacityError("no row fits into the KV cache", hint="open the engine with a larger KV budget")
         self._count(plan)
         with self._phase("prefill"):
             self._prefill(plan)
+        return outputs + self._decode(plan.rows)
+
+    def _decode(self, rows: Sequence[Row]) -> list[StepOutput]:
+        model, cache = self._model, self._cache
+        at = decode.pending(rows, model.device)
+        slots = torch.tensor([row.slot for row in rows], device=model.device)
+        with self._phase("draft"):
+            if self._drafting is None:
+                tree = decode.root_only(at)
+            else:
+                head, shape = self._drafting.head, self._drafting.tree
+                tree = decode.draft(head, model, self._contexts[slots], at, shape)
         with self._phase("verify"):
-            logits = decode.verify(self._model, self._cache, plan.rows)
+            verified = decode.verify(model, cache, rows, at, tree)
         with self._phase("accept"):
-            tokens = decode.accept(logits, self._sampling_of(plan.rows), plan.rows)
-            outputs += [self._advance(row, token) for row, token in zip(plan.rows, tokens, strict=True)]
-        return outputs
+            path = decode.accept(cache, verified, tree, self._sampling_of(rows), at)
+            if self._drafting is not None:
+                last = path.nodes.gather(1, path.length[:, None] - 1).squeeze(1)
+                line = torch.arange(len(rows), device=model.device)
+                self._contexts[slots] = verified.hidden[line, last]
+            lengths, tokens = path.length.tolist(), path.tokens.tolist()
+            return [
+                self._advance(row, emitted[:length])
+                for row, emitted, length in zip(rows, tokens, lengths, strict=True)
+            ]
 
     def _prefill(self, plan: Schedule) -> None:
         fresh = [decode.Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
@@ -148,18 +183,26 @@ class TorchEngine:
             self._sampling = (names, sampling_rows(params, seeds, self._model.device))
         return self._sampling[1]
 
-    def _advance(self, row: Row, token: int) -> StepOutput:
-        row.tokens.append(token)
-        row.cached += 1
-        self._new_tokens += 1
+    def _advance(self, row: Row, emitted: Sequence[int]) -> StepOutput:
+        """Append what was accepted, up to a stop id or the budget: what follows those inside the run is dropped."""
+        for depth in range(1, len(emitted)):
+            self._accepted[depth - 1] += 1
         finish = None
-        if token in row.request.stop_ids:
-            finish = FinishReason.STOP
-        elif row.generated >= row.request.max_tokens or len(row.tokens) >= self._limits.total_tokens:
-            finish = FinishReason.LENGTH
+        kept = 0
+        for token in emitted:
+            row.tokens.append(token)
+            kept += 1
+            if token in row.request.stop_ids:
+                finish = FinishReason.STOP
+            elif row.generated >= row.request.max_tokens or len(row.tokens) >= self._limits.total_tokens:
+                finish = FinishReason.LENGTH
+            if finish is not None:
+                break
+        row.cached = len(row.tokens) - 1
+        self._new_tokens += kept
         if finish is not None:
             self._scheduler.finish(row.request.id)
-        return StepOutput(request_id=row.request.id, tokens=(token,), finish=finish)
+        return StepOutput(request_id=row.request.id, tokens=tuple(emitted[:kept]), finish=finish)
 
     def _count(self, plan: Schedule) -> None:
         self._steps += 1
@@ -184,6 +227,7 @@ class TorchEngine:
             prefill_tokens=self._prefill_tokens,
             new_tokens=self._new_tokens,
             row_steps=self._row_steps,
+            accepted_by_depth=tuple(self._accepted),
             preemptions=self._preemptions,
             peak_rows=self._peak_rows,
             kv_blocks=self._allocator.total,
@@ -193,7 +237,7 @@ class TorchEngine:
 
     def close(self) -> None:
         """Free the cache and the weights."""
-        del self._cache, self._model
+        del self._cache, self._model, self._contexts, self._drafting
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""From the text of a sample to its answer: the last complete ``\\boxed{}``, read into a form that can be counted."""
+"""From the text of a sample to its answer: the last complete ``\\boxed{}``, in a form that can be counted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PLACEHOLDERS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerMode:
-    """How answers are read: ``auto`` takes any expression, ``integer`` only integers, reduced by ``modulus``."""
+    """How answers are read: ``auto`` takes any expression, ``integer`` only integers (modulo ``modulus``)."""
 
     kind: Literal["auto", "integer"] = "auto"
     modulus: int | None = None
@@ -43,7 +43,7 @@ class AnswerMode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """An answer that can be compared. Answers with equal keys are equal; others may still be (see ``grading``)."""
+    """An answer that can be compared. Equal keys mean equal answers; others may be equal too (``Grader``)."""
 
     raw: str
     """What stood in the box, before any reduction."""
@@ -56,8 +56,8 @@ class Answer:
 def extract_box(text: str) -> str | None:
     """Content of the last complete, non-empty box: the last one after ``</think>``, else the last one inside.
 
-    Understands ``\\boxed{x}``, ``\\boxed {x}``, ``\\boxed 5`` and ``\\fbox{x}``. A box that the token limit cut off
-    does not count; the complete one before it does. Linear in the length of the text.
+    Understands ``\\boxed{x}``, ``\\boxed {x}``, ``\\boxed 5`` and ``\\fbox{x}``. A box that the token limit
+    cut off does not count; the complete one before it does. Linear in the length of the text.
     """
     thought, closed, rest = text.rpartition(THINK_END)
     found = _last_box(rest)
@@ -65,10 +65,10 @@ def extract_box(text: str) -> str | None:
 
 
 def read_answer(box: str | None, mode: AnswerMode) -> Answer | None:
-    """The box's content as an :class:`Answer`; None for no box and, in integer mode, for anything not an integer.
+    """The box's content as an :class:`Answer`; None for no box, and for a non-integer in integer mode.
 
-    ``3.14`` is not an integer, ``42.0`` is. With a modulus, values from 0 up are reduced; negative ones stay as they
-    are, because whether -5 means 995 is not ours to guess. ``raw`` keeps what was written.
+    ``3.14`` is not an integer, ``42.0`` is. With a modulus, values from 0 up are reduced; negative ones
+    stay as they are, because whether -5 means 995 is not ours to guess. ``raw`` keeps what was written.
     """
     if box is None or not box.strip():
         return None
@@ -86,7 +86,7 @@ def read_answer(box: str | None, mode: AnswerMode) -> Answer | None:
 
 
 def _last_box(text: str) -> str | None:
-    """One pass with a stack of open braces, so that thousands of unclosed boxes cost no more than their length."""
+    """One pass with a stack of open braces: thousands of unclosed boxes cost no more than their length."""
     open_at: list[tuple[int, int | None]] = []  # (where the content starts, where its box starts)
     best: tuple[int, str] | None = None
     pending: tuple[int, int] | None = None  # (start of a box command, where its brace would have to stand)
@@ -108,7 +108,7 @@ def _last_box(text: str) -> str | None:
 
 
 def _better(best: tuple[int, str] | None, start: int, content: str, command: str) -> tuple[int, str] | None:
-    """The box that begins later, unless it holds nothing. Inner boxes begin later than the box around them."""
+    """The box that begins later, unless it is empty. An inner box begins later than the one around it."""
     if command.startswith("\\\\"):
         content = content.replace("\\\\", "\\")
     bare = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", content).strip()

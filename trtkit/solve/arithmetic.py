@@ -20,7 +20,7 @@ _TOKENS = re.compile(rf"\s*({_NUMBER}|\\(?:frac|binom|sqrt|times|cdot|div)(?![A-
 
 
 def exact_value(text: str) -> Fraction | None:
-    """The exact value of a number or of arithmetic on numbers (``\\frac{84}{2}``, ``2^{10}``, ``\\binom{6}{3}``).
+    """The exact value of a number or of arithmetic on numbers, such as ``\\frac{84}{2}`` or ``2^{10}``.
 
     None for everything else, and for numbers of more than about a thousand digits: this never takes long.
     """
@@ -61,7 +61,7 @@ class _NotArithmetic(Exception):  # noqa: N818  (control flow inside this file)
 
 
 class _Arithmetic:
-    """Recursive descent over tokens. Products must be written out, except in mixed numbers: ``2\\frac{1}{2}``."""
+    """Recursive descent over tokens. Only mixed numbers (``2\\frac{1}{2}``) may leave their operator out."""
 
     def __init__(self, tokens: list[str]) -> None:
         self._tokens = tokens

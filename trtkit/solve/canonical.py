@@ -55,7 +55,7 @@ _TIGHT = tuple(
 
 
 def canonical_text(text: str) -> str:
-    """The answer without what does not change it: dollar signs, text wrappers, units, spaces, ``x =``, a full stop."""
+    """The answer without what does not change it: dollar signs, text wrappers, units, spaces, ``x =``."""
     if len(text) > MAX_CHARACTERS:
         return " ".join(text.split())
     text = _unwrapped(text.translate(_UNICODE).strip())
@@ -85,7 +85,7 @@ def canonical_text(text: str) -> str:
 
 
 def last_side(text: str) -> str:
-    """What stands after the last ``=`` or ``\\equiv``, without ``\\pmod``: in integer mode an equation is no answer."""
+    """What follows the last ``=`` or ``\\equiv``, without ``\\pmod``, where that is one answer."""
     if re.search(r"[,;]|\\text", text):  # p = 5, q = 2 are two answers
         return text
     side = re.split(r"=|\\equiv(?![a-z])", text)[-1]
@@ -93,7 +93,7 @@ def last_side(text: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Without the delimiters around the whole text: ``$..$``, ``\\(..\\)``, ``\\[..\\]``, ``\\text{..}``, ``\\boxed{..}``."""
+    """Without what encloses the whole text: ``$..$``, ``\\(..\\)``, ``\\text{..}``, ``\\boxed{..}``."""
     while True:
         before = text
         for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):

@@ -1,4 +1,4 @@
-"""Whether two answers are equal: exactly where both are numbers, else by math-verify in a process that can be killed."""
+"""Whether two answers are equal: numbers exactly, the rest by math-verify in a process that can be killed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Grader:
     """Equality of answers. The worker starts with the first question that needs it; ``close`` ends it.
 
     Two numbers are compared exactly, equal spellings are equal, and everything else goes to math-verify with
-    ``timeout_seconds`` for each question. An answer that once took too long is not asked about again.
+    ``timeout_seconds`` for each question. An answer that alone takes too long is not asked about again.
 
     >>> with Grader() as grader:
     ...     grader.equal(gold, answer)
@@ -41,6 +41,7 @@ class Grader:
         self._worker: subprocess.Popen[bytes] | None = None
         self._known: dict[tuple[str, str], bool] = {}
         self._slow: set[str] = set()
+        self._harmless: set[str] = set()
 
     def equal(self, gold: Answer, answer: Answer) -> bool:
         """True when ``answer`` says the same as ``gold``. False for anything undecided within the timeout."""
@@ -80,30 +81,42 @@ class Grader:
         self.close()
 
     def _ask(self, gold: str, answer: str) -> bool:
-        if self._worker is None:
-            self._worker = self._start()
-        question = json.dumps({"gold": gold, "answer": answer}) + "\n"
+        equal = self._question(gold, answer)
+        if equal is not None:
+            return equal
+        logger.debug("comparing %s with %s took too long: counted as different", gold, answer)
+        # One bomb among the samples must not take the gold answer or the leader down with it: find out who it was.
+        for text in {gold, answer} - self._harmless:
+            if self._question(text, "1") is None:
+                self._slow.add(text)
+        return False
+
+    def _question(self, gold: str, answer: str) -> bool | None:
+        """The worker's reply; None when it took too long, and then the worker is gone."""
+        question = (json.dumps({"gold": gold, "answer": answer}) + "\n").encode()
         try:
-            # A line of a few hundred bytes always fits into the pipe of a worker that is waiting for it.
-            _pipe(self._worker.stdin).write(question.encode())
-            _pipe(self._worker.stdin).flush()
+            worker = self._put(question)
             # The worker kills itself at the timeout; half a second more is for when it cannot.
-            reply = _read_reply(_pipe(self._worker.stdout), self._timeout + 0.5)
-        except OSError:
-            reply = None
-        except BaseException:  # Ctrl-C between question and reply: the next reply would belong to this question
+            reply = _read_reply(_pipe(worker.stdout), self._timeout + 0.5)
+        except BaseException:
+            # Ctrl-C between question and reply: the next reply would belong to this question.
             self.close()
             raise
         if reply is None:
             self.close()
-            self._slow.update(self._bombs(gold, answer))
-            logger.debug("comparing %s with %s took too long: counted as different", gold, answer)
-            return False
+            return None
+        self._harmless |= {gold, answer}
         return bool(reply["equal"])
 
-    def _bombs(self, gold: str, answer: str) -> set[str]:
-        """Which of the two to blame. A number on one side never is."""
-        return {text for text in (gold, answer) if not re.fullmatch(r"-?[0-9]+(?:/[0-9]+)?", text)}
+    def _put(self, question: bytes) -> subprocess.Popen[bytes]:
+        """Hand the question to the worker, or to a new one if it has died since the last one."""
+        if self._worker is not None and self._worker.poll() is not None:
+            self.close()
+        if self._worker is None:
+            self._worker = self._start()
+        # A line of a few kilobytes always fits into the pipe of a worker that is waiting for it.
+        _pipe(self._worker.stdin).write(question)
+        return self._worker
 
     def _start(self) -> subprocess.Popen[bytes]:
         # Not multiprocessing: its spawned children import the caller's main module again.
@@ -114,6 +127,7 @@ class Grader:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            bufsize=0,
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for us, not for it
         )
@@ -152,5 +166,5 @@ def _read_reply(stream: IO[bytes], seconds: float) -> dict[str, Any] | None:
 
 
 def _is_mathematics(key: str) -> bool:
-    """False for words and choice letters (equal only when spelled alike) and for what is too long to be parsed."""
+    """False for words and choice letters (equal only when spelled alike) and for overlong text."""
     return len(key) <= _LONGEST and not (len(key) > 1 and _WORDS.fullmatch(key)) and not key.isupper()

@@ -1,8 +1,8 @@
 """The process that runs math-verify: ``python -m trtkit.solve.grading_worker SECONDS``.
 
-One JSON object ``{"gold", "answer"}`` per line in, ``{"equal"}`` out, after one line ``{"ready": true}``. It is a process
-of its own so that it can be killed: some answers (``10^{10^{10}}``) keep sympy busy for ever, in C code that no Python
-exception reaches.
+One JSON object ``{"gold", "answer"}`` per line in, ``{"equal"}`` out, after one line ``{"ready": true}``.
+It is a process of its own so that it can be killed: some answers (``10^{10^{10}}``) keep sympy busy for
+ever, in C code that no Python exception reaches.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
 
     try:
         from math_verify import parse, verify
-    except Exception as problem:  # a broken install can fail in any way; the parent turns it into an error message
+    except Exception as problem:  # a broken install can fail in any way; the parent makes it a message
         reply({"error": f"{type(problem).__name__}: {problem}"})
         return
     _limit_memory()
@@ -54,8 +54,8 @@ def main() -> None:
 
 
 def _alarm(seconds: float) -> None:
-    # The default action of the signal ends the process inside the kernel, whatever it is computing, even when the
-    # parent is gone and nobody is left to kill it.
+    # The default action of the signal ends the process inside the kernel, whatever it is computing, even
+    # when the parent is gone and nobody is left to kill it.
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds)

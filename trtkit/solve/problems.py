@@ -32,9 +32,9 @@ class Problem:
 def read_problems(path: Path) -> list[Problem]:
     """The problems in a JSON-lines file, in file order.
 
-    The text is ``problem`` or ``question``, the optional gold answer ``answer`` or ``expected_answer`` (string or
-    number), the ``id`` a string or an integer. A file where no row has an id is numbered by line. Raises
-    :class:`InputError` naming the file and line of every row that is wrong.
+    The text is ``problem`` or ``question``, the optional gold answer ``answer`` or ``expected_answer``
+    (string or number), the ``id`` a string or an integer. A file where no row has an id is numbered by
+    line. Raises :class:`InputError` naming the file and line of every row that is wrong.
     """
     offenders: list[str] = []
     rows = _rows(path, offenders)
@@ -64,7 +64,8 @@ def read_problems(path: Path) -> list[Problem]:
 
 
 def _rows(path: Path, offenders: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    # Not files.read_jsonl: it stops at malformed lines, and here those belong into one list with the missing fields.
+    # Not files.read_jsonl: it stops at malformed lines, and here those belong into one list with the
+    # missing fields.
     rows: list[tuple[int, dict[str, Any]]] = []
     for line, text in enumerate(read_text(path, InputError).split("\n"), start=1):
         if not text.strip():

@@ -1,0 +1,86 @@
+"""Beams to a tree: equal prefixes become one node, so that the target looks at each drafted token once.
+
+Worked example, root token 9, three beams of two tokens::
+
+    beams   [4 7] [4 2] [5 7]
+    nodes   0:9  1:4  2:7  3:2  4:5  5:7        (beam by beam, a node where its prefix first appears)
+    parent  -1   0    1    1    0    4
+    depth   0    1    2    2    1    2
+
+Letters: R rows, B beams, L drafted tokens per beam, N nodes (the same for all rows; shorter trees are padded with nodes
+that nobody can reach).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["TokenTree", "build_tree"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTree:
+    """Draft trees of R rows. Node 0 is the root: the row's pending token."""
+
+    tokens: Tensor
+    """int64 (R, N)."""
+    parent: Tensor
+    """int64 (R, N): index of the parent node, -1 for the root and for padding."""
+    depth: Tensor
+    """int64 (R, N): 0 at the root; padding has depth 0."""
+    mask: Tensor
+    """bool (R, N, N): mask[r, i, j] when j is i or an ancestor of i: what node i may attend to."""
+
+
+def build_tree(root: Tensor, beams: Tensor) -> TokenTree:
+    """root (R,), beams (R, B, L) -> their token trees."""
+    rows, width, length = beams.shape
+    if width == 1:
+        return _chain(root, beams[:, 0])
+    device = beams.device
+    # same[r, b, c, j]: beams b and c agree on their first j + 1 tokens; the owner is the first such beam.
+    same = (beams[:, :, None, :] == beams[:, None, :, :]).cumprod(dim=3).bool()
+    owner = same.int().argmax(dim=2)  # (R, B, L)
+    own = owner == torch.arange(width, device=device)[None, :, None]
+    flat = own.reshape(rows, -1)
+    index = flat.cumsum(dim=1).reshape(rows, width, length)  # 1.. at kept places; the root is 0
+    node = index.gather(1, owner)  # (R, B, L): node of the j-th token of beam b
+    above = torch.cat([torch.zeros_like(node[:, :, :1]), node[:, :, :-1]], dim=2)
+    count = int(flat.sum(dim=1).max()) + 1
+
+    def scatter(values: Tensor, fill: int) -> Tensor:
+        out = torch.full((rows, count + 1), fill, dtype=torch.int64, device=device)
+        # Repeated prefixes go to a waste column beyond the last node.
+        target = torch.where(own, node, count).reshape(rows, -1)
+        return out.scatter_(1, target, values.reshape(rows, -1))[:, :count].contiguous()
+
+    tokens, parent = scatter(beams, 0), scatter(above, -1)
+    depth = scatter(torch.arange(1, length + 1, device=device).expand(rows, width, length), 0)
+    tokens[:, 0], parent[:, 0], depth[:, 0] = root, -1, 0
+    return TokenTree(tokens=tokens, parent=parent, depth=depth, mask=_ancestors(parent, length))
+
+
+def _chain(root: Tensor, beam: Tensor) -> TokenTree:
+    rows, length = beam.shape
+    line = torch.arange(length + 1, device=beam.device)
+    seen = torch.ones(length + 1, length + 1, dtype=torch.bool, device=beam.device).tril()
+    return TokenTree(
+        tokens=torch.cat([root[:, None], beam], dim=1),
+        parent=(line - 1).expand(rows, -1),
+        depth=line.expand(rows, -1),
+        mask=seen.expand(rows, -1, -1),
+    )
+
+
+def _ancestors(parent: Tensor, length: int) -> Tensor:
+    rows, nodes = parent.shape
+    mask = torch.eye(nodes, dtype=torch.bool, device=parent.device).expand(rows, -1, -1).clone()
+    at = parent
+    for _ in range(length):
+        reached = at >= 0
+        mask |= torch.nn.functional.one_hot(at.clamp_min(0), nodes).bool() & reached[:, :, None]
+        at = torch.where(reached, parent.gather(1, at.clamp_min(0)), -1)
+    return mask

@@ -1,0 +1,110 @@
+"""Stand-ins for tests without a model: a scripted engine and a tokenizer of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from trtkit.chat import THINK_END, PromptVariant
+from trtkit.errors import RequestError
+from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
+
+THINK_ID, EOS_ID = 256, 257
+
+
+class FakeChat:
+    """Ids are bytes. ``</think>`` is one id, or its eight bytes with ``single_think_end=False``."""
+
+    eos_ids = (EOS_ID,)
+
+    def __init__(self, *, single_think_end: bool = True) -> None:
+        self.think_end = (THINK_ID,) if single_think_end else tuple(THINK_END.encode())
+
+    @property
+    def size(self) -> int:
+        return 258
+
+    def prompt(self, problem: str, variant: PromptVariant) -> tuple[int, ...]:
+        return tuple(f"{variant.name}|{problem}".encode())
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """What a model would have to emit to say ``text``."""
+        thought, tag, rest = text.partition(THINK_END)
+        return (*thought.encode(), *(self.think_end if tag else ()), *rest.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        special = {THINK_ID: THINK_END.encode(), EOS_ID: b"<|im_end|>"}
+        return b"".join(special.get(token) or bytes([token]) for token in tokens).decode("utf-8", "replace")
+
+
+class FakeEngine:
+    """Emits what ``script(request)`` says, ``burst`` tokens per step and row, for at most ``rows`` requests at a time."""
+
+    def __init__(
+        self,
+        script: Callable[[Request], Sequence[int]],
+        *,
+        rows: int = 8,
+        burst: int = 1,
+        max_total_tokens: int = 4096,
+    ) -> None:
+        self.max_total_tokens = max_total_tokens
+        self.submitted: list[Request] = []
+        self.cancelled: list[str] = []
+        self.closed = False
+        self.steps = 0
+        self._script = script
+        self._rows = rows
+        self._burst = burst
+        self._left: dict[str, tuple[Request, list[int]]] = {}  # insertion order is the queue
+        self._ended: list[str] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._left or self._ended)
+
+    def submit(self, request: Request) -> None:
+        if len(request.prompt) >= self.max_total_tokens:
+            raise RequestError(f"prompt of {len(request.prompt)} tokens is too long")
+        if request.id in self._left or request.id in self._ended:
+            raise RequestError(f"request id {request.id!r} is in use")
+        self.submitted.append(request)
+        self._left[request.id] = (request, list(self._script(request))[: request.max_tokens])
+
+    def step(self) -> list[StepOutput]:
+        self.steps += 1
+        outputs = [StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._ended]
+        self._ended.clear()
+        for name in list(self._left)[: self._rows]:
+            request, left = self._left[name]
+            tokens, rest = left[: self._burst], left[self._burst :]
+            stop = next((place for place, token in enumerate(tokens) if token in request.stop_ids), None)
+            if stop is not None:
+                tokens, finish = tokens[: stop + 1], FinishReason.STOP
+            else:
+                finish = None if rest else FinishReason.LENGTH
+            self._left[name] = (request, rest)
+            if finish is not None:
+                del self._left[name]
+            outputs.append(StepOutput(request_id=name, tokens=tuple(tokens), finish=finish))
+        return outputs
+
+    def cancel(self, request_id: str) -> None:
+        if self._left.pop(request_id, None) is not None:
+            self.cancelled.append(request_id)
+            self._ended.append(request_id)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(steps=self.steps)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,84 @@
+"""The decoder over the block cache against transformers: the logits of every family, prefilled and decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines import random_prompts, request
+from tests.tiny import YARN, save_tiny, tiny_model
+from trtkit.checkpoint.unified import open_unified
+from trtkit.runtime import decode
+from trtkit.runtime.blocks import BlockAllocator
+from trtkit.runtime.kv_cache import KvCache
+from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.scheduler import Scheduler
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"head_dim": 128}),
+    ("llama", {"num_key_value_heads": 1}),
+    ("qwen2", {"rope_scaling": YARN}),
+    ("qwen3", {"rope_scaling": YARN}),
+]
+
+
+def _harness(directory: Path, dtype: torch.dtype, **kv: Any) -> tuple[DecoderModel, KvCache, Scheduler]:
+    model = DecoderModel(open_unified(directory), device=torch.device("cpu"), dtype=dtype, max_tokens=256)
+    cache = KvCache(
+        model.spec, blocks=64, block_size=16, max_rows=4, max_tokens=256, dtype=dtype,
+        device=torch.device("cpu"), **{"kv_dtype": "model", **kv},
+    )  # fmt: skip
+    return model, cache, Scheduler(BlockAllocator(64), block_size=16, max_rows=4)
+
+
+def _decode_logits(directory: Path, prompt: tuple[int, ...], following: tuple[int, ...], dtype: torch.dtype,
+                   **kv: Any) -> torch.Tensor:  # fmt: skip
+    """Logits after the prompt and after each following token, prompt prefilled, the rest one by one. (1 + n, V)"""
+    model, cache, scheduler = _harness(directory, dtype, **kv)
+    scheduler.submit(request("r", prompt, max_tokens=len(following) + 1))
+    collected = []
+    with torch.inference_mode():
+        for token in (*following, None):
+            plan = scheduler.schedule(nodes=1)
+            fresh = [decode.Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
+            decode.prefill(model, cache, fresh)
+            cache.copy_blocks(plan.copies)
+            collected.append(decode.verify(model, cache, plan.rows)[0].float())
+            if token is not None:
+                plan.rows[0].tokens.append(token)
+                plan.rows[0].cached += 1
+    return torch.stack(collected)
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES, ids=lambda case: str(case)[:40])
+def test_logits_match_transformers(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    save_tiny(tmp_path, family, **changes)
+    (tokens,) = random_prompts(1, [130])
+    wanted = tiny_model(family, **changes)(torch.tensor([tokens])).logits[0].detach()
+    for split in (1, 16, 17, 100):
+        ours = _decode_logits(tmp_path, tokens[:split], tokens[split : split + 20], torch.float32)
+        torch.testing.assert_close(ours, wanted[split - 1 : split + 20], rtol=0, atol=1e-4)
+
+
+def test_prefill_in_passes_equals_prefill_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt longer than one pass is cut, and later parts see the earlier ones through the cache."""
+    save_tiny(tmp_path)
+    (tokens,) = random_prompts(2, [120])
+    whole = _decode_logits(tmp_path, tokens, (), torch.float32)
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", 37)
+    torch.testing.assert_close(_decode_logits(tmp_path, tokens, (), torch.float32), whole, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_and_fp8_cache_stay_close(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    (tokens,) = random_prompts(3, [60])
+    exact = _decode_logits(tmp_path, tokens[:40], tokens[40:], torch.float32)
+    for dtype, kv_dtype, limit in ((torch.bfloat16, "model", 0.05), (torch.float32, "fp8", 0.15)):
+        ours = _decode_logits(tmp_path, tokens[:40], tokens[40:], dtype, kv_dtype=kv_dtype)
+        error = (ours - exact).norm() / exact.norm()
+        assert 0 < error < limit, f"{dtype} with {kv_dtype} cache: {error:.3f}"

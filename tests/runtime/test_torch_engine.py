@@ -1,0 +1,167 @@
+"""The engine as its users see it: the right tokens, whatever else is in the batch, and orderly ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engines import random_prompts, request, run_all, tiny_engine_dir
+from tests.tiny import tiny_model
+from trtkit.checkpoint.unified import open_unified
+from trtkit.errors import EngineError, RequestError, UsageError
+from trtkit.runtime.api import FinishReason, Request
+from trtkit.runtime.load import OpenOptions, open_engine
+from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.torch_engine import TorchEngine, TorchLimits
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_engine_dir(tmp_path_factory.mktemp("engine"))
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> DecoderModel:
+    return DecoderModel(open_unified(directory), device=torch.device("cpu"), dtype=torch.float32, max_tokens=256)
+
+
+def _engine(model: DecoderModel, **limits: Any) -> TorchEngine:
+    return TorchEngine(model, TorchLimits(**{"rows": 16, "total_tokens": 256, "kv_blocks": 300, **limits}))
+
+
+def _greedy_by_transformers(prompt: tuple[int, ...], count: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = tiny_model().generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    return [int(token) for token in out[0, len(prompt) :]]
+
+
+def test_greedy_tokens_are_those_of_transformers(directory: Path) -> None:
+    prompts = random_prompts(4, [1, 2, 15, 16, 17, 33, 70])
+    with open_engine(directory, OpenOptions(device="cpu", dtype="float32")) as engine:
+        tokens, _ = run_all(engine, [request(str(i), p, temperature=0) for i, p in enumerate(prompts)])
+    for i, prompt in enumerate(prompts):
+        assert tokens[str(i)] == _greedy_by_transformers(prompt, 20)
+
+
+def _batch(seed: int, count: int) -> list[Request]:
+    """Requests over three prompts with sampling settings of every kind."""
+    prompts = random_prompts(seed, [1, 18, 47])
+    settings: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 20, "min_p": 0.02},
+        {"temperature": 0.0},
+    ]
+    return [
+        request(str(i), prompts[i % 3], seed=seed * 1000 + i, max_tokens=5 + 7 * (i % 4), stop_ids=(5, 9),
+                **settings[(i // 3) % 4])
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 1000),
+    rows=st.integers(1, 16),
+    blocks=st.sampled_from([14, 20, 300]),
+    arrivals=st.sampled_from([1, 3, 100]),
+    order=st.permutations(range(10)),
+)
+def test_a_sample_does_not_depend_on_the_batch(
+    model: DecoderModel, seed: int, rows: int, blocks: int, arrivals: int, order: list[int]
+) -> None:
+    """Batch size, arrival order, company and preemption change nothing: same request, same tokens."""
+    requests = _batch(seed, 10)
+    alone, ends = run_all(_engine(model, rows=1), requests)
+    shuffled = [requests[i] for i in order]
+    engine = _engine(model, rows=rows, kv_blocks=blocks, block_size=8)
+    together, together_ends = run_all(engine, shuffled, arrivals_per_step=arrivals)
+    assert together == alone
+    assert together_ends == ends
+    assert engine.stats().kv_blocks_free == blocks
+
+
+def test_preemption_happens_and_changes_nothing(model: DecoderModel) -> None:
+    requests = [request(str(i), p, seed=i, max_tokens=60) for i, p in enumerate(random_prompts(5, [20] * 6))]
+    roomy, _ = run_all(_engine(model), requests)
+    tight = _engine(model, kv_blocks=18, block_size=8)
+    assert run_all(tight, requests)[0] == roomy
+    assert tight.stats().preemptions > 0
+
+
+def test_samples_of_a_problem_prefill_once_and_differ(model: DecoderModel) -> None:
+    (prompt,) = random_prompts(6, [40])
+    engine = _engine(model)
+    tokens, _ = run_all(engine, [request(str(i), prompt, seed=i) for i in range(8)])
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.prefill_tokens) == (8 * 40, 39)
+    assert len({tuple(t) for t in tokens.values()}) == 8
+    assert stats.tokens_per_step == 1.0
+
+
+def test_stop_ids_and_budgets_end_a_row(model: DecoderModel) -> None:
+    (prompt,) = random_prompts(7, [10])
+    free, ends = run_all(_engine(model), [request("a", prompt, seed=3, max_tokens=30)])
+    assert ends["a"] is FinishReason.LENGTH
+    assert len(free["a"]) == 30
+    stop = free["a"][11]
+    cut, ends = run_all(_engine(model), [request("a", prompt, seed=3, max_tokens=30, stop_ids=(stop,))])
+    assert cut["a"] == free["a"][: free["a"].index(stop) + 1], "the stop token is the last of the output"
+    assert ends["a"] is FinishReason.STOP
+    short = _engine(model, total_tokens=32)
+    tokens, ends = run_all(short, [request("a", prompt, max_tokens=1000)])
+    assert len(tokens["a"]) == 22, "prompt and output together fill the engine's length"
+    assert ends["a"] is FinishReason.LENGTH
+
+
+def test_cancel_frees_the_row_at_once(model: DecoderModel) -> None:
+    engine = _engine(model, rows=1)
+    first, second = random_prompts(8, [30, 30])
+    engine.submit(request("a", first, max_tokens=100))
+    engine.submit(request("b", second, max_tokens=3))
+    engine.step()
+    engine.cancel("a")
+    engine.cancel("nobody")
+    outputs = engine.step()
+    assert [(o.request_id, o.finish) for o in outputs if o.finish] == [("a", FinishReason.CANCELLED)]
+    assert [o.request_id for o in outputs if o.tokens] == ["b"], "the waiting row took its place in the same step"
+    while engine.has_work:
+        engine.step()
+    assert engine.stats().kv_blocks_free == engine.stats().kv_blocks
+
+
+def test_impossible_requests_are_refused_with_every_reason(model: DecoderModel) -> None:
+    engine = _engine(model, kv_blocks=8)
+    (prompt,) = random_prompts(9, [30])
+    engine.submit(request("a", prompt))
+    cases = {
+        "in use": request("a", prompt),
+        "empty": request("b", ()),
+        "vocabulary": request("b", (1, 999)),
+        "the engine takes 256": request("b", prompt * 10),
+        "KV cache of 128": request("b", prompt, max_tokens=200),
+        "max_tokens": request("b", prompt, max_tokens=0),
+    }
+    for words, refused in cases.items():
+        with pytest.raises(RequestError, match=words):
+            engine.submit(refused)
+    run_all(engine, [])
+    assert not engine.has_work
+
+
+def test_open_engine_refuses_what_it_cannot_open(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="not an engine directory"):
+        open_engine(tmp_path)
+    with pytest.raises(UsageError, match="unknown device"):
+        open_engine(directory, OpenOptions(device="abacus"))
+    (tmp_path / "engine.json").write_text('{"version": 99}')
+    with pytest.raises(EngineError, match="newer than this trtkit"):
+        open_engine(tmp_path)

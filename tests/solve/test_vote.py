@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trtkit.errors import UsageError
+from trtkit.solve.answers import Answer, AnswerMode, read_answer
+from trtkit.solve.stopping import UNASSAILABLE, first_to_hold, parse_rule, parse_rules
+from trtkit.solve.vote import Tally
+
+
+def answer(text: str) -> Answer:
+    found = read_answer(text, AnswerMode())
+    assert found is not None
+    return found
+
+
+def never(one: Answer, other: Answer) -> bool:
+    return False
+
+
+def tally_of(*texts: str | None) -> Tally:
+    tally = Tally()
+    for index, text in enumerate(texts):
+        tally = tally.add(
+            None if text is None else answer(text), tokens=10 + index, index=index, same=never
+        )
+    return tally
+
+
+def test_counts_and_order() -> None:
+    tally = tally_of("3", "x", None, "3.0", "\\frac{6}{2}", "x")
+    assert [(vote.answer.key, vote.count) for vote in tally.ranked] == [("3", 3), ("x", 2)]
+    assert tally.order == (0, 1, 0, 0, 1)
+    assert (tally.finished, tally.blank, tally.lead, tally.tied) == (6, 1, 1, False)
+    assert Tally().leader is None
+    assert not Tally().tied
+
+
+def test_add_leaves_the_old_tally_alone() -> None:
+    before = tally_of("1")
+    before.add(answer("1"), tokens=1, index=1, same=never)
+    assert before.votes[0].count == 1
+
+
+def test_zero_is_an_answer() -> None:
+    leader = tally_of("0", "0", "5").leader
+    assert leader is not None
+    assert leader.answer.key == "0"
+
+
+def test_ties_go_to_the_earliest_in_tokens_whatever_the_arrival() -> None:
+    samples = [("a", 50, 0), ("b", 20, 1), ("b", 90, 2), ("a", 30, 3)]
+    for order in itertools.permutations(samples):
+        tally = Tally()
+        for text, tokens, index in order:
+            tally = tally.add(answer(text), tokens=tokens, index=index, same=never)
+        assert tally.leader is not None
+        assert tally.leader.answer.key == "b"
+        assert tally.tied
+
+
+def test_equal_answers_in_another_spelling_are_one_vote() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def same(one: Answer, other: Answer) -> bool:
+        asked.append((one.key, other.key))
+        return {one.key, other.key} == {"2\\sqrt{3}", "\\sqrt{12}"}
+
+    tally = Tally()
+    for index, text in enumerate(["7", "2\\sqrt{3}", "\\sqrt{12}", "2\\sqrt3"]):
+        tally = tally.add(answer(text), tokens=index, index=index, same=same)
+    assert [vote.count for vote in tally.votes] == [1, 3]
+    assert tally.votes[1].answer.raw == "2\\sqrt{3}"
+    assert ("2\\sqrt{3}", "2\\sqrt{3}") not in asked
+
+
+@settings(max_examples=120)
+@given(st.lists(st.sampled_from(["a", "b", "c", None]), max_size=7), st.integers(0, 4))
+def test_unassailable_is_exactly_what_no_completion_can_change(said: list[str | None], outstanding: int) -> None:
+    tally = tally_of(*said)
+    leader = tally.leader
+    safe = leader is not None
+    if leader is not None:
+        for rest in itertools.product(["a", "b", "c", "new", None], repeat=outstanding):
+            full = tally
+            for place, text in enumerate(rest):  # as early in tokens as can be: the worst case for a tie
+                full = full.add(
+                    None if text is None else answer(text), tokens=1, index=100 + place, same=never
+                )
+            assert full.leader is not None
+            # A tie decided for the leader is not safe enough: see the rule.
+            safe = safe and full.leader.answer == leader.answer and full.lead > 0
+    assert UNASSAILABLE.holds(tally, outstanding) == safe
+
+
+def test_agree_looks_at_the_first_answers_only() -> None:
+    rule = parse_rule("agree(3)")
+    assert not rule.holds(tally_of("1", "1"), 5)
+    assert rule.holds(tally_of("1", None, "1", "1"), 5)
+    assert rule.holds(tally_of("1", "1", "1", "2"), 5)
+    assert not rule.holds(tally_of("2", "1", "1", "1", "1"), 5)
+    assert not rule.holds(tally_of(None, None, None), 5)
+
+
+def test_rules_read_and_combine() -> None:
+    rules = parse_rules([" agree( 4 ) + unassailable", "agree(4)"])
+    assert [rule.text for rule in rules] == ["agree(4)", "unassailable"]
+    tally = tally_of("1", "1", "1", "1")
+    assert first_to_hold(rules, tally, 9) is rules[0]
+    assert first_to_hold(rules[1:], tally, 3) is rules[1]
+    assert first_to_hold(rules[1:], tally, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("agre(4)", "did you mean 'agree'"),
+        ("agree", "agree\\(N\\)"),
+        ("agree()", "agree\\(N\\)"),
+        ("agree(0)", "agree\\(N\\)"),
+        ("agree(x)", "agree\\(N\\)"),
+        ("agree(4,5)", "agree\\(N\\)"),
+        ("agree(4,)", None),
+        ("unassailable(3)", "not in its form"),
+        ("", "unknown stop rule"),
+        ("agree(4", "unknown stop rule"),
+    ],
+)
+def test_rules_that_cannot_be_read(text: str, says: str | None) -> None:
+    if says is None:
+        assert parse_rule(text).text == "agree(4)"
+        return
+    with pytest.raises(UsageError, match=says):
+        parse_rule(text)

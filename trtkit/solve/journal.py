@@ -1,0 +1,232 @@
+"""The append-only journal of a run: what is in it survives ``kill -9``, and the next run goes on from there.
+
+One JSON object per line: ``session`` when a process starts, ``attempt`` when a sample ends, ``solution``
+when a problem is settled. ``clock`` is seconds since that session began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from trtkit.errors import InputError, OutputError
+from trtkit.files import append_jsonl
+from trtkit.log import logger
+from trtkit.runtime.api import FinishReason
+from trtkit.solve.records import Attempt, Solution
+
+__all__ = ["History", "Journal", "Settled", "read_history"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What the journal says of a problem that needs no more samples; its votes follow from its attempts."""
+
+    tokens: int
+    seconds: float
+    stopped_early: str | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """What earlier sessions of this run did."""
+
+    attempts: dict[str, tuple[Attempt, ...]]
+    """By problem id, in order of arrival."""
+    settled: dict[str, Settled]
+    seconds: float
+    """Time spent by all sessions, up to the last thing that each wrote."""
+
+
+class Journal:
+    """Appends to ``path``; holds a lock, so that two processes never write the same run.
+
+    Raises :class:`OutputError` when another process has it open or it cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, *, fresh: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``fresh`` throws away what is there."""
+        self._path = path
+        self._clock = clock
+        self._began: float | None = None
+        self._lock = _lock(path)
+        try:
+            if fresh:
+                path.unlink(missing_ok=True)
+            self.history = read_history(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self) -> None:
+        """Start this session's clock. Nothing is written before, so that a refused run leaves no trace."""
+        _mend(self._path)
+        self._began = self._clock()
+        append_jsonl(
+            self._path, [{"kind": "session", "started": datetime.now(UTC).isoformat(timespec="seconds")}]
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run by all sessions so far."""
+        return self.history.seconds + self._elapsed()
+
+    def record(self, attempts: Sequence[Attempt], solutions: Sequence[Solution]) -> None:
+        """Append what just finished, on the disk when this returns. Raises :class:`OutputError`."""
+        clock = round(self._elapsed(), 3)
+        rows = [{**_attempt_row(attempt), "clock": clock} for attempt in attempts]
+        rows += [{**_solution_row(solution), "clock": clock} for solution in solutions]
+        if rows:
+            append_jsonl(self._path, rows)
+
+    def _elapsed(self) -> float:
+        return 0.0 if self._began is None else self._clock() - self._began
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_history(path: Path) -> History:
+    """Read a journal; a missing one is an empty history.
+
+    Lines that are no whole records (torn by a crash) are skipped with a warning: what they said is done
+    again. Of two attempts at the same sample the first counts. Raises :class:`InputError` when the file
+    cannot be read.
+    """
+    attempts: dict[str, dict[int, Attempt]] = {}
+    settled: dict[str, Settled] = {}
+    seconds = session = 0.0
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+            kind = row["kind"]
+            if kind == "attempt":
+                attempt = _read_attempt(row)
+                attempts.setdefault(attempt.problem_id, {}).setdefault(attempt.index, attempt)
+            elif kind == "solution":
+                settled[str(row["problem"])] = _read_settled(row)
+            if kind == "session":
+                seconds, session = seconds + session, 0.0
+            else:
+                session = max(session, float(row["clock"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            logger.warning("%s:%d: not a whole record, skipped", path, number)
+    whole = {problem: tuple(by_index.values()) for problem, by_index in attempts.items()}
+    return History(attempts=whole, settled=settled, seconds=seconds + session)
+
+
+def _lines(path: Path) -> Iterable[bytes]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as problem:
+        raise InputError(f"cannot be read: {problem.strerror or problem}", where=str(path)) from None
+    return [line for line in raw.split(b"\n") if line.strip()]
+
+
+def _mend(path: Path) -> None:
+    """End a torn last line, so that the next record begins on a line of its own."""
+    try:
+        with path.open("r+b") as stream:
+            if stream.seek(0, os.SEEK_END) and stream.seek(-1, os.SEEK_END) >= 0 and stream.read(1) != b"\n":
+                stream.write(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as problem:
+        raise OutputError(f"cannot be written: {problem.strerror or problem}", where=str(path)) from None
+
+
+def _lock(path: Path) -> IO[str]:
+    """An exclusive lock beside the journal; the system gives it back however the process ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.with_suffix(".lock").open("w", encoding="utf-8")
+    except OSError as problem:
+        raise OutputError(
+            f"cannot be written: {problem.strerror or problem}",
+            where=str(path.parent),
+            hint="check free space and permissions, or choose another place with --out",
+        ) from None
+    with contextlib.suppress(ImportError):  # no fcntl on Windows: no lock there
+        import fcntl
+
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.close()
+            raise OutputError(
+                "another process is working on this run",
+                where=str(path.parent),
+                hint="wait for it, or choose another place with --out",
+            ) from None
+    return stream
+
+
+def _attempt_row(attempt: Attempt) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "kind": "attempt",
+        "problem": attempt.problem_id,
+        "index": attempt.index,
+        "variant": attempt.variant,
+        "tokens": attempt.tokens,
+        "finish": attempt.finish.value,
+        "box": attempt.box,
+        "seconds": round(attempt.seconds, 3),
+    }
+    return row if attempt.text is None else {**row, "text": attempt.text}
+
+
+def _read_attempt(row: dict[str, Any]) -> Attempt:
+    return Attempt(
+        problem_id=str(row["problem"]),
+        index=int(row["index"]),
+        variant=str(row["variant"]),
+        tokens=int(row["tokens"]),
+        finish=FinishReason(row["finish"]),
+        box=None if row["box"] is None else str(row["box"]),
+        seconds=float(row["seconds"]),
+        text=row.get("text"),
+    )
+
+
+def _solution_row(solution: Solution) -> dict[str, Any]:
+    return {
+        "kind": "solution",
+        "problem": solution.problem_id,
+        "answer": solution.answer.key if solution.answer else None,
+        "votes": [[vote.answer.key, vote.count] for vote in solution.tally.ranked],
+        "tokens": solution.tokens,
+        "seconds": round(solution.seconds, 3),
+        "stopped_early": solution.stopped_early,
+        "error": solution.error,
+    }
+
+
+def _read_settled(row: dict[str, Any]) -> Settled:
+    return Settled(
+        tokens=int(row["tokens"]),
+        seconds=float(row["seconds"]),
+        stopped_early=None if row["stopped_early"] is None else str(row["stopped_early"]),
+        error=None if row["error"] is None else str(row["error"]),
+    )

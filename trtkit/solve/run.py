@@ -1,0 +1,253 @@
+"""One run of ``trtkit solve``: a problems file, an engine, and a run directory that can be interrupted and
+resumed.
+
+    run.json          what was asked: versions, digests of the problems file and of engine.json, arguments,
+    seed journal.jsonl     every sample and problem as it finished (append-only) solutions.jsonl   one line
+    per problem, in the order of the problems file summary.json      the figures
+
+How to call it::
+
+    from trtkit.solve.display import observer_for
+    from trtkit.solve.run import Places, run_solve, sigterm_as_interrupt
+
+    places = Places(problems=Path("problems.jsonl"), engine=engine_dir, out=run_dir)
+    with sigterm_as_interrupt():
+        outcome = run_solve(places, lambda: open_engine(engine_dir), load_chat(engine_dir), options,
+                            observer=observer_for(quiet=False), force_new=False)
+    outcome.summary.document()      # the JSON document
+    result_table(outcome.verdicts)  # a rich Table (display.py)
+
+The engine is opened only after everything else was checked, and not at all when nothing is left to do.
+Ctrl-C and SIGTERM arrive as ``KeyboardInterrupt`` after the results so far were written; the same call goes
+on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from trtkit import __version__
+from trtkit.chat import Chat
+from trtkit.errors import EngineError, InputError, OutputError, UsageError
+from trtkit.files import digest_file, read_json, write_json, write_text
+from trtkit.log import logger
+from trtkit.recipe import ENGINE_FILE
+from trtkit.runtime.api import Engine
+from trtkit.solve.answers import AnswerMode, read_answer
+from trtkit.solve.grading import Grader
+from trtkit.solve.journal import Journal
+from trtkit.solve.observer import Observer
+from trtkit.solve.options import SolveOptions
+from trtkit.solve.problems import Problem, read_problems
+from trtkit.solve.records import Solution
+from trtkit.solve.solver import Solver, earlier_solutions
+from trtkit.solve.summary import Summary, Verdict, judge, solution_row, summarise
+
+__all__ = ["Outcome", "Places", "run_solve", "sigterm_as_interrupt"]
+
+RUN_FILE = "run.json"
+JOURNAL_FILE = "journal.jsonl"
+SOLUTIONS_FILE = "solutions.jsonl"
+SUMMARY_FILE = "summary.json"
+_PACKAGES = ("torch", "transformers", "tokenizers", "math-verify", "tensorrt-llm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where a run reads and writes."""
+
+    problems: Path
+    engine: Path
+    """Engine directory; its engine.json becomes part of the run's identity."""
+    out: Path
+    """Run directory; made if missing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A finished run."""
+
+    summary: Summary
+    verdicts: tuple[Verdict, ...]
+    """One per problem, in file order."""
+
+
+def run_solve(
+    places: Places,
+    open_engine: Callable[[], Engine],
+    chat: Chat,
+    options: SolveOptions,
+    *,
+    observer: Observer | None = None,
+    force_new: bool = False,
+) -> Outcome:
+    """Solve the problems, or go on with a run that was interrupted.
+
+    ``force_new`` throws away what the run directory holds of an earlier run. Raises :class:`InputError` for
+    the problems file, :class:`UsageError` when the directory holds a run with other arguments, problems or
+    engine (listing every difference), :class:`OutputError` when it cannot be written or another process is
+    working in it.
+    """
+    problems = read_problems(places.problems)
+    _check_golds(problems, options.mode, places.problems)
+    identity = _identity(places, options)
+    with Journal(places.out / JOURNAL_FILE, fresh=force_new) as journal, Grader() as grader:
+        _claim(places.out, identity, force_new=force_new)
+        solutions: dict[str, Solution] = {}
+        try:
+            solutions = earlier_solutions(problems, journal, options, grader)
+            if len(solutions) < len(problems):
+                with open_engine() as engine:
+                    solver = Solver(engine, chat, options, grader, journal, observer)
+                    try:
+                        solver.solve(problems)
+                    finally:
+                        solutions = solver.solutions
+        except KeyboardInterrupt:
+            _write_solutions(places.out, problems, solutions, options.mode, grader)
+            logger.info(
+                "interrupted with %d of %d problems solved; the same command goes on from here",
+                len(solutions),
+                len(problems),
+            )
+            raise
+        seconds = journal.seconds
+        verdicts = _write_solutions(places.out, problems, solutions, options.mode, grader)
+    summary = summarise(verdicts, samples=options.samples, seconds=seconds, run_dir=places.out)
+    write_json(places.out / SUMMARY_FILE, summary.document())
+    return Outcome(summary=summary, verdicts=tuple(verdicts))
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM raise ``KeyboardInterrupt`` inside the block. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_golds(problems: Sequence[Problem], mode: AnswerMode, path: Path) -> None:
+    if mode.kind != "integer":
+        return
+    wrong = [
+        f"problem {problem.id}: {problem.answer!r}"
+        for problem in problems
+        if problem.answer is not None and read_answer(problem.answer, mode) is None
+    ]
+    if wrong:
+        raise InputError(
+            f"{len(wrong)} gold answer(s) that are no integer, in answer mode integer",
+            where=str(path),
+            offenders=wrong[:20],
+            hint="use --answer-mode auto",
+        )
+
+
+def _identity(places: Places, options: SolveOptions) -> dict[str, Any]:
+    manifest = places.engine / ENGINE_FILE
+    try:
+        engine_digest = digest_file(manifest)
+    except OSError:
+        raise EngineError(f"not an engine directory (no {ENGINE_FILE})", where=str(places.engine)) from None
+    return {
+        "problems": {"path": str(places.problems), "sha256": digest_file(places.problems)},
+        "engine": {"path": str(places.engine), "sha256": engine_digest},
+        "arguments": options.to_data(),
+    }
+
+
+def _claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
+    """Write run.json, or hold ``identity`` against the one that is there."""
+    path = out / RUN_FILE
+    versions = _versions()
+    if force_new:
+        _remove(out / name for name in (RUN_FILE, SOLUTIONS_FILE, SUMMARY_FILE))
+    elif path.exists():
+        found = read_json(path, InputError)
+        wanted, there = _flat(identity), _flat(found)
+        names = [name for name in {**there, **wanted} if name.split(".")[0] in identity]
+        differences = [
+            f"{name}: {there.get(name, 'not there')} in that run, {wanted.get(name, 'not there')} now"
+            for name in names
+            if there.get(name) != wanted.get(name) and not name.endswith(".path")
+        ]
+        if differences:
+            raise UsageError(
+                "this directory holds a different run",
+                where=str(out),
+                offenders=differences,
+                hint="choose another directory with --out, or start over in this one with --force-new",
+            )
+        changed = {k: v for k, v in versions.items() if found.get("versions", {}).get(k) != v}
+        if changed:
+            logger.warning("resuming a run that began with other versions; now: %s", json.dumps(changed))
+        return
+    elif (out / JOURNAL_FILE).exists():
+        raise UsageError(
+            f"there is a journal but no {RUN_FILE}, so nobody knows what it belongs to",
+            where=str(out),
+            hint="choose another directory with --out, or start over in this one with --force-new",
+        )
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(path, {"version": 1, "created": created, "versions": versions, **identity})
+
+
+def _remove(paths: Iterator[Path]) -> None:
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as problem:
+            raise OutputError(f"cannot be removed: {problem.strerror or problem}", where=str(path)) from None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"trtkit": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``."""
+    flat: dict[str, str] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = json.dumps(value)
+    return flat
+
+
+def _write_solutions(
+    out: Path,
+    problems: Sequence[Problem],
+    solutions: Mapping[str, Solution],
+    mode: AnswerMode,
+    grader: Grader,
+) -> list[Verdict]:
+    solved = [problem for problem in problems if problem.id in solutions]
+    verdicts = judge(solved, [solutions[problem.id] for problem in solved], mode, grader)
+    rows = (json.dumps(solution_row(verdict), ensure_ascii=False) for verdict in verdicts)
+    write_text(out / SOLUTIONS_FILE, "".join(row + "\n" for row in rows))
+    return verdicts
