@@ -21,13 +21,13 @@ def tokenizer(out: Annotated[Path, typer.Option(help="folder for tokenizer.json"
 
 @app.command()
 def train(
-    updates: Annotated[int, typer.Option(min=1, help="number of updates")] = 7_000,
+    updates: Annotated[int, typer.Option(min=1, help="number of updates")] = 5_800,
     tokens_per_update: Annotated[int, typer.Option(min=512)] = 2048,
     seed: int = 1,
-    muon_rate: float = 0.004,
+    muon_rate: float = 0.008,
     adam_rate: float = 0.003,
     decay_share: Annotated[float, typer.Option(help="share of the run in which the rate falls to zero")] = 0.5,
-    export_every: Annotated[int, typer.Option(min=1)] = 1_500,
+    export_every: Annotated[int, typer.Option(min=1)] = 750,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
     work: Annotated[Path, typer.Option(help="folder for the resumable state and the log")] = Path("build/practice"),
     start_from: Annotated[Path | None, typer.Option(help="state.pt of a run to start from")] = None,

@@ -39,7 +39,7 @@ class FakeChat:
 
 
 class FakeEngine:
-    """Emits what ``script(request)`` says, ``burst`` tokens per step and row, for at most ``rows`` requests at a time."""
+    """Emits what ``script(request)`` says: ``burst`` tokens per step and row, ``rows`` requests at a time."""
 
     def __init__(
         self,
@@ -74,7 +74,9 @@ class FakeEngine:
 
     def step(self) -> list[StepOutput]:
         self.steps += 1
-        outputs = [StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._ended]
+        outputs = [
+            StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._ended
+        ]
         self._ended.clear()
         for name in list(self._left)[: self._rows]:
             request, left = self._left[name]

@@ -17,6 +17,8 @@ from practice.batches import IGNORED, Batch, BatchSource, Mix
 from practice.checkpoint import export, model_config
 from practice.tokenizer import load_tokenizer
 
+FIRST_EXPORT = 100
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -25,7 +27,7 @@ class Plan:
     updates: int
     tokens_per_update: int = 2048
     seed: int = 1
-    muon_rate: float = 0.004
+    muon_rate: float = 0.008
     adam_rate: float = 0.003
     warmup_updates: int = 100
     decay_share: float = 0.5
@@ -156,7 +158,7 @@ def train(plan: Plan, work: Path, tokenizer_folder: Path, out: Path, start_from:
             recent.clear()
         if trainer.update % plan.save_every == 0 or trainer.update == plan.updates:
             save_state(trainer, saved)
-        if trainer.update % plan.export_every == 0 or trainer.update == plan.updates:
+        if trainer.update % plan.export_every == 0 or trainer.update in (FIRST_EXPORT, plan.updates):
             export(trainer.average if trainer.update < plan.updates else trainer.master, tokenizer_folder, out)
     print(f"done: {trainer.update} updates, {trainer.tokens_seen} tokens, {trainer.seconds:.0f} s", flush=True)
 

@@ -234,7 +234,14 @@ def test_one_spelling(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("12", "1 2"), ("x", "X"), ("x=1, y=2", "y=2"), ("A", "a"), ("\\text{odd}", "\\text{oddd}"), ("4210_5", "4210")],
+    [
+        ("12", "1 2"),
+        ("x", "X"),
+        ("x=1, y=2", "y=2"),
+        ("A", "a"),
+        ("\\text{odd}", "\\text{oddd}"),
+        ("4210_5", "4210"),
+    ],
 )
 def test_different_stays_different(one: str, other: str) -> None:
     assert canonical_text(one) != canonical_text(other)

@@ -9,7 +9,23 @@ from hypothesis import strategies as st
 from trtkit.solve.stop_text import end_of_text
 
 TAG = "</think>"
-PIECES = ("</", "think", ">", ">\n", "<", "/think", "/", "t", "hink", "</think>", "a", ">>", "k>\n\n", "x</t", "")
+PIECES = (
+    "</",
+    "think",
+    ">",
+    ">\n",
+    "<",
+    "/think",
+    "/",
+    "t",
+    "hink",
+    "</think>",
+    "a",
+    ">>",
+    "k>\n\n",
+    "x</t",
+    "",
+)
 
 
 def decode(tokens: Sequence[int]) -> str:
@@ -48,7 +64,8 @@ def test_every_way_to_spell_the_tag(tokens: tuple[int, ...], end: int | None) ->
 
 # Pieces are never empty here: the promise is about tokens that hold at least one byte.
 @given(
-    st.lists(st.integers(0, len(PIECES) - 2), max_size=25), st.lists(st.integers(1, 6), min_size=25, max_size=25)
+    st.lists(st.integers(0, len(PIECES) - 2), max_size=25),
+    st.lists(st.integers(1, 6), min_size=25, max_size=25),
 )
 def test_the_end_does_not_depend_on_the_steps(tokens: list[int], cuts: list[int]) -> None:
     expected = next((n for n in range(1, len(tokens) + 1) if TAG in decode(tokens[:n])), None)

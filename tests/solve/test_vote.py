@@ -25,9 +25,7 @@ def never(one: Answer, other: Answer) -> bool:
 def tally_of(*texts: str | None) -> Tally:
     tally = Tally()
     for index, text in enumerate(texts):
-        tally = tally.add(
-            None if text is None else answer(text), tokens=10 + index, index=index, same=never
-        )
+        tally = tally.add(None if text is None else answer(text), tokens=10 + index, index=index, same=never)
     return tally
 
 
@@ -63,6 +61,16 @@ def test_ties_go_to_the_earliest_in_tokens_whatever_the_arrival() -> None:
         assert tally.tied
 
 
+def test_the_spelling_shown_is_the_earliest_samples() -> None:
+    samples = [("1007", 30, 0), ("007", 10, 1), ("7.0", 20, 2)]
+    mode = AnswerMode(kind="integer", modulus=1000)
+    for order in itertools.permutations(samples):
+        tally = Tally()
+        for text, tokens, index in order:
+            tally = tally.add(read_answer(text, mode), tokens=tokens, index=index, same=never)
+        assert [(vote.answer.key, vote.answer.raw, vote.count) for vote in tally.votes] == [("7", "007", 3)]
+
+
 def test_equal_answers_in_another_spelling_are_one_vote() -> None:
     asked: list[tuple[str, str]] = []
 
@@ -80,7 +88,9 @@ def test_equal_answers_in_another_spelling_are_one_vote() -> None:
 
 @settings(max_examples=120)
 @given(st.lists(st.sampled_from(["a", "b", "c", None]), max_size=7), st.integers(0, 4))
-def test_unassailable_is_exactly_what_no_completion_can_change(said: list[str | None], outstanding: int) -> None:
+def test_unassailable_is_exactly_what_no_completion_can_change(
+    said: list[str | None], outstanding: int
+) -> None:
     tally = tally_of(*said)
     leader = tally.leader
     safe = leader is not None

@@ -85,7 +85,7 @@ class Grader:
         if equal is not None:
             return equal
         logger.debug("comparing %s with %s took too long: counted as different", gold, answer)
-        # One bomb among the samples must not take the gold answer or the leader down with it: find out who it was.
+        # One bomb must not take the gold answer or the leader down with it: find out who it was.
         for text in {gold, answer} - self._harmless:
             if self._question(text, "1") is None:
                 self._slow.add(text)

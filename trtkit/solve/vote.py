@@ -18,7 +18,7 @@ class Vote:
     """One answer and who gave it."""
 
     answer: Answer
-    """As the first sample that gave it wrote it."""
+    """As the earliest of its samples wrote it."""
     count: int
     earliest: tuple[int, int]
     """(tokens, index) of the sample that needed the fewest tokens: the earliest to finish in one batch."""
@@ -50,7 +50,9 @@ class Tally:
             votes.append(Vote(answer=answer, count=1, earliest=earliest))
         else:
             vote = votes[place]
-            votes[place] = replace(vote, count=vote.count + 1, earliest=min(vote.earliest, earliest))
+            if earliest < vote.earliest:  # so that the spelling shown does not depend on the arrival
+                vote = replace(vote, answer=answer, earliest=earliest)
+            votes[place] = replace(vote, count=vote.count + 1)
         return replace(self, votes=tuple(votes), order=(*self.order, place))
 
     def _place(self, answer: Answer, same: Same) -> int:

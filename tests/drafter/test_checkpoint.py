@@ -1,0 +1,76 @@
+"""Draft heads on disk under the public names, theirs and ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from drafter.checkpoint import DrafterError, load_drafter, save_drafter
+from drafter.config import DrafterConfig
+from drafter.model import Drafter
+
+CPU = torch.device("cpu")
+
+
+def _head(**changes: object) -> Drafter:
+    return Drafter(DrafterConfig(**{"hidden_size": 4, "vocab_size": 6, "exit_dim": 5, **changes}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rnn", [True, False])
+@pytest.mark.parametrize("exit_dim", [8, 5])
+def test_round_trip(tmp_path: Path, rnn: bool, exit_dim: int) -> None:
+    head = _head(rnn=rnn, exit_dim=exit_dim)
+    save_drafter(head, tmp_path, dtype=torch.float32)
+    again = load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+    x = torch.randn(3, 2, 4)
+    for ours, theirs in zip(head.step(*x), again.step(*x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_public_names_are_apples(tmp_path: Path) -> None:
+    save_drafter(_head(), tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
+        "input_proj.weight": [5, 8],
+        "input_proj.bias": [5],
+        "lm_head.0.linear.weight": [5, 5],
+        "lm_head.0.linear.bias": [5],
+        "lm_head.1.linear.weight": [5, 5],
+        "lm_head.1.linear.bias": [5],
+        "lm_head.2.weight": [6, 5],
+        "rnn_u.weight": [4, 4],
+        "rnn_u.bias": [4],
+        "rnn_w.weight": [4, 4],
+    }
+
+
+def test_older_spellings_are_read(tmp_path: Path) -> None:
+    head = _head()
+    save_drafter(head, tmp_path, dtype=torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {name.replace("lm_head.", "0.").replace("input_proj.", "input_projs."): t for name, t in tensors.items()}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(renamed, tmp_path / "model.pt")
+    again = load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+    torch.testing.assert_close(again.output.weight, head.output.weight.detach())
+
+
+def test_everything_wrong_is_listed(tmp_path: Path) -> None:
+    save_drafter(_head(), tmp_path, dtype=torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["rnn_w.weight"]
+    tensors["lm_head.2.weight"] = torch.zeros(3, 3)
+    tensors["surprise"] = torch.tensor([float("nan")])
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(DrafterError) as caught:
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+    for words in ("rnn_w.weight: missing", "lm_head.2.weight: shape (3, 3), expected (6, 5)", "surprise: not finite"):
+        assert words in str(caught.value)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "exit_dim": "wide", "beams": 3}))
+    with pytest.raises(DrafterError, match="exit_dim: expected int, found 'wide'; beams: unknown key"):
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)

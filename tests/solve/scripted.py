@@ -1,0 +1,73 @@
+"""A small world for solver tests: problems whose samples follow from their seed, and a run that can be killed.
+
+``python -m tests.solve.scripted PROBLEMS ENGINE_DIR OUT SECONDS_PER_STEP`` is one run in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from tests.fakes import EOS_ID, FakeChat, FakeEngine
+from trtkit.chat import Chat
+from trtkit.runtime.api import Request, StepOutput
+from trtkit.solve.options import SolveOptions
+from trtkit.solve.run import Outcome, Places, run_solve
+
+CHAT = cast(Chat, FakeChat())
+
+
+def say(request: Request, chat: Any = CHAT) -> Sequence[int]:
+    """What the sample says: usually the right answer 7, sometimes 8 or 9, sometimes nothing, sometimes no end."""
+    rng = random.Random(request.seed)
+    thought = "thinking " * rng.randint(1, 6)
+    answer = rng.choice(["7", "7", "7", "7", "8", "9", None])
+    text = thought + (f"\\boxed{{{answer}}}" if answer else "I give up")
+    ending = rng.choice(["</think>", "</think>", "</think>", "eos", "cap"])
+    tokens = [*chat.encode(text + ("</think>" if ending == "</think>" else ""))]
+    return [*tokens, EOS_ID] if ending == "eos" else tokens
+
+
+class SlowEngine(FakeEngine):
+    """A fake engine that takes its time, so that a run can be killed in the middle."""
+
+    def __init__(self, seconds_per_step: float) -> None:
+        super().__init__(say, rows=6, burst=3)
+        self._seconds = seconds_per_step
+
+    def step(self) -> list[StepOutput]:
+        time.sleep(self._seconds)
+        return super().step()
+
+
+def write_problems(path: Path, count: int) -> Path:
+    rows = [{"id": f"p{n}", "problem": f"problem {n}", "answer": "7"} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def write_engine(directory: Path) -> Path:
+    """An engine directory as far as a run's identity is concerned."""
+    directory.mkdir()
+    (directory / "engine.json").write_text('{"version": 1}')
+    return directory
+
+
+def run(
+    places: Places, options: SolveOptions | None = None, *, seconds_per_step: float = 0.0, **more: Any
+) -> Outcome:
+    options = options or SolveOptions(samples=9, outstanding=20)
+    return run_solve(places, lambda: SlowEngine(seconds_per_step), CHAT, options, **more)
+
+
+if __name__ == "__main__":
+    problems, engine, out, seconds = sys.argv[1:]
+    run(
+        Places(problems=Path(problems), engine=Path(engine), out=Path(out)),
+        seconds_per_step=float(seconds),
+    )

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trtkit.errors import OutputError
+from trtkit.runtime.api import FinishReason
+from trtkit.solve.journal import Journal, read_history
+from trtkit.solve.records import Attempt, Solution
+from trtkit.solve.vote import Tally
+
+
+def attempt(problem: str, index: int, box: str | None = "7", text: str | None = None) -> Attempt:
+    return Attempt(
+        problem_id=problem,
+        index=index,
+        variant="solve",
+        tokens=10 + index,
+        finish=FinishReason.STOP,
+        box=box,
+        seconds=1.5,
+        text=text,
+    )
+
+
+def solution(problem: str, error: str | None = None) -> Solution:
+    return Solution(
+        problem_id=problem,
+        tally=Tally(),
+        attempts=(),
+        tokens=99,
+        seconds=2.5,
+        stopped_early=None if error else "unassailable",
+        error=error,
+    )
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "journal.jsonl"
+    attempts = [
+        attempt("p/1", 0),
+        attempt("p/1", 3, None),
+        attempt("é", 1, "\\frac{1}{2}", "text\n\u2028 <b>"),
+    ]
+    with Journal(path) as journal:
+        assert not path.exists(), "a run that is refused leaves no trace"
+        journal.begin()
+        journal.record(attempts[:2], [])
+        journal.record(attempts[2:], [solution("p/1"), solution("q", "prompt too long")])
+    history = read_history(path)
+    assert history.attempts == {"p/1": tuple(attempts[:2]), "é": (attempts[2],)}
+    assert history.settled["p/1"].stopped_early == "unassailable"
+    assert (history.settled["p/1"].tokens, history.settled["p/1"].seconds) == (99, 2.5)
+    assert history.settled["q"].error == "prompt too long"
+
+
+def test_time_adds_up_over_sessions(tmp_path: Path) -> None:
+    now = [100.0]
+    for _ in range(3):
+        with Journal(tmp_path / "journal.jsonl", clock=lambda: now[0]) as journal:
+            before = journal.seconds
+            now[0] += 50  # loading the engine does not count
+            journal.begin()
+            now[0] += 10
+            journal.record([attempt("p", int(now[0]))], [])
+            assert journal.seconds == before + 10
+            now[0] += 3  # lost: nothing was written after it
+    assert read_history(tmp_path / "journal.jsonl").seconds == 30
+
+
+def test_every_way_to_tear_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.begin()
+        journal.record([attempt("p", 0), attempt("p", 1, "é ü")], [])
+    whole = path.read_bytes()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    for cut in range(last, len(whole)):
+        path.write_bytes(whole[:cut])
+        with Journal(path) as journal:
+            kept = len(journal.history.attempts["p"])
+            assert kept == (2 if cut == len(whole) - 1 else 1)
+            journal.begin()
+            journal.record([attempt("p", 7)], [])
+        assert [a.index for a in read_history(path).attempts["p"]] == [0, 1, 7][: 3 if kept == 2 else 1] + (
+            [7] if kept == 1 else []
+        )
+
+
+def test_garbage_lines_are_skipped_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.begin()
+        journal.record([attempt("p", 0)], [])
+    garbage = [
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b'{"kind": "attempt"}',
+        b'{"kind": "attempt", "problem": 3, "index": "x"}',
+    ]
+    path.write_bytes(b"\n".join([*garbage, b"\0" * 50, b""]) + path.read_bytes())
+    assert len(read_history(path).attempts["p"]) == 1
+    assert sum("skipped" in record.message for record in caplog.records) == 6
+    assert f"{path}:1" in caplog.text
+
+
+def test_the_first_of_two_equal_attempts_counts(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.begin()
+        journal.record([attempt("p", 0, "1"), attempt("p", 0, "2")], [])
+    assert [a.box for a in read_history(path).attempts["p"]] == ["1"]
+
+
+def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal.jsonl"), pytest.raises(OutputError, match="another process"):
+        Journal(tmp_path / "journal.jsonl")
+    Journal(tmp_path / "journal.jsonl").close()
+
+
+def test_unwritable_places(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        Journal(tmp_path / "file" / "journal.jsonl")
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        journal.begin()
+        journal._path = Path("/dev/full")
+        with pytest.raises(OutputError, match="No space left"):
+            journal.record([attempt("p", 0)], [])
+
+
+def test_lines_are_plain_json(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.begin()
+        journal.record([attempt("p", 2)], [])
+    kinds = [json.loads(line)["kind"] for line in path.read_text("utf-8").splitlines()]
+    assert kinds == ["session", "attempt"]

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.solve.scripted import CHAT, SlowEngine, run, say, write_engine, write_problems
+from trtkit.errors import EngineError, InputError, UsageError
+from trtkit.runtime.api import StepOutput
+from trtkit.solve.answers import AnswerMode
+from trtkit.solve.journal import read_history
+from trtkit.solve.options import SolveOptions
+from trtkit.solve.run import Places, run_solve, sigterm_as_interrupt
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    problems = write_problems(tmp_path / "problems.jsonl", 6)
+    return Places(problems=problems, engine=write_engine(tmp_path / "engine"), out=tmp_path / "run")
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def answers(places: Places) -> list[tuple[str, str | None]]:
+    return [(row["id"], row["answer"]) for row in rows(places.out / "solutions.jsonl")]
+
+
+def test_a_run_from_end_to_end(places: Places) -> None:
+    outcome = run(places)
+    document = outcome.summary.document()
+    assert list(document) == [
+        "problems",
+        "answered",
+        "accuracy",
+        "pass_at_1",
+        "maj_at_k",
+        "samples",
+        "tokens",
+        "tokens_per_second",
+        "seconds",
+        "stopped_early",
+        "run_dir",
+    ]
+    assert (document["problems"], document["samples"], document["run_dir"]) == (6, 9, str(places.out))
+    assert json.loads((places.out / "summary.json").read_text()) == document
+    solved = rows(places.out / "solutions.jsonl")
+    assert [row["id"] for row in solved] == [f"p{n}" for n in range(6)]
+    assert document["accuracy"] == round(sum(row["correct"] for row in solved) / 6, 6)
+    assert document["answered"] == sum(row["answer"] is not None for row in solved)
+    assert document["tokens"] == sum(row["tokens"] for row in solved) > 0
+    about = json.loads((places.out / "run.json").read_text())
+    assert about["arguments"]["samples"] == 9
+    assert {"trtkit", "python", "torch"} <= set(about["versions"])
+    assert len(about["problems"]["sha256"]) == 64
+
+
+def test_a_finished_run_is_shown_again_without_an_engine(places: Places) -> None:
+    first = run(places)
+
+    def no_engine() -> SlowEngine:
+        raise AssertionError("the engine must not be opened")
+
+    again = run_solve(places, no_engine, CHAT, SolveOptions(samples=9, outstanding=20))
+    assert again.summary.document() | {"seconds": 0, "tokens_per_second": 0} == first.summary.document() | {
+        "seconds": 0,
+        "tokens_per_second": 0,
+    }
+    assert [v.solution.tally for v in again.verdicts] == [v.solution.tally for v in first.verdicts]
+
+
+class Stopping(SlowEngine):
+    """Interrupts itself after some steps."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(0.0)
+        self.after = after
+
+    def step(self) -> list[StepOutput]:
+        if self.steps == self.after:
+            raise KeyboardInterrupt
+        return super().step()
+
+
+def test_resuming_gives_what_an_unbroken_run_gives(places: Places, tmp_path: Path) -> None:
+    unbroken = Places(problems=places.problems, engine=places.engine, out=tmp_path / "unbroken")
+    run(unbroken)
+    options = SolveOptions(samples=9, outstanding=20)
+    interruptions = 0
+    for after in (0, 5, 9, 14, 20, 30, 50):
+        try:
+            run_solve(places, lambda after=after: Stopping(after), CHAT, options)  # type: ignore[misc]
+        except KeyboardInterrupt:
+            interruptions += 1
+            partial = answers(places)
+            assert partial == [pair for pair in answers(unbroken) if pair in partial]
+    assert interruptions >= 5
+    run(places)
+    assert answers(places) == answers(unbroken)
+    assert_same_samples(places, unbroken)
+
+
+def assert_same_samples(places: Places, unbroken: Places) -> None:
+    """Which samples were counted may differ, what a sample says may not; and none is there twice."""
+    said = {}
+    for one in (places, unbroken):
+        history = read_history(one.out / "journal.jsonl")
+        said[one.out] = {
+            (problem, attempt.index): (attempt.tokens, attempt.box, attempt.finish, attempt.variant)
+            for problem, attempts in history.attempts.items()
+            for attempt in attempts
+        }
+        lines = [row for row in rows(one.out / "journal.jsonl") if row["kind"] == "attempt"]
+        assert len(lines) == len(said[one.out])
+    mine, theirs = said[places.out], said[unbroken.out]
+    common = mine.keys() & theirs.keys()
+    assert len(common) > len(theirs) / 2
+    assert all(mine[key] == theirs[key] for key in common)
+
+
+def test_kill_9_at_random_moments_loses_nothing(tmp_path: Path) -> None:
+    problems = write_problems(tmp_path / "problems.jsonl", 10)
+    engine = write_engine(tmp_path / "engine")
+    unbroken = Places(problems=problems, engine=engine, out=tmp_path / "unbroken")
+    broken = Places(problems=problems, engine=engine, out=tmp_path / "broken")
+    run(unbroken)
+    rng = random.Random(4)
+    journal = broken.out / "journal.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "tests.solve.scripted",
+        str(problems),
+        str(engine),
+        str(broken.out),
+        "0.004",
+    ]
+    kills, kept = 0, b""
+    for _ in range(12):
+        wait_for = (journal.stat().st_size if journal.exists() else 0) + rng.randint(1, 2200)
+        child = subprocess.Popen(command, cwd=ROOT)
+        while child.poll() is None and (not journal.exists() or journal.stat().st_size < wait_for):
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.004)
+        child.kill()
+        kills += child.wait() == -signal.SIGKILL
+        written = journal.read_bytes()
+        assert written.startswith(kept), "what was journaled must stay as it is"
+        kept = written
+        if child.returncode == 0:
+            break
+    assert kills >= 4
+    before = read_history(journal).attempts
+    run(broken)
+    after = read_history(journal).attempts
+    assert all(set(attempts) <= set(after[problem]) for problem, attempts in before.items())
+    assert answers(broken) == answers(unbroken)
+    assert_same_samples(broken, unbroken)
+
+
+def test_sigterm_ends_a_run_in_good_order(places: Places) -> None:
+    class Terminated(SlowEngine):
+        def step(self) -> list[StepOutput]:
+            if self.steps == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
+        run_solve(places, lambda: Terminated(0.0), CHAT, SolveOptions(samples=9, outstanding=20))
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (places.out / "solutions.jsonl").exists()
+    assert run(places).summary.problems == 6
+
+
+def test_another_run_is_refused_with_every_difference(places: Places) -> None:
+    run(places)
+    journal = (places.out / "journal.jsonl").read_bytes()
+    write_problems(places.problems, 5)
+    (places.engine / "engine.json").write_text('{"version": 1, "other": true}')
+    with pytest.raises(UsageError) as caught:
+        run(places, SolveOptions(samples=4, outstanding=20, seed=1, stop=("agree(3)",)))
+    text = str(caught.value)
+    for word in (
+        "problems.sha256",
+        "engine.sha256",
+        "arguments.samples: 9 in that run, 4 now",
+        "arguments.seed",
+    ):
+        assert word in text
+    assert "arguments.stop" in text
+    assert "--force-new" in text
+    assert "path" not in text
+    assert "arguments.max_tokens" not in text
+    assert (places.out / "journal.jsonl").read_bytes() == journal
+    outcome = run(places, SolveOptions(samples=4, outstanding=20, seed=1), force_new=True)
+    assert outcome.summary.problems == 5
+    assert len(rows(places.out / "solutions.jsonl")) == 5
+
+
+def test_a_moved_problems_file_is_the_same_run(places: Places, tmp_path: Path) -> None:
+    run(places)
+    moved = places.problems.rename(tmp_path / "moved.jsonl")
+    run(Places(problems=moved, engine=places.engine, out=places.out))
+
+
+def test_a_journal_of_unknown_origin_is_refused(places: Places) -> None:
+    places.out.mkdir()
+    (places.out / "journal.jsonl").write_text("")
+    with pytest.raises(UsageError, match=r"no run\.json"):
+        run(places)
+
+
+def test_bad_input_is_found_before_anything_is_opened_or_written(places: Places, tmp_path: Path) -> None:
+    places.problems.write_text('{"id": "a", "problem": "x", "answer": "1/2"}\n')
+    with pytest.raises(InputError, match="no integer"):
+        run(places, SolveOptions(mode=AnswerMode(kind="integer", modulus=1000)))
+    places.problems.write_text("{")
+    with pytest.raises(InputError):
+        run(places)
+    write_problems(places.problems, 1)
+    with pytest.raises(EngineError, match="not an engine directory"):
+        run(Places(problems=places.problems, engine=tmp_path / "absent", out=places.out))
+    assert not places.out.exists()
+
+
+def test_no_golds_no_rates(places: Places) -> None:
+    places.problems.write_text('{"id": "a", "problem": "x"}\n')
+    document = run(places).summary.document()
+    assert (document["accuracy"], document["pass_at_1"], document["maj_at_k"]) == (None, None, None)
+
+
+def test_text_is_kept_only_when_asked(places: Places, tmp_path: Path) -> None:
+    run(places)
+    assert all("text" not in row for row in rows(places.out / "journal.jsonl"))
+    other = Places(problems=places.problems, engine=places.engine, out=tmp_path / "texts")
+    run(other, SolveOptions(samples=9, outstanding=20, save_text=True))
+    texts = [row["text"] for row in rows(other.out / "journal.jsonl") if row["kind"] == "attempt"]
+    assert texts
+    assert all(text.startswith("thinking ") for text in texts)
+    assert answers(other) == answers(places)
+
+
+def test_a_request_that_the_engine_refuses_is_journaled(places: Places) -> None:
+    row = {"id": "long", "problem": "y" * 5000, "answer": "1"}
+    with places.problems.open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    outcome = run(places)
+    assert outcome.verdicts[-1].solution.error is not None
+    assert outcome.verdicts[-1].correct is False
+    assert rows(places.out / "solutions.jsonl")[-1]["error"] == outcome.verdicts[-1].solution.error
+    assert outcome.summary.answered < 7
+    assert say  # the scripted samples of the others are unaffected
