@@ -1,8 +1,8 @@
 """The only acceptance rule: follow the tree while the target's own draw agrees with a child.
 
 At each node the target draws one token (with noise that belongs to the position, not to the draft). If a child carries
-that token, the child is the next node; otherwise the token ends the run. Every emitted token is thus a fresh draw from the
-target given its prefix, whatever the tree: the output is plain decoding's, at any temperature.
+that token, the child is the next node; otherwise the token ends the run. Every emitted token is thus a fresh draw from
+the target given its prefix, whatever the tree: the output is plain decoding's, at any temperature.
 """
 
 from __future__ import annotations

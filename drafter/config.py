@@ -24,9 +24,7 @@ class DrafterConfig:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{name} must be positive"
-            for name in ("hidden_size", "vocab_size", "exit_dim")
-            if getattr(self, name) < 1
+            f"{name} must be positive" for name in ("hidden_size", "vocab_size", "exit_dim") if getattr(self, name) < 1
         ]
         if self.num_draft_layers < 0:
             wrong.append("num_draft_layers must not be negative")

@@ -5,8 +5,9 @@
     z  = z + silu(A_i z + a_i)        for each residual block
     logits = E z
 
-h is the target's hidden state where it last drew a token, e the embedding (the target's own) of the newest token. h stays
-as it is along a draft, s starts at zero. Training unrolls ``step``, inference loops it. Letters: H hidden, V vocab.
+h is the target's hidden state where it last drew a token, e the embedding (the target's own) of the newest token. h
+stays as it is along a draft, s starts at zero. Training unrolls ``step``, inference loops it. Letters: H hidden, V
+vocab.
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ from trtkit.recipe import EngineManifest, Limits, Recipe, write_manifest
 from trtkit.runtime.api import Engine, FinishReason, Request, SamplingParams
 
 
-def tiny_engine_dir(directory: Path, family: str = "qwen2", *, recipe: dict[str, Any] | None = None, **changes: Any) -> Path:
+def tiny_engine_dir(
+    directory: Path, family: str = "qwen2", *, recipe: dict[str, Any] | None = None, **changes: Any
+) -> Path:
     """A tiny checkpoint saved by transformers, with the engine.json of an unquantized engine beside it."""
     save_tiny(directory, family, **changes)
     limits = Limits(batch=16, prompt_tokens=200, total_tokens=256)

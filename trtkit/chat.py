@@ -105,9 +105,7 @@ class Chat:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ``tokens``, special tokens included (``</think>`` must stay visible)."""
-        return str(
-            self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def load_chat(directory: Path) -> Chat:

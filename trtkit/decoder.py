@@ -120,13 +120,11 @@ def _rotate(x: Tensor, rope: Rope) -> Tensor:
     return x * rope.cos + turned * rope.sin
 
 
-def decoder_layer(
-    spec: ModelSpec, norms: Norms, hidden: Tensor, rope: Rope, linear: Linear, attend: Attend
-) -> Tensor:
+def decoder_layer(spec: ModelSpec, norms: Norms, hidden: Tensor, rope: Rope, linear: Linear, attend: Attend) -> Tensor:
     """One layer over flat tokens: hidden (T, H) -> (T, H)."""
     tokens = hidden.shape[0]
     qkv = linear("qkv", rms_norm(hidden, norms.input, spec.norm_eps))
-    q, k, v = qkv.view(tokens, -1, spec.head_dim).split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
+    q, k, v = torch.split(qkv.view(tokens, -1, spec.head_dim), [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
     if norms.q is not None and norms.k is not None:
         q, k = rms_norm(q, norms.q, spec.norm_eps), rms_norm(k, norms.k, spec.norm_eps)
     hidden = hidden + linear("o", attend(_rotate(q, rope), _rotate(k, rope), v))

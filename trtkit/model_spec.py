@@ -1,9 +1,9 @@
 """``ModelSpec``: the architecture of a checkpoint, read strictly from its ``config.json``.
 
 We parse the file ourselves. transformers 4.x and 5.x spell the same facts differently (``rope_theta`` at the top level
-against ``rope_parameters``, ``torch_dtype`` against ``dtype``) and 4.57 reads a 5.x file with rope_theta = 10000 without
-a word; a silent default here is a wrong model. So each field is required or explicitly optional, and both spellings
-must agree when both are present.
+against ``rope_parameters``, ``torch_dtype`` against ``dtype``) and 4.57 reads a 5.x file with rope_theta = 10000 and no
+word about it; a silent default here is a wrong model. So each field is required or explicitly optional, and both
+spellings must agree when both are present.
 """
 
 from __future__ import annotations
@@ -256,7 +256,9 @@ def _rope(fields: _Fields, max_positions: int) -> RopeSpec:
 def _contradictions(fields: _Fields, spec: ModelSpec) -> None:
     """What parses but cannot be meant."""
     if spec.heads % spec.kv_heads:
-        fields.offenders.append(f"num_attention_heads {spec.heads} is no multiple of num_key_value_heads {spec.kv_heads}")
+        fields.offenders.append(
+            f"num_attention_heads {spec.heads} is no multiple of num_key_value_heads {spec.kv_heads}"
+        )
     if spec.head_dim % 2:
         fields.offenders.append(f"head_dim {spec.head_dim} is odd: rotary embedding needs pairs")
     act = fields.config.get("hidden_act", "silu")

@@ -74,7 +74,9 @@ class Recipe:
     def __post_init__(self) -> None:
         wrong = []
         if self.precision not in SCHEMES:
-            wrong.append(f"precision {self.precision!r}{nearest(self.precision, SCHEMES)} (one of {', '.join(SCHEMES)})")
+            wrong.append(
+                f"precision {self.precision!r}{nearest(self.precision, SCHEMES)} (one of {', '.join(SCHEMES)})"
+            )
         if self.tensor_parallel < 1:
             wrong.append(f"tensor_parallel {self.tensor_parallel}: must be at least 1")
         if not 0 <= self.smooth_alpha <= 1:

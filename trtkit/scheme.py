@@ -81,7 +81,5 @@ SCHEMES: dict[str, QuantScheme] = {
 def scheme_named(name: str) -> QuantScheme:
     """The scheme called ``name``; :class:`ConfigError` with the nearest valid name otherwise."""
     if name not in SCHEMES:
-        raise ConfigError(
-            f"unknown precision {name!r}{nearest(name, SCHEMES)}", hint=f"one of: {', '.join(SCHEMES)}"
-        )
+        raise ConfigError(f"unknown precision {name!r}{nearest(name, SCHEMES)}", hint=f"one of: {', '.join(SCHEMES)}")
     return SCHEMES[name]

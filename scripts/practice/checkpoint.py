@@ -93,6 +93,7 @@ def export(weights: Mapping[str, torch.Tensor], tokenizer_folder: Path, folder: 
     aside = folder / "model.safetensors.part"
     tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
     save_file(tensors, str(aside), metadata={"format": "pt"})
+    aside.chmod(0o644)
     os.replace(aside, folder / "model.safetensors")
 
 

@@ -115,7 +115,9 @@ def make_linear(rng: Random, level: int) -> Draft | None:
         scratch.subtract(total, offset)
     if not c:
         check.add(check.multiply(check.add(x, offset) if offset else x, a), b)
-    spoken = f"I think of a number, multiply it by {a} and add {b}. The result is {right}. What is the number?"
+    spoken = (
+        f"I think of a number, multiply it by {a} and add {b}. The result is {right}. What is the number?"
+    )
     return Draft(
         key=(a, b, c, offset, right),
         wordings=(
@@ -182,7 +184,9 @@ def make_recurrence(rng: Random, level: int) -> Draft | None:
         if raw >= modulus:
             quotient = raw // modulus
             product = quotient * modulus
-            line += (f",{quotient}*{modulus}={product}" if quotient > 1 else "") + f",{raw}-{product}={raw - product}"
+            line += (
+                f",{quotient}*{modulus}={product}" if quotient > 1 else ""
+            ) + f",{raw}-{product}={raw - product}"
         if raw % modulus == value:
             return None
         value = raw % modulus

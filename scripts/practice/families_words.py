@@ -180,7 +180,11 @@ def make_shopping(rng: Random, level: int) -> Draft | None:
             f"{name} has {paid} coins and buys {basket}. How many coins are left?",
         )
     return Draft(
-        key=(friends, 0 if friends else paid, *(n for pair in sorted(zip(counts, prices, strict=True)) for n in pair)),
+        key=(
+            friends,
+            0 if friends else paid,
+            *(n for pair in sorted(zip(counts, prices, strict=True)) for n in pair),
+        ),
         wordings=wordings,
         answer=answer,
         lines=tuple(scratch.lines),

@@ -88,7 +88,9 @@ def test_uniforms_are_uniform_and_uncorrelated() -> None:
         assert abs(torch.corrcoef(torch.stack([sample[:-1], sample[1:]]))[0, 1]) < 0.02
 
 
-@given(st.lists(st.sampled_from([0.0, 0.1, 1.0, 1e-6, 7.0]), min_size=1, max_size=400), st.floats(0, 1, exclude_max=True))
+@given(
+    st.lists(st.sampled_from([0.0, 0.1, 1.0, 1e-6, 7.0]), min_size=1, max_size=400), st.floats(0, 1, exclude_max=True)
+)
 def test_inverse_cdf_matches_a_scan(weights: list[float], uniform: float) -> None:
     if not any(weights):
         weights[-1] = 1.0

@@ -1,6 +1,6 @@
-"""A small world for solver tests: problems whose samples follow from their seed, and a run that can be killed.
+"""A small world for solver tests: problems whose samples follow from their seeds, and a run to kill.
 
-``python -m tests.solve.scripted PROBLEMS ENGINE_DIR OUT SECONDS_PER_STEP`` is one run in a process of its own.
+``python -m tests.solve.scripted PROBLEMS ENGINE_DIR OUT SECONDS_PER_STEP`` is a run in its own process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHAT = cast(Chat, FakeChat())
 
 
 def say(request: Request, chat: Any = CHAT) -> Sequence[int]:
-    """What the sample says: usually the right answer 7, sometimes 8 or 9, sometimes nothing, sometimes no end."""
+    """What the sample says: mostly the right answer 7, else 8, 9 or nothing, sometimes without an end."""
     rng = random.Random(request.seed)
     thought = "thinking " * rng.randint(1, 6)
     answer = rng.choice(["7", "7", "7", "7", "8", "9", None])

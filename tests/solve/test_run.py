@@ -106,9 +106,13 @@ def test_resuming_gives_what_an_unbroken_run_gives(places: Places, tmp_path: Pat
             partial = answers(places)
             assert partial == [pair for pair in answers(unbroken) if pair in partial]
     assert interruptions >= 5
-    run(places)
+    outcome = run(places)
     assert answers(places) == answers(unbroken)
     assert_same_samples(places, unbroken)
+    for verdict in outcome.verdicts:
+        solution = verdict.solution
+        assert len(solution.attempts) == solution.tally.finished
+        assert solution.tokens >= sum(attempt.tokens for attempt in solution.attempts)
 
 
 def assert_same_samples(places: Places, unbroken: Places) -> None:
@@ -147,7 +151,7 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path: Path) -> None:
         "0.004",
     ]
     kills, kept = 0, b""
-    for _ in range(12):
+    for _ in range(9):
         wait_for = (journal.stat().st_size if journal.exists() else 0) + rng.randint(1, 2200)
         child = subprocess.Popen(command, cwd=ROOT)
         while child.poll() is None and (not journal.exists() or journal.stat().st_size < wait_for):

@@ -60,6 +60,7 @@ def test_a_sample_ends_at_the_end_of_the_thought(grader: Grader, single: bool, b
     assert solution.answer is not None
     assert solution.answer.key == "5"
     assert engine.submitted[0].stop_ids == ((256, EOS_ID) if single else (EOS_ID,))
+    assert engine.cancelled == ([] if single else ["p0/0"]), "it would babble on to the token limit"
     assert not engine.has_work
 
 

@@ -120,7 +120,10 @@ class Engine(Protocol):
         """True while a submitted request has not finished."""
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises :class:`RequestError` when it can never run (too long, id in use, token id out of range)."""
+        """Queue a request.
+
+        Raises :class:`RequestError` when it can never run: too long, its id in use, a token id out of range.
+        """
 
     def step(self) -> Sequence[StepOutput]:
         """One decode step over all running rows, after admitting waiting ones. Cheap no-op without work."""

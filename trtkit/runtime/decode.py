@@ -1,7 +1,7 @@
 """The phases of a step over plain tensors: *prefill*, *draft*, *verify*, *accept*.
 
-Prefill computes keys and values of known tokens. Draft grows a tree on each row's pending token (without a drafter the tree
-is that token alone). Verify runs the tree's nodes through the model and gives logits at each. Accept draws one token at
+Prefill computes keys and values of known tokens. Draft grows a tree on each row's pending token (without a drafter the
+tree is that token alone). Verify runs the tree's nodes through the model and gives logits at each. Accept draws one token at
 each node, with noise that depends on (seed, position) alone, follows the tree while it agrees, and keeps the keys and
 values of the nodes on the way.
 
@@ -154,9 +154,7 @@ def verify(model: DecoderModel, cache: KvCache, rows: Sequence[Row], at: Pending
     )
 
 
-def accept(
-    cache: KvCache, verified: Verified, tree: TokenTree, sampling: SamplingRows, at: Pending
-) -> AcceptedPath:
+def accept(cache: KvCache, verified: Verified, tree: TokenTree, sampling: SamplingRows, at: Pending) -> AcceptedPath:
     """Draw at every node, follow the tree, and move the path's keys and values next to what the row had."""
     count, nodes = tree.tokens.shape
     positions = at.cached[:, None] + 1 + tree.depth

@@ -27,7 +27,7 @@ Kernel: TypeAlias = Callable[[Tensor], Tensor]
 """(T, K) -> (T, N), both in the compute dtype."""
 
 INT8_PACKED_ROWS = 4
-"""Up to here ``_weight_int8pack_mm`` beats prepacked bf16 (39 / 49 / 93 against 49 ms at 1 / 4 / 8 rows, 0.5B shape)."""
+"""Up to here ``_weight_int8pack_mm`` beats prepacked bf16 (0.5B shape, ms at 1 / 4 / 8 rows: 39 / 49 / 93 against 49)."""
 INT4_PACKED_ROWS = 3
 """Up to here ``_weight_int4pack_mm_for_cpu`` beats prepacked bf16 and W8A8."""
 
@@ -51,7 +51,10 @@ def runtime_linear(weights: LinearWeights, *, device: torch.device, dtype: torch
 
 
 def _has_onednn_bf16() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _by_rows(limit: int, few: Kernel, many: Kernel) -> Kernel:

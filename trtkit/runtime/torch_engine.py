@@ -1,7 +1,7 @@
 """The embedded runtime: an ``Engine`` in PyTorch, on CPU or CUDA.
 
-One ``step`` is: schedule, prefill what is new, draft, verify, accept. See ``decode.py`` for the phases and ``scheduler.py``
-for who runs. With a drafter the tokens are the same, only sooner.
+One ``step`` is: schedule, prefill what is new, draft, verify, accept. See ``decode.py`` for the phases and
+``scheduler.py`` for who runs. With a drafter the tokens are the same, only sooner.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class Drafting:
 
 
 class TorchEngine:
-    """Runs requests in one in-flight batch. ``model`` must know positions up to total_tokens + the draft length."""
+    """Runs requests in one in-flight batch.
+
+    ``model`` must know positions up to ``limits.total_tokens`` plus the length of a draft.
+    """
 
     def __init__(self, model: DecoderModel, limits: TorchLimits, drafting: Drafting | None = None) -> None:
         self._model = model
@@ -124,9 +127,7 @@ class TorchEngine:
     @torch.inference_mode()
     def step(self) -> Sequence[StepOutput]:
         """One decode step over all running rows, after admitting waiting ones."""
-        outputs = [
-            StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._cancelled
-        ]
+        outputs = [StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._cancelled]
         self._cancelled.clear()
         if not self._scheduler.has_work:
             return outputs
@@ -158,8 +159,7 @@ class TorchEngine:
                 self._contexts[slots] = verified.hidden[line, last]
             lengths, tokens = path.length.tolist(), path.tokens.tolist()
             return [
-                self._advance(row, emitted[:length])
-                for row, emitted, length in zip(rows, tokens, lengths, strict=True)
+                self._advance(row, emitted[:length]) for row, emitted, length in zip(rows, tokens, lengths, strict=True)
             ]
 
     def _prefill(self, plan: Schedule) -> None:

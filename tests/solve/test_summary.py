@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from trtkit.runtime.api import FinishReason
+from trtkit.solve.answers import AnswerMode
+from trtkit.solve.display import LiveDisplay, PlainLines, observer_for, result_table
+from trtkit.solve.grading import Grader
+from trtkit.solve.observer import Observer
+from trtkit.solve.problems import Problem
+from trtkit.solve.records import Attempt, Solution, count_attempts
+from trtkit.solve.summary import Verdict, judge, solution_row, summarise
+
+MODE = AnswerMode()
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader() as shared:
+        yield shared
+
+
+def solved(
+    problem: str, boxes: list[str | None], *, rule: str | None = None, error: str | None = None
+) -> Solution:
+    attempts = tuple(
+        Attempt(
+            problem_id=problem,
+            index=index,
+            variant="solve",
+            tokens=10,
+            finish=FinishReason.STOP,
+            box=box,
+            seconds=1.0,
+        )
+        for index, box in enumerate(boxes)
+    )
+    return Solution(
+        problem_id=problem,
+        tally=count_attempts(attempts, MODE, lambda one, other: False),
+        attempts=attempts,
+        tokens=10 * len(boxes) + (5 if rule else 0),
+        seconds=2.0,
+        stopped_early=rule,
+        error=error,
+    )
+
+
+@pytest.fixture
+def verdicts(grader: Grader) -> list[Verdict]:
+    problems = [
+        Problem(id="right", text="x", answer="1/2"),
+        Problem(id="wrong", text="x", answer="073"),
+        Problem(id="[bold]no gold[/bold]", text="x"),
+        Problem(id="nothing", text="x", answer="0"),
+        Problem(id="refused", text="x", answer="1"),
+    ]
+    solutions = [
+        solved("right", ["0.5", "\\frac12", "3", None], rule="unassailable"),
+        solved("wrong", ["5", "5", "73"]),
+        solved("[bold]no gold[/bold]", ["7"]),
+        solved("nothing", [None, None]),
+        solved("refused", [], error="prompt too long"),
+    ]
+    return judge(problems, solutions, MODE, grader)
+
+
+def test_figures(verdicts: list[Verdict]) -> None:
+    assert [verdict.correct for verdict in verdicts] == [True, False, None, False, False]
+    assert [verdict.attempts_correct for verdict in verdicts] == [2, 1, None, 0, 0]
+    summary = summarise(verdicts, samples=4, seconds=10.0, run_dir=Path("runs/x"))
+    assert summary.document() == {
+        "problems": 5,
+        "answered": 3,
+        "accuracy": 0.25,
+        "pass_at_1": round((2 / 4 + 1 / 3) / 4, 6),
+        "maj_at_k": 0.25,
+        "samples": 4,
+        "tokens": 105,
+        "tokens_per_second": 10.5,
+        "seconds": 10.0,
+        "stopped_early": 1,
+        "run_dir": "runs/x",
+    }
+
+
+def test_nothing_at_all() -> None:
+    summary = summarise([], samples=4, seconds=0.0, run_dir=Path("x"))
+    assert (summary.accuracy, summary.tokens_per_second) == (None, 0.0)
+
+
+def test_a_row_of_the_solutions_file(verdicts: list[Verdict]) -> None:
+    row = solution_row(verdicts[0])
+    json.dumps(row)
+    assert row["votes"][0] == {"answer": "1/2", "as_written": "0.5", "count": 2}
+    assert (row["answer"], row["gold"], row["correct"], row["without_answer"]) == ("1/2", "1/2", True, 1)
+    assert solution_row(verdicts[4])["error"] == "prompt too long"
+
+
+def test_the_result_table_shows_ids_and_answers_as_they_are(verdicts: list[Verdict]) -> None:
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(result_table(verdicts, most=4))
+    text = stream.getvalue()
+    for word in ("[bold]no gold[/bold]", "2 of 4", "stopped by unassailable", "yes", "and 1 more"):
+        assert word in text
+
+
+def drive(display: Observer, verdicts: list[Verdict]) -> None:
+    problems = [verdict.problem for verdict in verdicts]
+    display.began(problems, [verdicts[0].solution], 4)
+    for verdict in verdicts[1:]:
+        display.opened(verdict.problem, count_attempts([], MODE, lambda one, other: False))
+        display.stepped(100, 4)
+        tally = verdict.solution.tally
+        for attempt in verdict.solution.attempts:
+            display.attempted(verdict.problem, attempt, tally)
+        display.stepped(100, 3)
+        display.solved(verdict.problem, verdict.solution)
+    display.ended()
+
+
+def test_plain_lines(verdicts: list[Verdict], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="trtkit"):
+        drive(PlainLines(), verdicts)
+    assert caplog.messages[0] == "resuming: 1 of 5 problems are already solved"
+    assert caplog.messages[1] == "[2/5] wrong: 5 (2 of 3 votes), 30 tokens, 2.0s"
+    assert caplog.messages[-1] == "[5/5] refused: failed: prompt too long"
+
+
+def test_live_display(verdicts: list[Verdict], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trtkit.solve.display._REDRAW_SECONDS", -1.0)
+    stream = io.StringIO()
+    drive(LiveDisplay(Console(file=stream, force_terminal=True, width=100)), verdicts)
+    text = stream.getvalue()
+    assert "samples unfinished" in text
+    assert "5 x2, 73 x1" in text
+    assert "[bold]no gold[/bold]: 7 (1 of 1 votes)" in text
+
+
+def test_the_display_fits_stderr() -> None:
+    assert isinstance(observer_for(), PlainLines)
+    assert type(observer_for(quiet=True)) is Observer

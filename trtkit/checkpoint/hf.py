@@ -1,0 +1,225 @@
+"""Unquantized Hugging Face checkpoints: where they are, whether they are whole, and their tensors on demand."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from trtkit.checkpoint.shards import Shards, open_shards, raise_damaged
+from trtkit.decoder import Norms
+from trtkit.errors import CheckpointError, HubError, InputError, UnsupportedError
+from trtkit.files import JsonObject, read_json
+from trtkit.log import Progress
+from trtkit.model_spec import ModelSpec, spec_from_config
+from trtkit.quant.tensor import LinearWeights, dense
+
+__all__ = [
+    "EMBEDDING",
+    "FINAL_NORM",
+    "LM_HEAD",
+    "PRACTICE",
+    "HfCheckpoint",
+    "check_finite",
+    "expected_shapes",
+    "layer_prefix",
+    "open_source",
+    "read_config",
+    "resolve_source",
+]
+
+PRACTICE = "practice"
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
+MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+
+
+def layer_prefix(layer: int) -> str:
+    """``model.layers.N.``"""
+    return f"model.layers.{layer}."
+
+
+def resolve_source(model: str) -> Path:
+    """The directory of ``practice``, of a directory as given, or of a hub id (downloaded into the hub's cache).
+
+    Raises :class:`HubError` or :class:`InputError` with what to pass instead.
+    """
+    if model == PRACTICE:
+        return _practice()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise InputError("is a file, not a checkpoint directory", where=model, hint=f"pass {path.parent}")
+    if _HUB_ID.fullmatch(model) is None:
+        raise InputError(
+            "no such directory", where=model, hint="pass a checkpoint directory, a hub id (owner/name), or 'practice'"
+        )
+    return _download(model)
+
+
+def _practice() -> Path:
+    packaged = Path(str(importlib.resources.files("trtkit"))) / "_engines" / PRACTICE
+    checkout = Path(__file__).resolve().parents[2] / "engines" / PRACTICE
+    for directory in (packaged, checkout):
+        if (directory / "config.json").is_file():
+            return directory
+    raise InputError(
+        "the practice checkpoint is not part of this installation",
+        where=str(checkout),
+        hint="install from the wheel or from a full checkout, or pass --model DIR",
+    )
+
+
+def _download(model: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def refused(reason: str, hint: str) -> HubError:
+        return HubError(reason, where=model, hint=hint)
+
+    instead = "pass a directory that holds the checkpoint (--model DIR), or --model practice"
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=_HUB_FILES))
+    except errors.GatedRepoError:
+        raise refused(
+            "this model is gated", f"accept its terms on the hub and log in with `hf auth login`, or {instead}"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise refused("the hub has no such model (or it is private)", f"check the spelling, or {instead}") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise refused("the hub cannot be reached and the model is not in the local cache", instead) from None
+    except (errors.HfHubHTTPError, OSError, ValueError) as problem:
+        raise refused(f"the hub cannot be used: {problem}", instead) from None
+    except Exception as problem:
+        # The HTTP client's own errors: requests' before huggingface_hub 1.0, httpx's since.
+        if type(problem).__module__.split(".")[0] not in ("requests", "httpx", "urllib3", "httpcore"):
+            raise
+        raise refused(f"the hub cannot be reached: {type(problem).__name__}", instead) from None
+
+
+def read_config(directory: Path) -> JsonObject:
+    """``config.json`` as it stands. Raises :class:`ConfigError`, or :class:`CheckpointError` for no directory."""
+    if not directory.is_dir():
+        raise CheckpointError("no such directory", where=str(directory))
+    return read_json(directory / "config.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfCheckpoint:
+    """An unquantized checkpoint whose files, names, shapes and dtypes have been checked."""
+
+    directory: Path
+    spec: ModelSpec
+    config: JsonObject
+    """The original config.json."""
+    shards: Shards
+
+    def part(self, layer: int, part: str) -> LinearWeights:
+        """One linear as stored, e.g. ``self_attn.q_proj``."""
+        name = f"{layer_prefix(layer)}{part}"
+        bias = self.shards.tensor(f"{name}.bias") if f"{name}.bias" in expected_layer(self.spec, layer) else None
+        return LinearWeights(weight=dense(self.shards.tensor(f"{name}.weight")), bias=bias)
+
+    def norms(self, layer: int) -> Norms:
+        """The norm weights of a layer."""
+        return read_norms(self.shards, self.spec, layer)
+
+
+def read_norms(shards: Shards, spec: ModelSpec, layer: int) -> Norms:
+    """The norm weights of a layer: (H,) each, q and k (D,) for Qwen3."""
+
+    def get(name: str) -> Tensor:
+        return shards.tensor(f"{layer_prefix(layer)}{name}.weight")
+
+    return Norms(
+        input=get("input_layernorm"),
+        post=get("post_attention_layernorm"),
+        q=get("self_attn.q_norm") if spec.qk_norm else None,
+        k=get("self_attn.k_norm") if spec.qk_norm else None,
+    )
+
+
+def expected_layer(spec: ModelSpec, layer: int) -> Shapes:
+    """Names and shapes of one layer's tensors, in the order in which they are used."""
+    prefix = layer_prefix(layer)
+    shapes: Shapes = {f"{prefix}input_layernorm.weight": (spec.hidden,)}
+    for part, shape in spec.linear_shapes.items():
+        if part == "mlp.gate_proj":
+            shapes[f"{prefix}post_attention_layernorm.weight"] = (spec.hidden,)
+        shapes[f"{prefix}{part}.weight"] = shape
+        if spec.qkv_bias and part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            shapes[f"{prefix}{part}.bias"] = (shape[0],)
+        if spec.qk_norm and part == "self_attn.v_proj":
+            shapes |= {f"{prefix}self_attn.{name}_norm.weight": (spec.head_dim,) for name in "qk"}
+    return shapes
+
+
+def expected_shapes(spec: ModelSpec) -> Shapes:
+    """Names and shapes of every tensor that a checkpoint of this architecture must hold."""
+    shapes: Shapes = {EMBEDDING: (spec.vocab, spec.hidden)}
+    for layer in range(spec.layers):
+        shapes |= expected_layer(spec, layer)
+    shapes[FINAL_NORM] = (spec.hidden,)
+    if not spec.tied:
+        shapes[LM_HEAD] = (spec.vocab, spec.hidden)
+    return shapes
+
+
+def open_source(directory: Path) -> HfCheckpoint:
+    """Open an unquantized checkpoint, reading headers only.
+
+    Raises :class:`CheckpointError` that lists everything missing, truncated, misshapen or of a wrong dtype,
+    :class:`ConfigError` and :class:`UnsupportedError` for its config.json.
+    """
+    config = read_config(directory)
+    if config.get("quantization_config") is not None or (directory / "hf_quant_config.json").is_file():
+        raise UnsupportedError(
+            "this checkpoint is already quantized",
+            where=str(directory),
+            hint="build from the original weights (bf16 or fp16)",
+        )
+    spec = spec_from_config(config, where=str(directory / "config.json"))
+    shards, problems = open_shards(directory)
+    allowed = tuple(MODEL_DTYPES.values())
+    for name, shape in expected_shapes(spec).items():
+        entry = shards.entries.get(name)
+        if entry is None:
+            # A damaged file has been reported as such; its tensors need no line each.
+            if not problems or not any(".safetensors: " in text for text in problems):
+                problems.append(f"{name}: missing")
+        elif entry.shape != shape:
+            problems.append(f"{name}: shape {list(entry.shape)}, config.json implies {list(shape)}")
+        elif entry.dtype not in allowed:
+            problems.append(f"{name}: dtype {str(entry.dtype).removeprefix('torch.')}, expected a 16- or 32-bit float")
+    raise_damaged(directory, problems)
+    return HfCheckpoint(directory=directory, spec=spec, config=config, shards=shards)
+
+
+def check_finite(source: HfCheckpoint) -> None:
+    """Read all weights once; raises :class:`CheckpointError` naming every tensor with NaN or Inf."""
+    problems: list[str] = []
+    names = expected_shapes(source.spec)
+    total = sum(source.shards.entries[name].nbytes for name in names)
+    with Progress("check weights", total=total // 1_000_000, unit="MB") as progress:
+        for name in names:
+            bad = 0
+            for block in source.shards.blocks(name):
+                # NaN and Inf survive min and max, which is three times faster than isfinite over everything.
+                if not torch.isfinite(torch.stack(torch.aminmax(block)).float()).all():
+                    bad += int((~torch.isfinite(block)).sum())
+                progress.advance(block.nbytes // 1_000_000)
+            if bad:
+                problems.append(f"{name}: {bad} value(s) are NaN or Inf")
+    raise_damaged(source.directory, problems, "the weights are not finite")

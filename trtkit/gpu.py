@@ -1,0 +1,138 @@
+"""``GpuProfile``: what a GPU set-up can hold and how fast it is, from the vendors' data sheets. No torch at import.
+
+FLOP/s are dense (data sheets often print the sparse figure, twice as large). Memory is what the driver reports, which
+is less than the name says.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from trtkit.errors import UnsupportedError, UsageError
+from trtkit.files import nearest
+
+__all__ = ["GPUS", "GpuProfile", "capability_text", "cpu_profile", "detect", "profile_named"]
+
+_MIB = 1 << 20
+_NVLINK = 300e9
+_PCIE_THROUGH_HOST = 3.7e9
+"""All-reduce bus bandwidth of PCIe cards without peer-to-peer copies (4xL4 machines). Fitted: see ``plan``."""
+_PCIE_PEER = 12e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuProfile:
+    """One machine's accelerators: ``count`` equal devices. All figures are per device."""
+
+    name: str
+    title: str
+    memory_bytes: int
+    bandwidth: float
+    """Bytes per second of device memory."""
+    flops: Mapping[str, float]
+    """Dense operations per second by activation format: bf16, int8, fp8 (absent where there is no such unit)."""
+    capability: tuple[int, int] | None
+    """CUDA compute capability; None for a CPU."""
+    count: int = 1
+    link_bandwidth: float = _PCIE_PEER
+    """Bus bandwidth of an all-reduce between the devices, bytes per second."""
+
+    @property
+    def kind(self) -> str:
+        """The name of one device: ``l4`` for ``l4x4``."""
+        return re.sub(r"x[0-9]$", "", self.name)
+
+    @property
+    def is_cpu(self) -> bool:
+        """True for the embedded runtime without a GPU."""
+        return self.capability is None
+
+    def times(self, count: int) -> GpuProfile:
+        """The same device ``count`` times."""
+        if count == 1:
+            return self
+        return replace(self, name=f"{self.name}x{count}", title=f"{count}x {self.title}", count=count)
+
+
+def _profile(name: str, title: str, mib: int, gb_per_s: float, tflops: tuple[float, float, float],
+             capability: tuple[int, int], link: float = _PCIE_PEER) -> GpuProfile:  # fmt: skip
+    formats = zip(("bf16", "int8", "fp8"), tflops, strict=True)
+    return GpuProfile(
+        name=name, title=title, memory_bytes=mib * _MIB, bandwidth=gb_per_s * 1e9,
+        flops={kind: value * 1e12 for kind, value in formats if value}, capability=capability, link_bandwidth=link,
+    )  # fmt: skip
+
+
+_SINGLE = (
+    _profile("t4", "T4", 15360, 320, (65, 130, 0), (7, 5), _PCIE_THROUGH_HOST),
+    _profile("l4", "L4", 23034, 300, (121, 242, 242), (8, 9), _PCIE_THROUGH_HOST),
+    _profile("l40s", "L40S", 46068, 864, (362, 733, 733), (8, 9)),
+    _profile("rtx4090", "RTX 4090", 24564, 1008, (165, 660, 330), (8, 9), _PCIE_THROUGH_HOST),
+    _profile("a100", "A100 80GB", 81920, 2039, (312, 624, 0), (8, 0), _NVLINK),
+    _profile("h100", "H100 SXM", 81559, 3350, (989, 1979, 1979), (9, 0), _NVLINK),
+    _profile("h200", "H200", 143771, 4800, (989, 1979, 1979), (9, 0), _NVLINK),
+    _profile("b200", "B200", 183359, 8000, (2250, 4500, 4500), (10, 0), _NVLINK),
+)
+_CPU = GpuProfile(
+    name="cpu", title="CPU (nominal)", memory_bytes=16 << 30, bandwidth=20e9,
+    flops={"bf16": 0.4e12, "int8": 0.8e12, "fp8": 0.4e12}, capability=None,
+)  # fmt: skip
+
+GPUS: dict[str, GpuProfile] = {
+    profile.name: profile
+    for single in _SINGLE
+    for profile in (single, *(single.times(count) for count in (2, 4, 8)))
+} | {"cpu": _CPU}
+
+
+def profile_named(name: str) -> GpuProfile:
+    """The set-up called ``name`` (``l4``, ``l4x4``, ``h100x2``, ``cpu``); :class:`UsageError` with the nearest name."""
+    key = re.sub(r"[\s_-]", "", name.lower())
+    if match := re.fullmatch(r"([2-8])x(\w+)", key):
+        key = f"{match.group(2)}x{match.group(1)}"
+    if key not in GPUS:
+        singles = [single.name for single in _SINGLE]
+        raise UsageError(
+            f"unknown GPU {name!r}{nearest(key, GPUS)}",
+            hint=f"one of: {', '.join(singles)}, each also x2, x4 or x8 (l4x4); cpu; auto",
+        )
+    return GPUS[key]
+
+
+def cpu_profile() -> GpuProfile:
+    """The CPU profile with this machine's memory."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # no such figure on this system
+        return _CPU
+    return replace(_CPU, title=f"this CPU ({platform.machine()})", memory_bytes=memory)
+
+
+def detect() -> GpuProfile:
+    """The accelerators of this machine: the first CUDA device's kind, as often as it is there; else the CPU.
+
+    Raises :class:`UnsupportedError` for a CUDA device that the table does not know.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return cpu_profile()
+    device = torch.cuda.get_device_properties(0)
+    squeezed = re.sub(r"[\s-]", "", device.name.lower())
+    # Longest name first: "l40s" must not be taken for "l4".
+    for single in sorted(_SINGLE, key=lambda profile: -len(profile.name)):
+        if re.search(rf"{single.name}(?![0-9])", squeezed):
+            alike = sum(torch.cuda.get_device_name(i) == device.name for i in range(torch.cuda.device_count()))
+            return replace(single, memory_bytes=device.total_memory).times(alike)
+    raise UnsupportedError(
+        f"{device.name} is not in the table of GPUs", hint="pass the most similar one with --gpu, e.g. --gpu h100"
+    )
+
+
+def capability_text(capability: tuple[int, int] | None) -> str:
+    """``(8, 9)`` -> ``8.9``; None (a CPU) -> ``none``."""
+    return "none" if capability is None else f"{capability[0]}.{capability[1]}"
