@@ -1,8 +1,8 @@
 """The training objective: unroll ``Drafter.step`` from every position, score every depth, never hold all logits.
 
 Tokens lie flat: several windows back to back, told apart by ``segment``. At an anchor t the target has drawn x[t+1]
-from hidden[t]; depth d = 1, 2, ... feeds e(x[t+d]) and has to predict x[t+d+1]. With ``ce`` the goal is that token, with
-``kd`` the target's own distribution there, softmax(lm_head hidden[t+d]).
+from hidden[t]; depth d = 1, 2, ... feeds e(x[t+d]) and has to predict x[t+d+1]. With ``ce`` the goal is that token,
+with ``kd`` the target's own distribution there, softmax(lm_head hidden[t+d]).
 
 Memory: logits exist for one chunk of anchors at one depth and are computed again in the backward pass. The naive loss
 holds (depths, T, V) floats, and their gradients. Letters: T tokens, H hidden, V vocab.

@@ -26,14 +26,10 @@ def train(
     seed: int = 1,
     muon_rate: float = 0.008,
     adam_rate: float = 0.003,
-    decay_share: Annotated[
-        float, typer.Option(help="share of the run in which the rate falls to zero")
-    ] = 0.5,
+    decay_share: Annotated[float, typer.Option(help="share of the run in which the rate falls to zero")] = 0.5,
     export_every: Annotated[int, typer.Option(min=1)] = 750,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
-    work: Annotated[Path, typer.Option(help="folder for the resumable state and the log")] = Path(
-        "build/practice"
-    ),
+    work: Annotated[Path, typer.Option(help="folder for the resumable state and the log")] = Path("build/practice"),
     start_from: Annotated[Path | None, typer.Option(help="state.pt of a run to start from")] = None,
     out: Path = PRACTICE,
 ) -> None:
@@ -80,8 +76,7 @@ def problems(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Option(help="checkpoint folder")] = PRACTICE,
-    problems: Annotated[Path, typer.Option(help="JSONL with problem, answer, family")] = PRACTICE
-    / "problems.jsonl",
+    problems: Annotated[Path, typer.Option(help="JSONL with problem, answer, family")] = PRACTICE / "problems.jsonl",
     samples: Annotated[int, typer.Option(min=1)] = 16,
     limit: Annotated[int, typer.Option(help="use the first N problems only")] = 0,
     seed: int = 1,
@@ -100,16 +95,10 @@ def evaluate(
     torch.set_num_threads(threads)
     rows = read_rows(problems)[: limit or None]
     scores = measure(load_model(model), load_tokenizer(model), rows, samples=samples, seed=seed)
-    print(
-        "| family | problems | greedy | pass@1 | maj@"
-        + str(samples)
-        + " | no answer |\n|---|---|---|---|---|---|"
-    )
+    print("| family | problems | greedy | pass@1 | maj@" + str(samples) + " | no answer |\n|---|---|---|---|---|---|")
     for name, score in scores.items():
         shares = (score.greedy, score.pass_at_1, score.majority, score.unfinished)
-        print(
-            f"| {name} | {score.problems} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |"
-        )
+        print(f"| {name} | {score.problems} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |")
     print(json.dumps({name: asdict(score) for name, score in scores.items()}))
 
 

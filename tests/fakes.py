@@ -74,9 +74,7 @@ class FakeEngine:
 
     def step(self) -> list[StepOutput]:
         self.steps += 1
-        outputs = [
-            StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._ended
-        ]
+        outputs = [StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._ended]
         self._ended.clear()
         for name in list(self._left)[: self._rows]:
             request, left = self._left[name]

@@ -142,7 +142,9 @@ def _device_check() -> tuple[Check, GpuProfile | None]:
     except TrtkitError as problem:
         return Check(name="device", status="warn", detail=problem.message, hint=problem.hint or ""), None
     except Exception as problem:  # a torch that does not import raises anything
-        return Check(name="device", status="fail", detail=f"torch does not work: {problem}", hint="reinstall torch"), None
+        return Check(
+            name="device", status="fail", detail=f"torch does not work: {problem}", hint="reinstall torch"
+        ), None
     memory = f"{gpu.memory_bytes / 1e9:.1f} GB"
     if gpu.is_cpu:
         return Check(name="device", status="ok", detail=f"{gpu.title}, {memory}; no CUDA GPU"), gpu

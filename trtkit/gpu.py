@@ -83,9 +83,7 @@ _CPU = GpuProfile(
 )  # fmt: skip
 
 GPUS: dict[str, GpuProfile] = {
-    profile.name: profile
-    for single in _SINGLE
-    for profile in (single, *(single.times(count) for count in (2, 4, 8)))
+    profile.name: profile for single in _SINGLE for profile in (single, *(single.times(count) for count in (2, 4, 8)))
 } | {"cpu": _CPU}
 
 

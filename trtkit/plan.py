@@ -230,9 +230,7 @@ def _refusal(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, draft: Draft
     return ""
 
 
-def _too_large(
-    spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None
-) -> str:
+def _too_large(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None) -> str:
     memory = memory_plan(spec, scheme, gpu, work, draft)
     row = memory.kv_bytes_per_token * work.length
     needed = memory.usable_bytes - memory.kv_bytes + row
@@ -240,9 +238,7 @@ def _too_large(
     return f"{text}; fits: {_what_fits(spec, scheme, gpu, work, draft)}"
 
 
-def _what_fits(
-    spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None
-) -> str:
+def _what_fits(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None) -> str:
     def holds(other: QuantScheme, where: GpuProfile, drafting: DraftPlan | None) -> bool:
         return not _refusal(spec, other, where, drafting) and (
             memory_plan(spec, other, where, work, drafting).max_rows >= 1

@@ -30,8 +30,7 @@ class Mix:
         """Easy problems first, then the full mix."""
         ready = min(1.0, update / max(1.0, self.curriculum_share * self.total_updates))
         return tuple(
-            early + ready * (late - early)
-            for early, late in zip(self.early_levels, self.late_levels, strict=True)
+            early + ready * (late - early) for early, late in zip(self.early_levels, self.late_levels, strict=True)
         )
 
 
@@ -43,9 +42,7 @@ class Batch:
     targets: torch.Tensor
 
 
-def tokenized(
-    tokenizer: Tokenizer, rng: Random, mix: Mix, update: int, budget: int
-) -> list[tuple[list[int], int]]:
+def tokenized(tokenizer: Tokenizer, rng: Random, mix: Mix, update: int, budget: int) -> list[tuple[list[int], int]]:
     """(ids, prompt length) of fresh problems, about `budget` tokens in all."""
     problems = stream(rng, "train", level_weights=mix.levels_at(update))
     rows: list[tuple[list[int], int]] = []

@@ -115,9 +115,7 @@ def make_linear(rng: Random, level: int) -> Draft | None:
         scratch.subtract(total, offset)
     if not c:
         check.add(check.multiply(check.add(x, offset) if offset else x, a), b)
-    spoken = (
-        f"I think of a number, multiply it by {a} and add {b}. The result is {right}. What is the number?"
-    )
+    spoken = f"I think of a number, multiply it by {a} and add {b}. The result is {right}. What is the number?"
     return Draft(
         key=(a, b, c, offset, right),
         wordings=(
@@ -184,9 +182,8 @@ def make_recurrence(rng: Random, level: int) -> Draft | None:
         if raw >= modulus:
             quotient = raw // modulus
             product = quotient * modulus
-            line += (
-                f",{quotient}*{modulus}={product}" if quotient > 1 else ""
-            ) + f",{raw}-{product}={raw - product}"
+            line += f",{quotient}*{modulus}={product}" if quotient > 1 else ""
+            line += f",{raw}-{product}={raw - product}"
         if raw % modulus == value:
             return None
         value = raw % modulus
@@ -194,7 +191,8 @@ def make_recurrence(rng: Random, level: int) -> Draft | None:
     return Draft(
         key=(modulus, p, q, start, steps),
         wordings=(
-            f"Let x0={start} and let each next term be {p} times the last one plus {q}, modulo {modulus}. Find x{steps}.",
+            f"Let x0={start} and let each next term be {p} times the last one plus {q}, modulo {modulus}. "
+            f"Find x{steps}.",
             f"A machine replaces x by the remainder of {p}x+{q} modulo {modulus}. It starts with x={start}. "
             f"What is x after {steps} steps?",
             f"Start with {start}. Do this {steps} times: multiply by {p}, add {q} and keep the remainder modulo "

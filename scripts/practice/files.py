@@ -59,9 +59,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def write_bundled(folder: Path) -> None:
     """problems.jsonl, demo.jsonl and calibration.jsonl of the checkpoint."""
-    write_rows(
-        problem_rows(balanced(FILES_SEED, "heldout", HELDOUT_COUNT), "practice"), folder / "problems.jsonl"
-    )
+    write_rows(problem_rows(balanced(FILES_SEED, "heldout", HELDOUT_COUNT), "practice"), folder / "problems.jsonl")
     write_rows(problem_rows(balanced(FILES_SEED, "demo", DEMO_COUNT), "demo"), folder / "demo.jsonl")
     write_rows(solution_rows(balanced(FILES_SEED, "train", CALIBRATION_COUNT)), folder / "calibration.jsonl")
 

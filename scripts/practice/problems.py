@@ -38,7 +38,9 @@ SPLITS = ("train", "heldout", "demo")
 CHECK_SHARE = 0.3
 EVEN_LEVELS = (1.0, 1.0, 1.0)
 
-SYSTEM_PROMPT = "You are a helpful and harmless assistant. You should think step-by-step. Return final answer within \\boxed{}."
+SYSTEM_PROMPT = (
+    "You are a helpful and harmless assistant. You should think step-by-step. Return final answer within \\boxed{}."
+)
 PROMPT_KINDS = ("solve", "reason", "system")
 
 
@@ -128,9 +130,7 @@ def messages(text: str, kind: str) -> list[dict[str, str]]:
 
 def render_prompt(text: str, kind: str) -> str:
     """The prompt as text; the chat template writes the same (a test holds both together)."""
-    turns = "".join(
-        f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages(text, kind)
-    )
+    turns = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages(text, kind))
     return f"{turns}<|im_start|>assistant\n<think>\n"
 
 

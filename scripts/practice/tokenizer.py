@@ -17,7 +17,10 @@ VOCAB_SIZE = 512
 CORPUS_PROBLEMS = 20_000
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK_TOKENS = ("<think>", "</think>")
-QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- set content = message['content'] -%}"
@@ -35,9 +38,7 @@ def corpus(count: int) -> list[str]:
     rng = Random("tokenizer")
     lines: list[str] = []
     for problem in islice(stream(rng, "train"), count):
-        lines += [
-            f"{turn['role']}\n{turn['content']}" for turn in messages(problem.text, rng.choice(PROMPT_KINDS))
-        ]
+        lines += [f"{turn['role']}\n{turn['content']}" for turn in messages(problem.text, rng.choice(PROMPT_KINDS))]
         lines += ["assistant\n", problem.thought, f"\n\n{problem.final}"]
     return lines
 
@@ -60,14 +61,10 @@ def train_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(CORPUS_PROBLEMS), trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS])
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise SystemExit(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens\nhint: it needs {VOCAB_SIZE}"
-        )
+        raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} tokens\nhint: it needs {VOCAB_SIZE}")
     return tokenizer
 
 

@@ -159,12 +159,8 @@ def train(plan: Plan, work: Path, tokenizer_folder: Path, out: Path, start_from:
         if trainer.update % plan.save_every == 0 or trainer.update == plan.updates:
             save_state(trainer, saved)
         if trainer.update % plan.export_every == 0 or trainer.update in (FIRST_EXPORT, plan.updates):
-            export(
-                trainer.average if trainer.update < plan.updates else trainer.master, tokenizer_folder, out
-            )
-    print(
-        f"done: {trainer.update} updates, {trainer.tokens_seen} tokens, {trainer.seconds:.0f} s", flush=True
-    )
+            export(trainer.average if trainer.update < plan.updates else trainer.master, tokenizer_folder, out)
+    print(f"done: {trainer.update} updates, {trainer.tokens_seen} tokens, {trainer.seconds:.0f} s", flush=True)
 
 
 def report(trainer: Trainer, recent: list[float], log: Path) -> None:

@@ -71,9 +71,7 @@ def brute_force(family: str, key: tuple[int | str, ...]) -> int:
         case "base":
             *texts, base = key[1:]
             if key[0] == "write":
-                (answer,) = [
-                    x for x in range(1000) if set(str(x)) <= set("012345678") and _read(x, n[2]) == n[1]
-                ]
+                (answer,) = [x for x in range(1000) if set(str(x)) <= set("012345678") and _read(x, n[2]) == n[1]]
                 return answer
             return sum(int(str(text), int(base)) for text in texts)
         case "shopping":

@@ -58,9 +58,7 @@ def write_engine(directory: Path) -> Path:
     return directory
 
 
-def run(
-    places: Places, options: SolveOptions | None = None, *, seconds_per_step: float = 0.0, **more: Any
-) -> Outcome:
+def run(places: Places, options: SolveOptions | None = None, *, seconds_per_step: float = 0.0, **more: Any) -> Outcome:
     options = options or SolveOptions(samples=9, outstanding=20)
     return run_solve(places, lambda: SlowEngine(seconds_per_step), CHAT, options, **more)
 

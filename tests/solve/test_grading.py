@@ -41,6 +41,7 @@ def grader() -> Iterator[Grader]:
         ("\\text{even}", "even", True),
         ("\\text{even}", "odd", False),
         ("A", "B", False),
+        ("3R^2", "R^2 \\cdot 3", True),
         ("3.14", "\\pi", False),
     ],
 )

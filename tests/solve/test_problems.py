@@ -13,9 +13,7 @@ from trtkit.solve.prompts import sample_seed, variant_of
 
 
 def write(path: Path, *rows: object) -> Path:
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8"
-    )
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
     return path
 
 
@@ -59,6 +57,7 @@ def test_every_offender_is_named_with_its_line(tmp_path: Path) -> None:
         '{"id": "f", "problem": "half \\ud800 pair"}',
         {"id": "", "problem": "x"},
         "[" * 100_000,
+        '{"id": "g", "problem": "x", "answer": NaN}',
     )
     with pytest.raises(InputError) as caught:
         read_problems(path)
@@ -76,6 +75,7 @@ def test_every_offender_is_named_with_its_line(tmp_path: Path) -> None:
         11: "surrogate",
         12: "non-empty string",
         13: "not usable JSON",
+        14: "is no number",
     }.items():
         assert any(f"p.jsonl:{line}: " in o and word in o for o in caught.value.offenders), (line, text)
     assert "p.jsonl:1:" not in text
@@ -105,9 +105,7 @@ def test_long_lists_of_offenders_are_cut(tmp_path: Path) -> None:
 
 
 def test_ten_megabytes_of_text(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "p.jsonl", {"id": "big", "problem": "x" * 10_000_000}, {"id": "b", "problem": "y"}
-    )
+    path = write(tmp_path / "p.jsonl", {"id": "big", "problem": "x" * 10_000_000}, {"id": "b", "problem": "y"})
     began = time.monotonic()
     assert len(read_problems(path)[0].text) == 10_000_000
     assert time.monotonic() - began < 5
@@ -128,10 +126,7 @@ def test_variants_take_turns() -> None:
 
 def test_seeds_are_stable_and_distinct() -> None:
     seeds = {
-        sample_seed(run, problem, index)
-        for run in (0, 1)
-        for problem in ("1", "11", "p/1")
-        for index in range(20)
+        sample_seed(run, problem, index) for run in (0, 1) for problem in ("1", "11", "p/1") for index in range(20)
     }
     assert len(seeds) == 2 * 3 * 20
     assert all(0 <= seed < 2**63 for seed in seeds)

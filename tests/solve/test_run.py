@@ -239,6 +239,11 @@ def test_bad_input_is_found_before_anything_is_opened_or_written(places: Places,
     assert not places.out.exists()
 
 
+def test_solving_needs_no_torch() -> None:
+    code = "import sys, trtkit.solve.run, trtkit.solve.display; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_no_golds_no_rates(places: Places) -> None:
     places.problems.write_text('{"id": "a", "problem": "x"}\n')
     document = run(places).summary.document()

@@ -198,9 +198,7 @@ def test_variants_are_mixed_and_prompts_shared(grader: Grader) -> None:
 
 def test_integer_mode_votes_modulo(grader: Grader) -> None:
     chat = FakeChat()
-    engine = FakeEngine(
-        scripted("\\boxed{1007}</think>", "\\boxed{7}</think>", "\\boxed{x}</think>", chat=chat)
-    )
+    engine = FakeEngine(scripted("\\boxed{1007}</think>", "\\boxed{7}</think>", "\\boxed{x}</think>", chat=chat))
     mode = AnswerMode(kind="integer", modulus=1000)
     [solution] = solve(grader, engine, samples=3, mode=mode)
     assert solution.tally.leader is not None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trtkit.solve.stop_text import end_of_text
 
@@ -70,6 +71,32 @@ def test_every_way_to_spell_the_tag(tokens: tuple[int, ...], end: int | None) ->
 def test_the_end_does_not_depend_on_the_steps(tokens: list[int], cuts: list[int]) -> None:
     expected = next((n for n in range(1, len(tokens) + 1) if TAG in decode(tokens[:n])), None)
     assert stream(tokens, cuts) == expected
+
+
+def test_with_a_real_tokenizer_that_merges_across_the_tag() -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["</think>\n\nSo", "x</think>\n", "think", "y ≤</"] * 30, trainer)
+    for before, after in (("", "\n\nSo"), ("x", "\n"), ("y ≤", "\n\nSo"), ("\u2264", "!")):
+        tokens = tokenizer.encode(f"{before}</think>{after}").ids
+        ends = {stream_real(tokenizer, tokens, size) for size in (1, 2, 3, 50)}
+        assert len(ends) == 1
+        end = ends.pop()
+        assert end is not None
+        assert TAG in tokenizer.decode(tokens[:end])
+        assert TAG not in tokenizer.decode(tokens[: end - 1])
+
+
+def stream_real(tokenizer: Tokenizer, tokens: list[int], size: int) -> int | None:
+    for seen in range(0, len(tokens), size):
+        end = end_of_text(tokens[: seen + size], seen, TAG, lambda ids: tokenizer.decode(list(ids)))
+        if end is not None:
+            return end
+    return None
 
 
 def test_only_a_short_tail_is_decoded() -> None:

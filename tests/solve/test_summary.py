@@ -27,9 +27,7 @@ def grader() -> Iterator[Grader]:
         yield shared
 
 
-def solved(
-    problem: str, boxes: list[str | None], *, rule: str | None = None, error: str | None = None
-) -> Solution:
+def solved(problem: str, boxes: list[str | None], *, rule: str | None = None, error: str | None = None) -> Solution:
     attempts = tuple(
         Attempt(
             problem_id=problem,
@@ -141,6 +139,7 @@ def test_live_display(verdicts: list[Verdict], monkeypatch: pytest.MonkeyPatch) 
     text = stream.getvalue()
     assert "samples unfinished" in text
     assert "5 x2, 73 x1" in text
+    assert " left" in text
     assert "[bold]no gold[/bold]: 7 (1 of 1 votes)" in text
 
 

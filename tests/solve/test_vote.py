@@ -88,9 +88,7 @@ def test_equal_answers_in_another_spelling_are_one_vote() -> None:
 
 @settings(max_examples=80)
 @given(st.lists(st.sampled_from(["a", "b", "c", None]), max_size=7), st.integers(0, 4))
-def test_unassailable_is_exactly_what_no_completion_can_change(
-    said: list[str | None], outstanding: int
-) -> None:
+def test_unassailable_is_exactly_what_no_completion_can_change(said: list[str | None], outstanding: int) -> None:
     tally = tally_of(*said)
     leader = tally.leader
     safe = leader is not None
@@ -98,9 +96,7 @@ def test_unassailable_is_exactly_what_no_completion_can_change(
         for rest in itertools.product(["a", "b", "c", "new", None], repeat=outstanding):
             full = tally
             for place, text in enumerate(rest):  # as early in tokens as can be: the worst case for a tie
-                full = full.add(
-                    None if text is None else answer(text), tokens=1, index=100 + place, same=never
-                )
+                full = full.add(None if text is None else answer(text), tokens=1, index=100 + place, same=never)
             assert full.leader is not None
             # A tie decided for the leader is not safe enough: see the rule.
             safe = safe and full.leader.answer == leader.answer and full.lead > 0

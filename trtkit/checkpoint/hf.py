@@ -64,7 +64,9 @@ def resolve_source(model: str) -> Path:
         raise InputError("is a file, not a checkpoint directory", where=model, hint=f"pass {path.parent}")
     if _HUB_ID.fullmatch(model) is None:
         raise InputError(
-            "no such directory", where=model, hint="pass a checkpoint directory, a hub id (owner/name), or 'practice'"
+            "no such directory",
+            where=model,
+            hint="pass a checkpoint directory, a hub id (owner/name), or 'practice'",
         )
     return _download(model)
 
@@ -94,10 +96,13 @@ def _download(model: str) -> Path:
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=_HUB_FILES))
     except errors.GatedRepoError:
         raise refused(
-            "this model is gated", f"accept its terms on the hub and log in with `hf auth login`, or {instead}"
+            "this model is gated",
+            f"accept its terms on the hub and log in with `hf auth login`, or {instead}",
         ) from None
     except errors.RepositoryNotFoundError:
-        raise refused("the hub has no such model (or it is private)", f"check the spelling, or {instead}") from None
+        raise refused(
+            "the hub has no such model (or it is private)", f"check the spelling, or {instead}"
+        ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise refused("the hub cannot be reached and the model is not in the local cache", instead) from None
     except (errors.HfHubHTTPError, OSError, ValueError) as problem:
@@ -129,7 +134,9 @@ class HfCheckpoint:
     def part(self, layer: int, part: str) -> LinearWeights:
         """One linear as stored, e.g. ``self_attn.q_proj``."""
         name = f"{layer_prefix(layer)}{part}"
-        bias = self.shards.tensor(f"{name}.bias") if f"{name}.bias" in expected_layer(self.spec, layer) else None
+        bias = (
+            self.shards.tensor(f"{name}.bias") if f"{name}.bias" in expected_layer(self.spec, layer) else None
+        )
         return LinearWeights(weight=dense(self.shards.tensor(f"{name}.weight")), bias=bias)
 
     def norms(self, layer: int) -> Norms:
@@ -202,7 +209,9 @@ def open_source(directory: Path) -> HfCheckpoint:
         elif entry.shape != shape:
             problems.append(f"{name}: shape {list(entry.shape)}, config.json implies {list(shape)}")
         elif entry.dtype not in allowed:
-            problems.append(f"{name}: dtype {str(entry.dtype).removeprefix('torch.')}, expected a 16- or 32-bit float")
+            problems.append(
+                f"{name}: dtype {str(entry.dtype).removeprefix('torch.')}, expected a 16- or 32-bit float"
+            )
     raise_damaged(directory, problems)
     return HfCheckpoint(directory=directory, spec=spec, config=config, shards=shards)
 

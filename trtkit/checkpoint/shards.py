@@ -88,7 +88,9 @@ def _read(entry: Entry, offset: int, nbytes: int) -> Tensor:
         while done < nbytes:
             count = stream.readinto(view[done:])
             if not count:
-                raise CheckpointError("ends too early: the file has changed while it was read", where=str(entry.path))
+                raise CheckpointError(
+                    "ends too early: the file has changed while it was read", where=str(entry.path)
+                )
             done += count
     return raw
 
@@ -187,7 +189,9 @@ def _entry(path: Path, name: str, item: Any, start: int) -> Entry:
         raise CheckpointError(f"{name}: unknown dtype {code!r}", where=str(path))
     nbytes = math.prod(shape) * _DTYPES[code].itemsize
     if not isinstance(begin, int) or begin < 0 or end != begin + nbytes:
-        raise CheckpointError(f"{name}: offsets {begin}..{end} do not fit shape {shape} of {code}", where=str(path))
+        raise CheckpointError(
+            f"{name}: offsets {begin}..{end} do not fit shape {shape} of {code}", where=str(path)
+        )
     return Entry(path=path, dtype=_DTYPES[code], shape=shape, offset=start + begin, nbytes=nbytes)
 
 
@@ -204,7 +208,9 @@ class ShardWriter:
         self._plan = _split(layout, shard_bytes)
         count = len(self._plan)
         self._files = (
-            [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+            [SINGLE]
+            if count == 1
+            else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         )
         self._order = iter([(shard, name) for shard, names in enumerate(self._plan) for name in names])
         self._stream: BinaryIO | None = None
@@ -244,7 +250,9 @@ class ShardWriter:
         self._finish()
         if len(self._files) > 1:
             total = sum(_nbytes(*entry) for entry in self._layout.values())
-            weight_map = {name: self._files[shard] for shard, names in enumerate(self._plan) for name in names}
+            weight_map = {
+                name: self._files[shard] for shard, names in enumerate(self._plan) for name in names
+            }
             write_json(self._directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         return self.digests
 

@@ -48,7 +48,14 @@ from trtkit.model_spec import ModelSpec, spec_from_config, spec_to_config
 from trtkit.quant.tensor import FP8_MAX, LinearWeights, QuantTensor, concat_rows, dequantize, quantize_fp8
 from trtkit.scheme import SCHEMES, QuantScheme
 
-__all__ = ["QUANT_FILE", "UnifiedCheckpoint", "open_unified", "quant_config", "unified_config", "unified_layout"]
+__all__ = [
+    "QUANT_FILE",
+    "UnifiedCheckpoint",
+    "open_unified",
+    "quant_config",
+    "unified_config",
+    "unified_layout",
+]
 
 QUANT_FILE = "hf_quant_config.json"
 _WEIGHT_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
@@ -64,7 +71,9 @@ def unified_layout(spec: ModelSpec, scheme: QuantScheme, *, pre_scale: bool) -> 
         linears = {f"{layer_prefix(layer)}{part}.weight": shape for part, shape in spec.linear_shapes.items()}
         for name, shape in expected_layer(spec, layer).items():
             if name in linears:
-                layout |= _linear_layout(name.removesuffix(".weight"), linears[name], scheme, model, pre_scale)
+                layout |= _linear_layout(
+                    name.removesuffix(".weight"), linears[name], scheme, model, pre_scale
+                )
             else:
                 layout[name] = (model, shape)
         if scheme.kv_dtype != "model":
@@ -106,7 +115,11 @@ def quant_config(scheme: QuantScheme, *, pre_scale: bool) -> JsonObject:
         "kv_cache_quant_algo": _KV_ALGOS.get(scheme.kv_dtype),
     }
     if scheme.group_size is not None:
-        quantization |= {"group_size": scheme.group_size, "has_zero_point": False, "pre_quant_scale": pre_scale}
+        quantization |= {
+            "group_size": scheme.group_size,
+            "has_zero_point": False,
+            "pre_quant_scale": pre_scale,
+        }
     quantization["exclude_modules"] = _EXCLUDED
     return {"producer": {"name": "trtkit", "version": trtkit.__version__}, "quantization": quantization}
 
@@ -188,7 +201,9 @@ def _share_scales(parts: list[LinearWeights]) -> list[LinearWeights]:
         return parts
     amax = scales.max() * FP8_MAX
     return [
-        dataclasses.replace(part, weight=quantize_fp8(dequantize(part.weight), amax=amax), input_scale=inputs.max())
+        dataclasses.replace(
+            part, weight=quantize_fp8(dequantize(part.weight), amax=amax), input_scale=inputs.max()
+        )
         for part in parts
     ]
 
@@ -216,7 +231,9 @@ def open_unified(directory: Path) -> UnifiedCheckpoint:
         elif entry.shape != shape:
             problems.append(f"{name}: shape {list(entry.shape)}, expected {list(shape)}")
         # bf16, fp16 and fp32 may stand for each other; codes and bytes may not.
-        elif entry.dtype != dtype and not (entry.dtype in (floats := MODEL_DTYPES.values()) and dtype in floats):
+        elif entry.dtype != dtype and not (
+            entry.dtype in (floats := MODEL_DTYPES.values()) and dtype in floats
+        ):
             problems.append(f"{name}: dtype {entry.dtype}, expected {dtype}".replace("torch.", ""))
     raise_damaged(directory, problems)
     return UnifiedCheckpoint(directory=directory, spec=spec, scheme=scheme, shards=shards)

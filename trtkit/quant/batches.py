@@ -48,7 +48,12 @@ class TokenBatch:
         lengths = self.lengths
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            pieces = zip(q.split_with_sizes(lengths), k.split_with_sizes(lengths), v.split_with_sizes(lengths), strict=True)
+            pieces = zip(
+                q.split_with_sizes(lengths),
+                k.split_with_sizes(lengths),
+                v.split_with_sizes(lengths),
+                strict=True,
+            )
             return torch.cat([causal_attention(*piece) for piece in pieces])
 
         return attend
@@ -82,6 +87,8 @@ def pack_rows(rows: Sequence[TextRow], device: torch.device, *, tokens: int = 20
         groups[-1].append(row)
         size += len(row.tokens)
     return [
-        TokenBatch(tokens=torch.tensor([t for row in group for t in row.tokens], device=device), rows=tuple(group))
+        TokenBatch(
+            tokens=torch.tensor([t for row in group for t in row.tokens], device=device), rows=tuple(group)
+        )
         for group in groups
     ]

@@ -121,7 +121,9 @@ class LayerwiseCalibrator:
             for name in LINEAR_PARTS
         }
         biases = {
-            name: torch.cat([part.bias for part in parts[name] if part.bias is not None]).to(self._device).float()
+            name: torch.cat([part.bias for part in parts[name] if part.bias is not None])
+            .to(self._device)
+            .float()
             for name in LINEAR_PARTS
             if parts[name][0].bias is not None
         }

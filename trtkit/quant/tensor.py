@@ -21,8 +21,8 @@ __all__ = [
     "LinearWeights",
     "QuantTensor",
     "concat_rows",
-    "dequantize",
     "dense",
+    "dequantize",
     "linear_reference",
     "quantize_fp8",
     "quantize_int4",
@@ -161,7 +161,9 @@ def concat_rows(parts: Sequence[LinearWeights]) -> LinearWeights:
     if scale is not None:
         scales = [weight.scale for weight in weights if weight.scale is not None]
         if scale.ndim == 0:
-            assert all(torch.equal(other, scale) for other in scales), "fused linears must share their fp8 scale"
+            assert all(torch.equal(other, scale) for other in scales), (
+                "fused linears must share their fp8 scale"
+            )
         else:
             scale = torch.cat(scales)
     biases = [part.bias for part in parts if part.bias is not None]

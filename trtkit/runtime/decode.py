@@ -1,9 +1,9 @@
 """The phases of a step over plain tensors: *prefill*, *draft*, *verify*, *accept*.
 
 Prefill computes keys and values of known tokens. Draft grows a tree on each row's pending token (without a drafter the
-tree is that token alone). Verify runs the tree's nodes through the model and gives logits at each. Accept draws one token at
-each node, with noise that depends on (seed, position) alone, follows the tree while it agrees, and keeps the keys and
-values of the nodes on the way.
+tree is that token alone). Verify runs the tree's nodes through the model and gives logits at each. Accept draws one
+token at each node, with noise that depends on (seed, position) alone, follows the tree while it agrees, and keeps the
+keys and values of the nodes on the way.
 
 Letters: R rows, N nodes, T tokens, S cache slots, H hidden, V vocab.
 """

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from drafter.checkpoint import DrafterError, load_drafter
+from drafter.config import TreeShape
 from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import CapacityError, EngineError, UnsupportedError, UsageError
 from trtkit.model_spec import ModelSpec
@@ -16,10 +18,12 @@ from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
 from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 
-__all__ = ["OpenOptions", "open_engine"]
+__all__ = ["DRAFTER_DIR", "OpenOptions", "open_engine"]
 
+DRAFTER_DIR = "drafter"
+"""Where an engine directory keeps its draft head."""
 _BLOCK_SIZE = 16
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -37,6 +41,10 @@ class OpenOptions:
     """Largest in-flight batch; None takes the engine's own limit."""
     kv_memory_fraction: float | None = None
     """Share of the free memory for keys and values; None means 0.9 on CUDA, 0.25 on a CPU."""
+    speculative: bool = True
+    """Use the engine's draft head if it has one. The tokens are the same either way."""
+    tree: TreeShape | None = None
+    """The draft tree; None takes the engine's own."""
 
 
 def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
@@ -61,8 +69,28 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
         )
     dtype = _dtype(options.dtype, checkpoint.spec, device)
     total = min(manifest.recipe.limits.total_tokens, checkpoint.spec.max_positions)
-    model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=total)
-    return TorchEngine(model, _limits(manifest, checkpoint.spec, options, model, total))
+    tree = (options.tree or manifest.recipe.tree) if options.speculative else None
+    reach = total + (tree.max_nodes if tree else 1)
+    model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=reach)
+    drafting = None if tree is None else _drafting(directory / DRAFTER_DIR, model, tree)
+    limits = _limits(manifest, checkpoint.spec, options, model, total_tokens=total, reach=reach)
+    return TorchEngine(model, limits, drafting)
+
+
+def _drafting(directory: Path, model: DecoderModel, tree: TreeShape) -> Drafting:
+    try:
+        head = load_drafter(directory, dtype=model.dtype, device=model.device)
+    except DrafterError as problem:
+        raise EngineError(str(problem), hint="build the engine again with --drafter, or without a tree") from None
+    spec = model.spec
+    if (head.config.hidden_size, head.config.vocab_size) != (spec.hidden, spec.vocab):
+        raise EngineError(
+            f"the draft head is for hidden size {head.config.hidden_size} and vocabulary {head.config.vocab_size}, "
+            f"the model has {spec.hidden} and {spec.vocab}",
+            where=str(directory),
+            hint="train a head for this model",
+        )
+    return Drafting(head=head, tree=tree)
 
 
 def _device(name: str) -> torch.device:
@@ -89,23 +117,30 @@ def _dtype(asked: str | None, spec: ModelSpec, device: torch.device) -> torch.dt
 
 
 def _limits(
-    manifest: EngineManifest, spec: ModelSpec, options: OpenOptions, model: DecoderModel, total: int
+    manifest: EngineManifest,
+    spec: ModelSpec,
+    options: OpenOptions,
+    model: DecoderModel,
+    *,
+    total_tokens: int,
+    reach: int,
 ) -> TorchLimits:
+    """``reach``: slots that a row may touch, its length and the nodes of a draft tree."""
     rows = options.rows or manifest.recipe.limits.batch
     kv_dtype = manifest.recipe.kv_dtype
     block_bytes = kv_block_bytes(spec, kv_dtype, model.dtype, _BLOCK_SIZE)
     fraction = options.kv_memory_fraction or (0.9 if model.device.type == "cuda" else 0.25)
     affordable = int(_free_bytes(model.device) * fraction) // block_bytes
-    # One block more than a lone row's length: the copy of a shared partial prompt block.
-    least = blocks_for(total, _BLOCK_SIZE) + 1
+    # One block more for the copy of a shared partial prompt block.
+    least = blocks_for(reach, _BLOCK_SIZE) + 1
     if affordable < least:
         raise CapacityError(
-            f"the keys and values of one request of {total} tokens take {least * block_bytes / 1e9:.2f} GB, "
+            f"the keys and values of one request of {total_tokens} tokens take {least * block_bytes / 1e9:.2f} GB, "
             f"{affordable * block_bytes / 1e9:.2f} GB may be used",
             hint="build with a smaller --max-total-tokens, or free memory",
         )
     return TorchLimits(
-        rows=rows, total_tokens=total, kv_blocks=min(affordable, rows * least), block_size=_BLOCK_SIZE,
+        rows=rows, total_tokens=total_tokens, kv_blocks=min(affordable, rows * least), block_size=_BLOCK_SIZE,
         kv_dtype=kv_dtype,
     )  # fmt: skip
 

@@ -15,9 +15,7 @@ from trtkit.solve.canonical import canonical_text, last_side
 __all__ = ["Answer", "AnswerMode", "extract_box", "read_answer"]
 
 # Escaped braces are no groups. Several backslashes before boxed come from text that was escaped twice.
-_TOKEN = re.compile(
-    r"(?P<box>\\+(?:boxed|fbox)(?![A-Za-z]))\s*(?P<bare>[-+]?[0-9][0-9.,/]*)?|\\.|[{}]", re.DOTALL
-)
+_TOKEN = re.compile(r"(?P<box>\\+(?:boxed|fbox)(?![A-Za-z]))\s*(?P<bare>[-+]?[0-9][0-9.,/]*)?|\\.|[{}]", re.DOTALL)
 # What stands in a box of the instruction or of an example, not of an answer.
 _PLACEHOLDERS = frozenset(
     ("", ".", "..", "...", "?", "_", "\\ldots", "\\dots", "\\cdots", "answer", "your answer", "final answer")

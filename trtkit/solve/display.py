@@ -39,6 +39,7 @@ class _Counts(Observer):
     def __init__(self) -> None:
         self.total = self.done = self.outstanding = self.samples = 0
         self._solved_here = 0
+        self._partly: dict[str, float] = {}  # open problems: the share of their samples that has finished
         self._began = time.monotonic()
         self._recent: list[tuple[float, int]] = []
 
@@ -54,9 +55,13 @@ class _Counts(Observer):
         if now - self._recent[0][0] > 2 * _WINDOW_SECONDS:
             self._recent = [entry for entry in self._recent if now - entry[0] <= _WINDOW_SECONDS]
 
+    def attempted(self, problem: Problem, attempt: Attempt, tally: Tally) -> None:
+        self._partly[problem.id] = tally.finished / self.samples
+
     def solved(self, problem: Problem, solution: Solution) -> None:
         self.done += 1
         self._solved_here += 1
+        self._partly.pop(problem.id, None)
 
     def headline(self) -> str:
         """``12/30 problems, 24 samples running, 512 tok/s, about 3:10 left``."""
@@ -65,9 +70,10 @@ class _Counts(Observer):
         span = max(now - max(self._began, now - _WINDOW_SECONDS), 1e-3)
         speed = sum(tokens for _, tokens in recent) / span
         text = f"{self.done}/{self.total} problems, {self.outstanding} samples unfinished, {speed:,.0f} tok/s"
-        if self._solved_here and self.done < self.total:
-            left = (now - self._began) / self._solved_here * (self.total - self.done)
-            text += f", about {format_seconds(left)} left"
+        ready = self._solved_here + sum(self._partly.values())
+        if ready > 0 and self.done < self.total:
+            missing = self.total - self.done - sum(self._partly.values())
+            text += f", about {format_seconds((now - self._began) / ready * missing)} left"
         return text
 
 
@@ -112,6 +118,7 @@ class LiveDisplay(_Counts):
         self._open[problem.id] = tally
 
     def attempted(self, problem: Problem, attempt: Attempt, tally: Tally) -> None:
+        super().attempted(problem, attempt, tally)
         self._open[problem.id] = tally
 
     def stepped(self, tokens: int, outstanding: int) -> None:
@@ -159,11 +166,7 @@ def result_table(verdicts: Sequence[Verdict], *, most: int = 40) -> Table:
         table.add_row(
             Text(_short(solution.problem_id)),
             Text(_short(leader.answer.key) if leader else "-"),
-            Text(
-                f"{leader.count} of {solution.tally.finished}"
-                if leader
-                else f"0 of {solution.tally.finished}"
-            ),
+            Text(f"{leader.count} of {solution.tally.finished}" if leader else f"0 of {solution.tally.finished}"),
             Text({True: "yes", False: "no", None: ""}[verdict.correct]),
             Text(f"{solution.tokens:,}"),
             Text(f"{solution.seconds:.1f}"),

@@ -23,7 +23,7 @@ __all__ = ["Grader"]
 _LONGEST = 300
 """Characters; longer expressions are compared by spelling only."""
 _STARTUP_SECONDS = 120.0
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
+_WORDS = re.compile(r"[A-Z]|[A-Za-z][A-Za-z' -]+")
 
 
 class Grader:
@@ -167,4 +167,4 @@ def _read_reply(stream: IO[bytes], seconds: float) -> dict[str, Any] | None:
 
 def _is_mathematics(key: str) -> bool:
     """False for words and choice letters (equal only when spelled alike) and for overlong text."""
-    return len(key) <= _LONGEST and not (len(key) > 1 and _WORDS.fullmatch(key)) and not key.isupper()
+    return len(key) <= _LONGEST and not _WORDS.fullmatch(key)

@@ -53,9 +53,7 @@ class Journal:
     Raises :class:`OutputError` when another process has it open or it cannot be written.
     """
 
-    def __init__(
-        self, path: Path, *, fresh: bool = False, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, path: Path, *, fresh: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         """``fresh`` throws away what is there."""
         self._path = path
         self._clock = clock
@@ -63,7 +61,7 @@ class Journal:
         self._lock = _lock(path)
         try:
             if fresh:
-                path.unlink(missing_ok=True)
+                _remove(path)
             self.history = read_history(path)
         except BaseException:
             self.close()
@@ -73,9 +71,7 @@ class Journal:
         """Start this session's clock. Nothing is written before, so that a refused run leaves no trace."""
         _mend(self._path)
         self._began = self._clock()
-        append_jsonl(
-            self._path, [{"kind": "session", "started": datetime.now(UTC).isoformat(timespec="seconds")}]
-        )
+        append_jsonl(self._path, [{"kind": "session", "started": datetime.now(UTC).isoformat(timespec="seconds")}])
 
     @property
     def seconds(self) -> float:
@@ -133,6 +129,13 @@ def read_history(path: Path) -> History:
             logger.warning("%s:%d: not a whole record, skipped", path, number)
     whole = {problem: tuple(by_index.values()) for problem, by_index in attempts.items()}
     return History(attempts=whole, settled=settled, seconds=seconds + session)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as problem:
+        raise OutputError(f"cannot be removed: {problem.strerror or problem}", where=str(path)) from None
 
 
 def _lines(path: Path) -> Iterable[bytes]:

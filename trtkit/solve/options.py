@@ -24,9 +24,7 @@ class SolveOptions:
     """Samples per problem."""
     max_tokens: int = 16384
     """Longest sample; the engine's total length may end it earlier."""
-    sampling: SamplingParams = field(
-        default_factory=lambda: SamplingParams(temperature=1.0, top_p=0.9, min_p=0.05)
-    )
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=1.0, top_p=0.9, min_p=0.05))
     """The default is what the Fast-Math model cards recommend."""
     variants: tuple[str, ...] = ("solve", "reason")
     """Prompt variants; the samples of a problem take them in turns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -46,9 +47,7 @@ def read_problems(path: Path) -> list[Problem]:
         problem = _problem({**row, "id": line} if numbered else row, complaints)
         if problem is not None:
             if problem.id in first_line:
-                complaints.append(
-                    f"id {_short(problem.id)} was already used in line {first_line[problem.id]}"
-                )
+                complaints.append(f"id {_short(problem.id)} was already used in line {first_line[problem.id]}")
             first_line.setdefault(problem.id, line)
             problems.append(problem)
         offenders += [f"{path}:{line}: {complaint}" for complaint in complaints]
@@ -106,6 +105,8 @@ def _problem(row: Mapping[str, Any], complaints: list[str]) -> Problem | None:
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float, type(None))):
         complaints.append(f"the answer must be text or a number, found {type(answer).__name__}")
         answer = None
+    elif isinstance(answer, float) and not math.isfinite(answer):
+        complaints.append(f"the answer {answer} is no number")
     if identity is None or text is None:
         return None
     gold = None if answer is None or not str(answer).strip() else _plain(answer)

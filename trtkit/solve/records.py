@@ -56,9 +56,7 @@ class Solution:
         return self.tally.leader.answer if self.tally.leader else None
 
 
-def count_attempts(
-    attempts: Iterable[Attempt], mode: AnswerMode, same: Same, tally: Tally | None = None
-) -> Tally:
+def count_attempts(attempts: Iterable[Attempt], mode: AnswerMode, same: Same, tally: Tally | None = None) -> Tally:
     """``tally`` (empty by default) with ``attempts`` added in the order given."""
     tally = tally or Tally()
     for attempt in attempts:

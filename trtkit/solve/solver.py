@@ -85,9 +85,7 @@ class Solver:
         self._clock = clock
         single = len(chat.think_end) == 1
         at_think = options.stop_at == "think"
-        self._stop_ids = tuple(
-            dict.fromkeys((*(chat.think_end if single and at_think else ()), *chat.eos_ids))
-        )
+        self._stop_ids = tuple(dict.fromkeys((*(chat.think_end if single and at_think else ()), *chat.eos_ids)))
         self._match_text = at_think and not single
         self._rules = options.rules
         self._contests: dict[str, _Contest] = {}
@@ -234,9 +232,7 @@ class Solver:
             contest = self._contests[problem_id]
             for attempt in ended:
                 contest.attempts.append(attempt)
-                contest.tally = count_attempts(
-                    [attempt], self._options.mode, self._grader.same, contest.tally
-                )
+                contest.tally = count_attempts([attempt], self._options.mode, self._grader.same, contest.tally)
                 self._observer.attempted(contest.problem, attempt, contest.tally)
             outstanding = len(contest.samples)
             rule = first_to_hold(self._rules, contest.tally, outstanding) if outstanding else None

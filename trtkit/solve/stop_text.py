@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 __all__ = ["end_of_text"]
 
 
-def end_of_text(
-    tokens: Sequence[int], seen: int, text: str, decode: Callable[[Sequence[int]], str]
-) -> int | None:
+def end_of_text(tokens: Sequence[int], seen: int, text: str, decode: Callable[[Sequence[int]], str]) -> int | None:
     """How many of ``tokens`` it takes until ``text`` is complete, if it completes after the first ``seen``
     of them.
 

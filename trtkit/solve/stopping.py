@@ -69,9 +69,7 @@ def parse_rule(text: str) -> StopRule:
     numbers = [int(part) for part in given if re.fullmatch(r"[0-9]{1,9}", part)]
     in_range = len(numbers) == len(smallest) and all(map(int.__ge__, numbers, smallest))
     if not in_range or len(numbers) != len([part for part in given if part]):
-        raise UsageError(
-            f"stop rule {text.strip()!r}: not in its form", hint=f"one of: {', '.join(_usages())}"
-        )
+        raise UsageError(f"stop rule {text.strip()!r}: not in its form", hint=f"one of: {', '.join(_usages())}")
     canonical = name + (f"({','.join(map(str, numbers))})" if numbers else "")
     return StopRule(text=canonical, holds=make(*numbers))
 
@@ -92,7 +90,4 @@ def first_to_hold(rules: Sequence[StopRule], tally: Tally, outstanding: int) -> 
 
 
 def _usages() -> list[str]:
-    return [
-        name + ("(" + ",".join("N" for _ in least) + ")" if least else "")
-        for name, (_, least) in _RULES.items()
-    ]
+    return [name + ("(" + ",".join("N" for _ in least) + ")" if least else "") for name, (_, least) in _RULES.items()]

@@ -56,10 +56,7 @@ class Summary:
         """The stable JSON document of ``trtkit solve --json``."""
         rounded = {"accuracy": 6, "pass_at_1": 6, "maj_at_k": 6, "tokens_per_second": 2, "seconds": 3}
         data = asdict(self)
-        return {
-            name: round(v, rounded[name]) if name in rounded and v is not None else v
-            for name, v in data.items()
-        }
+        return {name: round(v, rounded[name]) if name in rounded and v is not None else v for name, v in data.items()}
 
 
 def judge(
@@ -74,9 +71,7 @@ def judge(
             answers = [attempt.answer(mode) for attempt in solution.attempts]
             attempts_correct = sum(answer is not None and grader.equal(gold, answer) for answer in answers)
             correct = solution.answer is not None and grader.equal(gold, solution.answer)
-        verdicts.append(
-            Verdict(problem=problem, solution=solution, correct=correct, attempts_correct=attempts_correct)
-        )
+        verdicts.append(Verdict(problem=problem, solution=solution, correct=correct, attempts_correct=attempts_correct))
     return verdicts
 
 

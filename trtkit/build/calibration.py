@@ -1,0 +1,99 @@
+"""Calibration text: JSON lines of problems and worked solutions, rendered with the model's own chat template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtkit.chat import VARIANTS, Chat
+from trtkit.errors import CheckpointError, InputError
+from trtkit.files import read_jsonl
+from trtkit.quant.batches import TextRow
+
+__all__ = ["CALIBRATION_FILE", "CalibrationText", "read_calibration"]
+
+CALIBRATION_FILE = "calibration.jsonl"
+"""Used when it lies beside the model's weights and nothing else was given."""
+
+_PROBLEM = ("problem", "question")
+_SOLUTION = ("generated_solution", "solution")
+_LEAST_HELD_OUT = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationText:
+    """Rows that choose the scales, and other rows that judge the result."""
+
+    calibration: tuple[TextRow, ...]
+    held_out: tuple[TextRow, ...]
+
+
+def read_calibration(path: Path, chat: Chat, *, rows: int, tokens: int, vocab: int) -> CalibrationText:
+    """About ``rows`` calibration rows, each cut to ``tokens`` tokens, and a fifth of the whole held out (at least 8).
+
+    A row has ``problem`` (or ``question``) with ``generated_solution`` (or ``solution``), as in OpenMathReasoning, or
+    plain ``text``. The rows are spread evenly over the file, so a file sorted by topic is sampled fairly. Raises
+    :class:`InputError` naming every unusable line.
+    """
+    found = read_jsonl(path)
+    offenders = [f"{path}:{line}: {reason}" for line, row in found if (reason := _wrong(row))]
+    if offenders:
+        raise InputError(
+            f"{len(offenders)} row(s) cannot be used for calibration",
+            where=str(path),
+            offenders=offenders[:20],
+            hint='each row needs "problem" and "generated_solution" (or "question" and "solution"), or "text"',
+        )
+    held = max(_LEAST_HELD_OUT, -(-rows // 4))
+    least = 2 * _LEAST_HELD_OUT
+    if len(found) < least:
+        raise InputError(
+            f"only {len(found)} row(s): at least {least} are needed, half to calibrate and half to judge",
+            where=str(path),
+        )
+    picked = _spread([row for _, row in found], rows + held)
+    held = max(_LEAST_HELD_OUT, len(picked) // 5)
+    judged = set(_spread(list(range(len(picked))), held))
+    texts = [_render(row, chat, tokens) for row in picked]
+    highest = max(max(text.tokens) for text in texts)
+    if highest >= vocab:
+        raise CheckpointError(
+            f"the tokenizer gives id {highest}, the model has {vocab}",
+            hint="tokenizer and weights do not belong together",
+        )
+    return CalibrationText(
+        calibration=tuple(text for index, text in enumerate(texts) if index not in judged),
+        held_out=tuple(text for index, text in enumerate(texts) if index in judged),
+    )
+
+
+def _wrong(row: dict[str, Any]) -> str | None:
+    if _first(row, ("text",)) is not None:
+        return None
+    missing = [names[0] for names in (_PROBLEM, _SOLUTION) if _first(row, names) is None]
+    return f"no usable {' and '.join(missing)}" if missing else None
+
+
+def _first(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, str) and value.strip():
+            return value
+    return None
+
+
+def _render(row: dict[str, Any], chat: Chat, tokens: int) -> TextRow:
+    problem, solution = _first(row, _PROBLEM), _first(row, _SOLUTION)
+    if problem is None or solution is None:
+        text = _first(row, ("text",))
+        assert text is not None
+        return TextRow(tokens=chat.completion((), text)[:tokens])
+    prompt = chat.prompt(problem, VARIANTS["solve"])
+    return TextRow(tokens=(prompt + chat.completion(prompt, solution))[:tokens], prompt_tokens=len(prompt))
+
+
+def _spread(items: list[Any], count: int) -> list[Any]:
+    """``count`` of the items, evenly spaced, the last one among them."""
+    count = min(count, len(items))
+    return [items[(index + 1) * len(items) // count - 1] for index in range(count)]

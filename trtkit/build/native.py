@@ -1,0 +1,184 @@
+"""Build a native engine: a quantized checkpoint in the unified layout with its ``engine.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+from pathlib import Path
+
+import torch
+
+import trtkit
+from trtkit.build.calibration import CALIBRATION_FILE, CalibrationText, read_calibration
+from trtkit.chat import load_chat
+from trtkit.checkpoint.convert import check_alignment, convert
+from trtkit.checkpoint.hf import EMBEDDING, HfCheckpoint, check_finite, open_source, resolve_source
+from trtkit.checkpoint.quality import measure_quality
+from trtkit.checkpoint.unified import open_unified
+from trtkit.errors import ConfigError, InputError, OutputError, QualityError, UsageError
+from trtkit.files import staged_dir
+from trtkit.log import logger
+from trtkit.quant.calibrate import CalibrationOptions, Calibrator, DataFree, LayerwiseCalibrator
+from trtkit.recipe import ENGINE_FILE, EngineManifest, Quality, Recipe, write_manifest
+from trtkit.scheme import QuantScheme, scheme_named
+
+__all__ = ["build_native"]
+
+
+def build_native(
+    recipe: Recipe,
+    out: Path,
+    *,
+    calibration: Path | None = None,
+    max_kl: float | None = None,
+    force: bool = False,
+    device: str = "auto",
+) -> EngineManifest:
+    """Build ``recipe`` into the directory ``out``, which appears whole or not at all.
+
+    ``calibration`` is a JSONL of problems and solutions; without it ``calibration.jsonl`` beside the weights is taken
+    where there is one. Formats that need no data build without; their quality is then not measured. Calibration and the
+    quality report run on ``device`` (auto: CUDA where there is one).
+
+    Raises :class:`QualityError` when the mean KL exceeds ``max_kl`` (nothing is kept), and for bad input
+    :class:`InputError`, :class:`ConfigError`, :class:`CheckpointError`, :class:`UnsupportedError`, :class:`HubError`,
+    :class:`OutputError`, all before the first weight is converted.
+    """
+    scheme = dataclasses.replace(scheme_named(recipe.precision), kv_dtype=recipe.kv_dtype)
+    if max_kl is not None and not max_kl > 0:
+        raise UsageError(f"--max-kl {max_kl}: must be a positive number")
+    directory = resolve_source(recipe.model)
+    _check_target(out, directory, force)
+    source = open_source(directory)
+    check_alignment(source.spec, scheme)
+    calibrated = _needs_data(recipe, scheme)
+    text = _text(recipe, source, calibration, needed=calibrated, judged=max_kl is not None)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    with staged_dir(out, replace=force) as stage:
+        check_finite(source)
+        calibrator = _calibrator(recipe, scheme, source, text if calibrated else None, place)
+        pre_scale = scheme.name == "int8-sq" or (scheme.name == "int4" and recipe.int4_method == "awq")
+        digests = convert(source, stage, scheme, calibrator, pre_scale=pre_scale)
+        del calibrator
+        quality = None
+        if text is not None and (scheme.weight_format != "bf16" or scheme.kv_dtype != "model"):
+            quality = measure_quality(source, open_unified(stage), text.held_out, device=place)
+            _log_quality(quality)
+            _gate(quality, max_kl)
+        elif text is None:
+            logger.info(
+                "quality: not measured (no text; pass --calibration FILE.jsonl to compare with the original)"
+            )
+        manifest = EngineManifest(
+            recipe=recipe,
+            backend="torch",
+            versions=_versions(recipe),
+            checkpoint_digest=digests,
+            quality=quality,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        )
+        write_manifest(stage, manifest)
+    return manifest
+
+
+def _check_target(out: Path, source: Path, force: bool) -> None:
+    """``--force`` replaces engines, never other directories, and never the source."""
+    target, origin = out.resolve(), source.resolve()
+    if target == origin or target in origin.parents:
+        raise UsageError("the output would replace the checkpoint it is built from", where=str(out))
+    if force and out.is_dir() and any(out.iterdir()) and not (out / ENGINE_FILE).is_file():
+        raise OutputError(
+            "is not an engine directory, and --force replaces nothing else",
+            where=str(out),
+            hint="choose another --out",
+        )
+
+
+def _needs_data(recipe: Recipe, scheme: QuantScheme) -> bool:
+    if scheme.name == "int4" and recipe.int4_method == "rtn":
+        return scheme.kv_dtype == "int8"
+    return scheme.calibrated or scheme.kv_dtype == "int8"
+
+
+def _text(
+    recipe: Recipe, source: HfCheckpoint, calibration: Path | None, *, needed: bool, judged: bool
+) -> CalibrationText | None:
+    path = calibration or source.directory / CALIBRATION_FILE
+    if calibration is None and not path.is_file():
+        if needed or judged:
+            why = (
+                f"--precision {recipe.precision} needs calibration text"
+                if needed
+                else "--max-kl needs text to judge by"
+            )
+            raise InputError(
+                why,
+                where=recipe.model,
+                hint='pass --calibration FILE.jsonl with rows of "problem" and "generated_solution" (OpenMathReasoning\'s '
+                "columns); int8, bf16 and int4 with --int4-method rtn need none",
+            )
+        return None
+    return read_calibration(
+        path,
+        load_chat(source.directory),
+        rows=recipe.calibration_rows,
+        tokens=min(recipe.calibration_tokens, source.spec.max_positions),
+        vocab=source.spec.vocab,
+    )
+
+
+def _calibrator(
+    recipe: Recipe,
+    scheme: QuantScheme,
+    source: HfCheckpoint,
+    text: CalibrationText | None,
+    device: torch.device,
+) -> Calibrator:
+    if text is None:
+        return DataFree()
+    options = CalibrationOptions(smooth_alpha=recipe.smooth_alpha, int4_awq=recipe.int4_method == "awq")
+    if recipe.calibrator == "modelopt":
+        from trtkit.quant.modelopt import ModeloptCalibrator
+
+        return ModeloptCalibrator(source.directory, scheme, text.calibration, options=options, device=device)
+    return LayerwiseCalibrator(
+        source.spec,
+        scheme,
+        text.calibration,
+        source.shards.tensor(EMBEDDING),
+        options=options,
+        device=device,
+    )
+
+
+def _log_quality(quality: Quality) -> None:
+    logger.info(
+        "quality on %d held-out tokens: mean KL %.5f, top-1 agreement %.2f %%, perplexity %.4f (bf16 %.4f)",
+        quality.tokens, quality.kl_mean, 100 * quality.top1_agreement, quality.perplexity, quality.perplexity_bf16,
+    )  # fmt: skip
+    worst = ", ".join(f"{name} {error:.4f}" for name, error in quality.worst_tensors[:3])
+    logger.info("largest weight errors: %s", worst)
+
+
+def _gate(quality: Quality, max_kl: float | None) -> None:
+    # Written so that a NaN fails too.
+    if max_kl is not None and not quality.kl_mean <= max_kl:
+        raise QualityError(
+            f"mean KL {quality.kl_mean:.5f} on held-out text exceeds --max-kl {max_kl}; nothing was kept",
+            offenders=[f"{name}: relative weight error {error:.4f}" for name, error in quality.worst_tensors],
+            hint="try int8 or fp8 weights, --int4-method awq, more calibration rows, or a larger --max-kl",
+        )
+
+
+def _versions(recipe: Recipe) -> dict[str, str]:
+    names = ["torch", "transformers", "safetensors"]
+    if recipe.calibrator == "modelopt":
+        names.append("nvidia-modelopt")
+    found = {"trtkit": trtkit.__version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError as problem:
+            raise ConfigError(f"package {name} is not installed") from problem
+    return found

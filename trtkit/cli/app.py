@@ -1,0 +1,119 @@
+"""The command line. Each verb lives in its own module and imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from trtkit import __version__
+from trtkit.cli import bench, build, doctor, inspect, plan, solve
+from trtkit.errors import TrtkitError
+from trtkit.log import set_up_logging
+
+__all__ = ["app", "main", "run"]
+
+_GLOBAL = ("--debug", "--verbose", "-v", "--quiet", "-q")
+_AFTER_INTERRUPT = {
+    "solve": "what was solved is kept; the same command goes on from there",
+    "build": "nothing half-made was kept; run the same command again",
+}
+# Newer typer brings its own copy of click, older typer uses the package: take the classes from typer itself.
+_UsageProblem = typer.BadParameter.__bases__[0]
+_ClickProblem = _UsageProblem.__bases__[0]
+
+app = typer.Typer(
+    name="trtkit", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"trtkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more, on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings only, no progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """From a Fast-Math checkpoint to majority-voted answers: build an engine, solve problems with it.
+
+    Start with: trtkit build --precision fp8, then trtkit solve problems.jsonl. Results go to stdout, progress to stderr.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+    set_up_logging(verbose=verbose or debug, quiet=quiet)
+
+
+for _module in (build, solve, plan, doctor, inspect, bench):
+    app.command(_module.__name__.rpartition(".")[2])(_module.command)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code. Errors become ``error:`` and ``hint:`` on stderr."""
+    arguments = _globals_first(arguments)
+    debug = "--debug" in arguments
+    verb = next((word for word in arguments if not word.startswith("-")), "")
+    try:
+        code = app(args=arguments, prog_name="trtkit", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) went away: nothing to say, and nothing to flush at exit either.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted", _AFTER_INTERRUPT.get(verb, "run the same command again"))
+        return 130
+    except TrtkitError as problem:
+        if debug:
+            traceback.print_exc()
+        first, _, hint = str(problem).partition("\nhint: ") if problem.hint else (str(problem), "", "")
+        _complain(first, hint)
+        return problem.exit_code
+    except _UsageProblem as problem:
+        _complain(problem.format_message(), f"trtkit {verb} --help".replace("  ", " "))
+        return 2
+    except _ClickProblem as problem:
+        _complain(str(problem), "")
+        return 1
+    except MemoryError:
+        _complain("out of memory", "use a smaller --batch or a smaller precision, or free memory")
+        return 1
+    except Exception as problem:
+        if debug:
+            traceback.print_exc()
+        kind = "" if isinstance(problem, OSError) else f"{type(problem).__name__}: "
+        _complain(f"{kind}{problem}", "" if debug else "run again with --debug to see where it happened")
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _globals_first(arguments: Sequence[str]) -> list[str]:
+    """Let the global options stand anywhere before ``--``, as people type them."""
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    before, after = list(arguments[:end]), list(arguments[end:])
+    return [word for word in before if word in _GLOBAL] + [word for word in before if word not in _GLOBAL] + after
+
+
+def _complain(message: str, hint: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    if hint:
+        sys.stderr.write(f"hint:  {hint}\n")
+    sys.stderr.flush()
+
+
+def main() -> None:
+    """Entry point of the ``trtkit`` command."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,27 @@
+"""Which engine a verb means when the user names none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trtkit.errors import EngineError
+from trtkit.recipe import ENGINE_FILE
+
+__all__ = ["BUILT", "chosen_engine"]
+
+BUILT = Path("engines") / "built"
+"""Where builds go by default, below the current directory."""
+
+
+def chosen_engine(engine: Path | None) -> Path:
+    """``engine``, or else the most recently built one. Raises :class:`EngineError` when there is none."""
+    if engine is not None:
+        return engine
+    found = [path for path in BUILT.glob(f"*/{ENGINE_FILE}") if not path.parent.name.startswith(".")]
+    if not found:
+        raise EngineError(
+            "no engine was built here yet",
+            where=str(BUILT),
+            hint="build one with `trtkit build --precision fp8`, or name one with --engine DIR",
+        )
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, str(path))).parent

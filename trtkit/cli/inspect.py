@@ -1,0 +1,43 @@
+"""``trtkit inspect``: what is this directory?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtkit.cli.options import Json
+from trtkit.cli.output import facts, finish
+from trtkit.errors import CheckpointError
+
+_NEXT = {
+    "engine": "trtkit solve problems.jsonl --engine {path}",
+    "checkpoint": "trtkit build --precision fp8 --model {path}",
+    "run of trtkit solve": "less {path}/solutions.jsonl",
+}
+
+
+def command(
+    directory: Annotated[str, typer.Argument(help="Checkpoint, engine or run directory, or 'practice'.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything: digests, tensors, finite values.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a directory is, what it holds, and with --verify whether it is whole."""
+    from trtkit.describe import describe, model_dir
+
+    path = model_dir(directory)
+    found = describe(path, verify=verify)
+    facts(f"{path}: {found.kind}", found.facts)
+    document = {
+        "path": found.path, "kind": found.kind, "verified": found.verified, "offenders": list(found.offenders),
+        **found.data,
+    }  # fmt: skip
+    advice = _NEXT.get(found.kind, "trtkit --help").format(path=path)
+    if found.offenders:
+        advice = "get the damaged files again, or build again with --force"
+    elif not verify and Path(path).is_dir() and found.kind in ("engine", "checkpoint"):
+        advice += f"   (or: trtkit inspect {directory} --verify)"
+    finish(advice, document if as_json else None)
+    if found.offenders:
+        raise CheckpointError(f"{len(found.offenders)} thing(s) wrong", where=str(path), offenders=found.offenders[:20])

@@ -1,0 +1,71 @@
+"""How results look on stdout: aligned tables, one ``next:`` line, and the JSON document as the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["facts", "finish", "gigabytes", "notice", "show", "table"]
+
+_PIPE_WIDTH = 160
+
+
+def _console() -> Console:
+    # Into a pipe or a file rich would assume 80 columns and break words.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False)
+
+
+def show(renderable: Any) -> None:
+    """Print a rich renderable."""
+    _console().print(renderable)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = "") -> None:
+    """Print rows under bold headings; columns named in ``right`` are aligned right."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in columns:
+        # A number must stay whole; only text may wrap.
+        numeric = name in right
+        made.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    if title:
+        show(Text(title, style="bold"))
+    show(made)
+
+
+def facts(title: str, pairs: Mapping[str, str]) -> None:
+    """Print a title and ``name  value`` lines, wrapped under their own column."""
+    show(Text(title, style="bold"))
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True, style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in pairs.items():
+        grid.add_row(Text(name), Text(value))
+    show(Padding(grid, (0, 0, 0, 2)))
+
+
+def notice(text: str) -> None:
+    """Print one line of text, never wrapped."""
+    print(text)
+
+
+def finish(next_step: str, document: Mapping[str, Any] | None) -> None:
+    """The end of every verb: what to do next, then the machine form as the very last line if it was asked for."""
+    print(f"next: {next_step}")
+    if document is not None:
+        print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+
+
+def gigabytes(count: float) -> str:
+    """``9.93e9`` -> ``9.93 GB``; small sizes in MB."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
