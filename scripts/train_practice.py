@@ -27,6 +27,8 @@ def train(
     muon_rate: float = 0.008,
     adam_rate: float = 0.003,
     decay_share: Annotated[float, typer.Option(help="share of the run in which the rate falls to zero")] = 0.5,
+    easy_until: Annotated[float, typer.Option(help="share of the run with mostly easy problems")] = 0.0,
+    full_from: Annotated[float, typer.Option(help="share of the run after which the mix is full")] = 0.12,
     export_every: Annotated[int, typer.Option(min=1)] = 750,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
     work: Annotated[Path, typer.Option(help="folder for the resumable state and the log")] = Path("build/practice"),
@@ -46,6 +48,8 @@ def train(
         muon_rate=muon_rate,
         adam_rate=adam_rate,
         decay_share=decay_share,
+        easy_until=easy_until,
+        full_from=full_from,
         export_every=export_every,
     )
     run(plan, work, PRACTICE, out, start_from)

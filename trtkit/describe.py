@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trtkit.bundled import PRACTICE, practice_dir
-from trtkit.errors import CheckpointError, InputError, TrtkitError
-from trtkit.files import JsonObject, digest_file, read_json
+from trtkit.checkpoint.hf import check_finite, open_source
+from trtkit.checkpoint.shards import open_shards
+from trtkit.checkpoint.unified import open_unified
+from trtkit.checkpoint.verify import verify_engine
+from trtkit.errors import CheckpointError, InputError
+from trtkit.files import JsonObject, read_json
 from trtkit.model_spec import read_model_spec, spec_as_dict
 from trtkit.recipe import ENGINE_FILE, read_manifest
 
-__all__ = ["Description", "describe", "model_dir"]
+__all__ = ["CHECKPOINT", "DRAFTER", "ENGINE", "QUANTIZED", "RUN", "Description", "describe", "model_dir"]
 
-_HEADER_LIMIT = 100 << 20
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-          "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+ENGINE = "engine"
+CHECKPOINT = "checkpoint"
+QUANTIZED = "quantized checkpoint (unified HF layout)"
+RUN = "run of trtkit solve"
+DRAFTER = "ReDrafter head"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +39,7 @@ class Description:
     offenders: tuple[str, ...] = ()
     """What is wrong with it."""
     verified: bool | None = None
-    """Whether digests and contents held; None when that was not asked for or nothing recorded them."""
+    """Whether everything held; None when that was not asked for."""
 
 
 def model_dir(name: str) -> Path:
@@ -45,36 +49,31 @@ def model_dir(name: str) -> Path:
 
 def describe(directory: Path, *, verify: bool = False) -> Description:
     """What ``directory`` is. Raises :class:`InputError` when it is nothing that trtkit knows."""
-    if not directory.exists():
-        raise InputError("no such directory", where=str(directory))
     if not directory.is_dir():
-        raise InputError("not a directory", where=str(directory), hint="pass the directory that holds the file")
-    for marker, kind, look in _KINDS:
-        if (directory / marker).is_file():
-            facts, data = look(directory)
-            break
-    else:
+        said = "not a directory" if directory.exists() else "no such directory"
+        raise InputError(said, where=str(directory), hint="pass a checkpoint, engine or run directory, or 'practice'")
+    kind, look = next(((k, look) for mark, k, look in _KINDS if (directory / mark).is_file()), ("", None))
+    if look is None:
         raise InputError(
             "neither a checkpoint nor an engine nor a run",
             where=str(directory),
-            hint=f"expected one of: {', '.join(dict.fromkeys(marker for marker, _, _ in _KINDS))}",
+            hint=f"expected one of: {', '.join(mark for mark, _, _ in _KINDS)}",
         )
-    if kind == "checkpoint" and "hidden_size" in data.get("drafter", {}):
-        kind = "ReDrafter head"
-    tensors, offenders = _tensors(directory)
-    if tensors["files"]:
-        formats = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in tensors["bytes_by_dtype"].items())
-        facts["weights"] = f"{tensors['files']} file(s), {tensors['tensors']} tensors: {formats}"
+    facts, data = look(directory)
+    kind = DRAFTER if "drafter" in data else kind
+    offenders: list[str] = []
     verified = None
-    if verify:
-        held, more = _verify(directory, data.get("digests", {}))
-        offenders += more
-        verified = held and not offenders
-        facts["verified"] = "everything held" if verified else "NO" if offenders else "no digests recorded"
+    if kind != RUN:
+        data["weights"], offenders = _weights(directory)
+        sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in data["weights"]["by_dtype"].items())
+        facts["weights"] = f"{data['weights']['files']} file(s), {data['weights']['tensors']} tensors: {sizes}"
+    if verify and kind in (ENGINE, QUANTIZED, CHECKPOINT):
+        offenders += [text for text in _verify(directory, kind) if text not in offenders]
+        verified = not offenders
+        facts["verified"] = _HELD[kind] if verified else "NO, see below"
     return Description(
-        path=str(directory), kind=kind, facts=facts, data={**data, "weights": tensors},
-        offenders=tuple(offenders), verified=verified,
-    )  # fmt: skip
+        path=str(directory), kind=kind, facts=facts, data=data, offenders=tuple(offenders), verified=verified
+    )
 
 
 def _look_at_engine(directory: Path) -> tuple[dict[str, str], JsonObject]:
@@ -85,7 +84,7 @@ def _look_at_engine(directory: Path) -> tuple[dict[str, str], JsonObject]:
         "precision": f"{recipe.precision}, KV cache {recipe.kv_dtype}",
         "backend": f"{manifest.backend}, built for {recipe.gpu}, tensor parallel {recipe.tensor_parallel}",
         "drafter": f"tree {recipe.tree}" if recipe.tree else "none",
-        "limits": f"{limits.batch} rows, {limits.prompt_tokens} prompt tokens, {limits.total_tokens} tokens in all",
+        "limits": f"{limits.batch} rows, {limits.prompt_tokens} prompt tokens, {limits.total_tokens} in all",
         "built": manifest.created + "".join(f", {name} {v}" for name, v in manifest.versions.items()),
     }
     if manifest.quality is not None:
@@ -94,10 +93,13 @@ def _look_at_engine(directory: Path) -> tuple[dict[str, str], JsonObject]:
             f"KL {q.kl_mean:.2g} nats, top-1 agreement {q.top1_agreement:.1%}, perplexity {q.perplexity:.4g} "
             f"(bf16 {q.perplexity_bf16:.4g}), over {q.tokens:,} tokens"
         )
-    data: JsonObject = {"engine": read_json(directory / ENGINE_FILE), "digests": dict(manifest.checkpoint_digest)}
+    data: JsonObject = {"engine": read_json(directory / ENGINE_FILE)}
     if (directory / "config.json").is_file():
         more, spec = _spec_facts(directory)
         facts, data = {**facts, **more}, {**data, **spec}
+        positions = spec["spec"]["max_positions"]
+        if positions < limits.total_tokens:
+            facts["limits"] += f" (the model has {positions} positions)"
     return facts, data
 
 
@@ -105,7 +107,7 @@ def _look_at_quantized(directory: Path) -> tuple[dict[str, str], JsonObject]:
     facts, data = _spec_facts(directory)
     quantization = read_json(directory / "hf_quant_config.json").get("quantization", {})
     algorithm = str(quantization.get("quant_algo")) if isinstance(quantization, dict) else "unknown"
-    facts["precision"] = f"quant_algo {algorithm}, not calibrated into an engine yet"
+    facts["precision"] = f"quant_algo {algorithm}"
     return facts, {**data, "quantization": quantization}
 
 
@@ -152,60 +154,39 @@ def _spec_facts(directory: Path) -> tuple[dict[str, str], JsonObject]:
 
 
 _KINDS: tuple[tuple[str, str, Callable[[Path], tuple[dict[str, str], JsonObject]]], ...] = (
-    (ENGINE_FILE, "engine", _look_at_engine),
-    ("run.json", "run of trtkit solve", _look_at_run),
-    ("hf_quant_config.json", "quantized checkpoint (unified HF layout)", _look_at_quantized),
-    ("config.json", "checkpoint", _look_at_config),
+    (ENGINE_FILE, ENGINE, _look_at_engine),
+    ("run.json", RUN, _look_at_run),
+    ("hf_quant_config.json", QUANTIZED, _look_at_quantized),
+    ("config.json", CHECKPOINT, _look_at_config),
 )
+_HELD = {
+    ENGINE: "every file has the digest it was built with",
+    QUANTIZED: "all tensors are there, with the shapes that config.json implies",
+    CHECKPOINT: "all tensors are there, with the shapes that config.json implies, and every value is finite",
+}
 
 
-def _tensors(directory: Path) -> tuple[JsonObject, list[str]]:
-    """Counts over all safetensors headers, and what is wrong with the files."""
+def _weights(directory: Path) -> tuple[JsonObject, list[str]]:
+    """Counts over the headers of all weight files, and what is wrong with the files."""
+    shards, offenders = open_shards(directory)
     by_dtype: dict[str, int] = {}
-    count, offenders = 0, []
-    files = sorted(directory.glob("*.safetensors"))
-    for path in files:
-        try:
-            entries = _header(path)
-        except TrtkitError as problem:
-            offenders.append(str(problem))
-            continue
-        for entry in entries.values():
-            count += 1
-            size = math.prod(entry["shape"]) * _BYTES.get(entry["dtype"], 0)
-            by_dtype[entry["dtype"]] = by_dtype.get(entry["dtype"], 0) + size
-    total = sum(path.stat().st_size for path in files)
-    return {"files": len(files), "tensors": count, "bytes": total, "bytes_by_dtype": by_dtype}, offenders
+    for entry in shards.entries.values():
+        name = str(entry.dtype).removeprefix("torch.")
+        by_dtype[name] = by_dtype.get(name, 0) + entry.nbytes
+    files = {entry.path for entry in shards.entries.values()}
+    data = {"files": len(files), "tensors": len(shards.entries), "bytes": shards.total_bytes, "by_dtype": by_dtype}
+    return data, offenders
 
 
-def _header(path: Path) -> JsonObject:
-    """The header of a safetensors file, held against the file's length."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(_HEADER_LIMIT, size - 8):
-            raise CheckpointError("truncated or not a safetensors file", where=str(path))
-        raw = stream.read(length)
+def _verify(directory: Path, kind: str) -> tuple[str, ...]:
+    """Read everything; what is wrong with it."""
     try:
-        header: JsonObject = json.loads(raw)
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError("damaged safetensors header", where=str(path)) from None
-    if 8 + length + end != size:
-        missing = 8 + length + end - size
-        said = f"truncated: {missing:,} bytes are missing" if missing > 0 else f"{-missing:,} bytes too many"
-        raise CheckpointError(said, where=str(path))
-    return header
-
-
-def _verify(directory: Path, digests: dict[str, str]) -> tuple[bool, list[str]]:
-    """Hold every recorded digest against the file. The first value is False when there is nothing to hold against."""
-    offenders = []
-    for name, expected in digests.items():
-        path = directory / name
-        if not path.is_file():
-            offenders.append(f"{path}: missing")
-        elif digest_file(path) != expected:
-            offenders.append(f"{path}: the content is not what was built (SHA-256 differs)")
-    return bool(digests), offenders
+        if kind == ENGINE:
+            verify_engine(directory)
+        elif kind == QUANTIZED:
+            open_unified(directory)
+        elif kind == CHECKPOINT:
+            check_finite(open_source(directory))
+    except CheckpointError as problem:
+        return problem.offenders or (problem.message,)
+    return ()

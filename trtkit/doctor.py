@@ -47,7 +47,7 @@ class PrecisionSupport:
     precision: str
     needs: str
     native: bool
-    """The device has units for it; otherwise the torch backend computes the same numbers the slow way, or not at all."""
+    """The device has units for it; a CPU without them computes the same numbers the slow way, a GPU does not."""
     detail: str
 
 
@@ -83,8 +83,8 @@ def installed_version(package: str) -> str | None:
 
 
 def _release(version: str) -> tuple[int, int]:
-    numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
-    return (numbers + [0, 0])[0], (numbers + [0, 0])[1]
+    major, minor, *_ = [*(int(part) for part in re.findall(r"\d+", version)), 0, 0]
+    return major, minor
 
 
 def _dotted(version: tuple[int, int]) -> str:

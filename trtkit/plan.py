@@ -6,7 +6,9 @@ devices) adds up partial sums over the link::
 
     step = max(read, multiply) + exchange        tokens per second = rows x tokens per step / step
 
-Three fitted constants, each stated below, bring this to the published 14B figures on 4xL4 at batch 12 (NemoSkills, AIMO-2).
+Two fitted constants (``READ_EFFICIENCY`` here, the link of PCIe cards in ``gpu``) bring this to within 10 % of the
+published 14B figures on 4xL4 at batch 12 (NemoSkills, AIMO-2): bf16 210, int8 315, fp8 310, int4 436 and fp8 with
+draft head 554 tok/s.
 """
 
 from __future__ import annotations
@@ -155,8 +157,8 @@ def step_bytes(
     spec: ModelSpec, scheme: QuantScheme, *, rows: int, context: float, kv_dtype: KvDtype = "model",
     draft: DraftPlan | None = None,
 ) -> float:  # fmt: skip
-    """Bytes that one decode step reads over all devices: every linear, lm_head, the rows' keys and values, and the draft
-    head once per drafted position. The embedding table is looked up, not read."""
+    """Bytes that one decode step reads over all devices: every linear, lm_head, the rows' keys and values, and the
+    draft head once per drafted position. The embedding table is looked up, not read."""
     weights = _linear_values(spec) * scheme.weight_bytes_per_value + 2 * spec.vocab * spec.hidden
     cache = rows * context * spec.kv_bytes_per_token(_KV_BYTES[kv_dtype])
     drafting = 0.0 if draft is None else 2.0 * draft.head.parameters * draft.tree.length

@@ -22,13 +22,15 @@ class Mix:
     seed: int
     tokens_per_update: int
     total_updates: int
-    curriculum_share: float = 0.12
+    easy_until: float = 0.0
+    full_from: float = 0.12
     early_levels: tuple[float, ...] = (0.75, 0.2, 0.05)
     late_levels: tuple[float, ...] = (0.3, 0.33, 0.37)
 
     def levels_at(self, update: int) -> tuple[float, ...]:
         """Easy problems first, then the full mix."""
-        ready = min(1.0, update / max(1.0, self.curriculum_share * self.total_updates))
+        done = update / self.total_updates
+        ready = min(1.0, max(0.0, done - self.easy_until) / (self.full_from - self.easy_until))
         return tuple(
             early + ready * (late - early) for early, late in zip(self.early_levels, self.late_levels, strict=True)
         )

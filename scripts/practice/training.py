@@ -31,6 +31,8 @@ class Plan:
     adam_rate: float = 0.003
     warmup_updates: int = 100
     decay_share: float = 0.5
+    easy_until: float = 0.0
+    full_from: float = 0.12
     weight_decay: float = 0.01
     average_decay: float = 0.998
     save_every: int = 250
@@ -90,8 +92,8 @@ class Trainer:
         self.model.zero_grad()
         with torch.no_grad():
             torch._foreach_copy_([shadow[name] for name in self.master], list(self.master.values()))
-            weight = 1.0 - min(self.plan.average_decay, self.update / (self.update + 10))
-            torch._foreach_lerp_(list(self.average.values()), list(self.master.values()), weight)
+            share = 1.0 - min(self.plan.average_decay, self.update / (self.update + 10))
+            torch._foreach_lerp_(list(self.average.values()), list(self.master.values()), share)
         self.update += 1
         self.tokens_seen += batch.inputs.numel()
         return float(loss.detach())
@@ -145,7 +147,13 @@ def train(plan: Plan, work: Path, tokenizer_folder: Path, out: Path, start_from:
         trainer = Trainer(plan)
         if start_from is not None:
             trainer.load(torch.load(start_from, weights_only=True), weights_only=True)
-    mix = Mix(seed=plan.seed, tokens_per_update=plan.tokens_per_update, total_updates=plan.updates)
+    mix = Mix(
+        seed=plan.seed,
+        tokens_per_update=plan.tokens_per_update,
+        total_updates=plan.updates,
+        easy_until=plan.easy_until,
+        full_from=plan.full_from,
+    )
     source = BatchSource(load_tokenizer(tokenizer_folder), mix)
     recent: list[float] = []
     clock = time.perf_counter()

@@ -65,7 +65,7 @@ def test_bombs_are_different_within_the_timeout(bomb: str) -> None:
         gold = answer("\\sqrt{20}")
         began = time.monotonic()
         assert not grader.equal(gold, answer(bomb))
-        assert time.monotonic() - began < 15, "a few starts of the worker and twice the timeout"
+        assert time.monotonic() - began < 30, "a few starts of the worker and twice the timeout"
         began = time.monotonic()
         assert not grader.equal(answer("\\sqrt{7}"), answer(bomb))
         assert time.monotonic() - began < 0.1, "it is known by now"

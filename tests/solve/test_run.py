@@ -213,8 +213,16 @@ def test_another_run_is_refused_with_every_difference(places: Places) -> None:
     assert len(rows(places.out / "solutions.jsonl")) == 5
 
 
-def test_a_moved_problems_file_is_the_same_run(places: Places, tmp_path: Path) -> None:
+def test_what_a_resumed_run_may_have_different(
+    places: Places, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run(places)
+    run(places, SolveOptions(samples=9, outstanding=5))
+    about = json.loads((places.out / "run.json").read_text())
+    about["versions"]["torch"] = "0.1"
+    (places.out / "run.json").write_text(json.dumps(about))
+    run(places)
+    assert "began with other versions" in caplog.text
     moved = places.problems.rename(tmp_path / "moved.jsonl")
     run(Places(problems=moved, engine=places.engine, out=places.out))
 

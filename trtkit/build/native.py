@@ -67,9 +67,7 @@ def build_native(
             _log_quality(quality)
             _gate(quality, max_kl)
         elif text is None:
-            logger.info(
-                "quality: not measured (no text; pass --calibration FILE.jsonl to compare with the original)"
-            )
+            logger.info("quality: not measured (no text; pass --calibration FILE.jsonl to compare with the original)")
         manifest = EngineManifest(
             recipe=recipe,
             backend="torch",
@@ -115,8 +113,8 @@ def _text(
             raise InputError(
                 why,
                 where=recipe.model,
-                hint='pass --calibration FILE.jsonl with rows of "problem" and "generated_solution" (OpenMathReasoning\'s '
-                "columns); int8, bf16 and int4 with --int4-method rtn need none",
+                hint='pass --calibration FILE.jsonl with rows of "problem" and "generated_solution", the columns of '
+                "OpenMathReasoning; int8, bf16 and int4 with --int4-method rtn need none",
             )
         return None
     return read_calibration(

@@ -105,9 +105,7 @@ def _layer(
         for member, linear in zip(members, quantized, strict=True):
             yield from _linear_tensors(f"{prefix}{member}", linear)
     if scheme.kv_dtype != "model":
-        for member, value in zip(
-            ("k_proj.k_scale", "v_proj.v_scale"), _kv_scales(scheme, scales), strict=True
-        ):
+        for member, value in zip(("k_proj.k_scale", "v_proj.v_scale"), _kv_scales(scheme, scales), strict=True):
             yield f"{prefix}self_attn.{member}", torch.tensor(value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.checkpoint.shards import Shards, open_shards, raise_damaged
 from trtkit.decoder import Norms
 from trtkit.errors import CheckpointError, HubError, InputError, UnsupportedError
@@ -23,7 +23,6 @@ __all__ = [
     "EMBEDDING",
     "FINAL_NORM",
     "LM_HEAD",
-    "PRACTICE",
     "HfCheckpoint",
     "check_finite",
     "expected_shapes",
@@ -33,7 +32,6 @@ __all__ = [
     "resolve_source",
 ]
 
-PRACTICE = "practice"
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
@@ -56,7 +54,7 @@ def resolve_source(model: str) -> Path:
     Raises :class:`HubError` or :class:`InputError` with what to pass instead.
     """
     if model == PRACTICE:
-        return _practice()
+        return practice_dir()
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -69,19 +67,6 @@ def resolve_source(model: str) -> Path:
             hint="pass a checkpoint directory, a hub id (owner/name), or 'practice'",
         )
     return _download(model)
-
-
-def _practice() -> Path:
-    packaged = Path(str(importlib.resources.files("trtkit"))) / "_engines" / PRACTICE
-    checkout = Path(__file__).resolve().parents[2] / "engines" / PRACTICE
-    for directory in (packaged, checkout):
-        if (directory / "config.json").is_file():
-            return directory
-    raise InputError(
-        "the practice checkpoint is not part of this installation",
-        where=str(checkout),
-        hint="install from the wheel or from a full checkout, or pass --model DIR",
-    )
 
 
 def _download(model: str) -> Path:
@@ -100,9 +85,7 @@ def _download(model: str) -> Path:
             f"accept its terms on the hub and log in with `hf auth login`, or {instead}",
         ) from None
     except errors.RepositoryNotFoundError:
-        raise refused(
-            "the hub has no such model (or it is private)", f"check the spelling, or {instead}"
-        ) from None
+        raise refused("the hub has no such model (or it is private)", f"check the spelling, or {instead}") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise refused("the hub cannot be reached and the model is not in the local cache", instead) from None
     except (errors.HfHubHTTPError, OSError, ValueError) as problem:
@@ -134,9 +117,7 @@ class HfCheckpoint:
     def part(self, layer: int, part: str) -> LinearWeights:
         """One linear as stored, e.g. ``self_attn.q_proj``."""
         name = f"{layer_prefix(layer)}{part}"
-        bias = (
-            self.shards.tensor(f"{name}.bias") if f"{name}.bias" in expected_layer(self.spec, layer) else None
-        )
+        bias = self.shards.tensor(f"{name}.bias") if f"{name}.bias" in expected_layer(self.spec, layer) else None
         return LinearWeights(weight=dense(self.shards.tensor(f"{name}.weight")), bias=bias)
 
     def norms(self, layer: int) -> Norms:
@@ -209,9 +190,7 @@ def open_source(directory: Path) -> HfCheckpoint:
         elif entry.shape != shape:
             problems.append(f"{name}: shape {list(entry.shape)}, config.json implies {list(shape)}")
         elif entry.dtype not in allowed:
-            problems.append(
-                f"{name}: dtype {str(entry.dtype).removeprefix('torch.')}, expected a 16- or 32-bit float"
-            )
+            problems.append(f"{name}: dtype {str(entry.dtype).removeprefix('torch.')}, expected a 16- or 32-bit float")
     raise_damaged(directory, problems)
     return HfCheckpoint(directory=directory, spec=spec, config=config, shards=shards)
 
@@ -221,14 +200,16 @@ def check_finite(source: HfCheckpoint) -> None:
     problems: list[str] = []
     names = expected_shapes(source.spec)
     total = sum(source.shards.entries[name].nbytes for name in names)
-    with Progress("check weights", total=total // 1_000_000, unit="MB") as progress:
+    with Progress("check weights", total=-(-total // 1_000_000), unit="MB") as progress:
+        done = 0
         for name in names:
             bad = 0
             for block in source.shards.blocks(name):
                 # NaN and Inf survive min and max, which is three times faster than isfinite over everything.
                 if not torch.isfinite(torch.stack(torch.aminmax(block)).float()).all():
                     bad += int((~torch.isfinite(block)).sum())
-                progress.advance(block.nbytes // 1_000_000)
+                done += block.nbytes
+                progress.advance(-(-done // 1_000_000) - progress.done)
             if bad:
                 problems.append(f"{name}: {bad} value(s) are NaN or Inf")
     raise_damaged(source.directory, problems, "the weights are not finite")

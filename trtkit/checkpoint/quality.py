@@ -113,7 +113,8 @@ def _products(
     errors: list[tuple[str, float]],
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:  # fmt: skip
     """One product of both models, by definition but dequantized only once. Adds the parts' weight errors."""
-    weights, biases, rounded = [], [], []
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
     # The stacked form, not part by part: it is what an engine loads.
     linear = built.linear(layer, name)
     dequantized = dequantize(linear.weight)
@@ -124,9 +125,7 @@ def _products(
         weights.append(original.weight.data.float())
         biases += [] if original.bias is None else [original.bias.float()]
         rounded = dequantized[start : start + rows]
-        errors.append(
-            (f"layers.{layer}.{part}", relative_error(weights[-1], effective_weight(linear, rounded)))
-        )
+        errors.append((f"layers.{layer}.{part}", relative_error(weights[-1], effective_weight(linear, rounded))))
         start += rows
     weight, approximate = torch.cat(weights).to(device), dequantized.to(device)
     bias = torch.cat(biases).to(device) if biases else None
@@ -156,9 +155,7 @@ def _through_cache(attend: Attend, kv_dtype: KvDtype, scales: tuple[float, float
     return lambda q, k, v: attend(q, rounded(k, key), rounded(v, value))
 
 
-def _compare(
-    source: HfCheckpoint, batches: Sequence[TokenBatch], pairs: Sequence[tuple[Tensor, Tensor]]
-) -> _Sums:
+def _compare(source: HfCheckpoint, batches: Sequence[TokenBatch], pairs: Sequence[tuple[Tensor, Tensor]]) -> _Sums:
     """Run the head on both final states, some positions at a time, and compare the distributions."""
     spec = source.spec
     norm = source.shards.tensor(FINAL_NORM)
@@ -166,7 +163,7 @@ def _compare(
     sums = _Sums()
     for batch, (reference, approximate) in zip(batches, pairs, strict=True):
         positions, targets = batch.predictions()
-        for chunk, target in zip(positions.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
+        for chunk, target in zip(torch.split(positions, _POSITIONS), torch.split(targets, _POSITIONS), strict=True):
             expected, found = (
                 _log_probabilities(rms_norm(hidden[chunk], norm.to(hidden.device), spec.norm_eps), head)
                 for hidden in (reference, approximate)
@@ -181,5 +178,5 @@ def _compare(
 
 def _log_probabilities(hidden: Tensor, head: Tensor) -> Tensor:
     """(P, H) -> (P, V); the head is widened a block of the vocabulary at a time."""
-    logits = [hidden @ block.to(hidden.device).float().T for block in head.split(_VOCAB_BLOCK)]
+    logits = [hidden @ block.to(hidden.device).float().T for block in torch.split(head, _VOCAB_BLOCK)]
     return torch.cat(logits, dim=1).log_softmax(dim=1)

@@ -1,8 +1,8 @@
 """Safetensors files, read tensor by tensor and written front to back.
 
 The format is simple (8 bytes header length, a JSON header, raw little-endian bytes) and two needs go beyond the
-``safetensors`` package: plain reads instead of a memory map, so that a 28 GB checkpoint never counts as resident memory,
-and a writer that holds one tensor at a time and hashes the file while it passes.
+``safetensors`` package: plain reads instead of a memory map, so that a 28 GB checkpoint never counts as resident
+memory, and a writer that holds one tensor at a time and hashes the file while it passes.
 """
 
 from __future__ import annotations
@@ -81,16 +81,14 @@ class Shards:
 
 def _read(entry: Entry, offset: int, nbytes: int) -> Tensor:
     raw = torch.empty(nbytes, dtype=torch.uint8)
-    view = memoryview(raw.numpy())
+    view = _bytes(raw)
     with entry.path.open("rb", buffering=0) as stream:
         stream.seek(offset)
         done = 0
         while done < nbytes:
             count = stream.readinto(view[done:])
             if not count:
-                raise CheckpointError(
-                    "ends too early: the file has changed while it was read", where=str(entry.path)
-                )
+                raise CheckpointError("ends too early: the file has changed while it was read", where=str(entry.path))
             done += count
     return raw
 
@@ -189,9 +187,7 @@ def _entry(path: Path, name: str, item: Any, start: int) -> Entry:
         raise CheckpointError(f"{name}: unknown dtype {code!r}", where=str(path))
     nbytes = math.prod(shape) * _DTYPES[code].itemsize
     if not isinstance(begin, int) or begin < 0 or end != begin + nbytes:
-        raise CheckpointError(
-            f"{name}: offsets {begin}..{end} do not fit shape {shape} of {code}", where=str(path)
-        )
+        raise CheckpointError(f"{name}: offsets {begin}..{end} do not fit shape {shape} of {code}", where=str(path))
     return Entry(path=path, dtype=_DTYPES[code], shape=shape, offset=start + begin, nbytes=nbytes)
 
 
@@ -208,9 +204,7 @@ class ShardWriter:
         self._plan = _split(layout, shard_bytes)
         count = len(self._plan)
         self._files = (
-            [SINGLE]
-            if count == 1
-            else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+            [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         )
         self._order = iter([(shard, name) for shard, names in enumerate(self._plan) for name in names])
         self._stream: BinaryIO | None = None
@@ -234,13 +228,14 @@ class ShardWriter:
         if shard != self._shard:
             self._open(shard)
         dtype, shape = self._layout[name]
-        whole = isinstance(pieces, Tensor)
-        assert not whole or tuple(pieces.shape) == shape, f"{name}: {tuple(pieces.shape)}, expected {shape}"
         written = 0
-        for piece in [pieces] if isinstance(pieces, Tensor) else pieces:
+        if isinstance(pieces, Tensor):
+            assert tuple(pieces.shape) == shape, f"{name}: {tuple(pieces.shape)}, expected {shape}"
+            pieces = [pieces]
+        for piece in pieces:
             assert piece.dtype == dtype, f"{name}: {piece.dtype}, expected {dtype}"
             raw = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            self._put(memoryview(raw.numpy()))
+            self._put(_bytes(raw))
             written += raw.numel()
         assert written == _nbytes(dtype, shape), f"{name}: {written} bytes"
 
@@ -250,9 +245,7 @@ class ShardWriter:
         self._finish()
         if len(self._files) > 1:
             total = sum(_nbytes(*entry) for entry in self._layout.values())
-            weight_map = {
-                name: self._files[shard] for shard, names in enumerate(self._plan) for name in names
-            }
+            weight_map = {name: self._files[shard] for shard, names in enumerate(self._plan) for name in names}
             write_json(self._directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         return self.digests
 
@@ -291,6 +284,11 @@ class ShardWriter:
             self._stream = None
             self.digests[self._files[self._shard]] = self._hash.hexdigest()
             self._hash = hashlib.sha256()
+
+
+def _bytes(raw: Tensor) -> memoryview:
+    buffer: Any = raw.numpy()  # numpy's stubs do not call arrays buffers
+    return memoryview(buffer)
 
 
 def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -12,7 +12,8 @@
 | fp8     | float8_e4m3 (N, K) | float32 ()       | float32 ()    | -                          |
 | int4    | uint8 (N / 2, K)   | float32 (N, K/128) | -           | model dtype (K,), awq only |
 
-q, k, v share their input and pre-quant scales (and the fp8 weight scale), and so do gate and up: each set is one product.
+q, k, v share their input and pre-quant scales (and the fp8 weight scale), and so do gate and up: each set is one
+product.
 With an 8-bit KV cache, ``k_proj.k_scale`` and ``v_proj.v_scale`` are float32 ().
 """
 
@@ -71,9 +72,7 @@ def unified_layout(spec: ModelSpec, scheme: QuantScheme, *, pre_scale: bool) -> 
         linears = {f"{layer_prefix(layer)}{part}.weight": shape for part, shape in spec.linear_shapes.items()}
         for name, shape in expected_layer(spec, layer).items():
             if name in linears:
-                layout |= _linear_layout(
-                    name.removesuffix(".weight"), linears[name], scheme, model, pre_scale
-                )
+                layout |= _linear_layout(name.removesuffix(".weight"), linears[name], scheme, model, pre_scale)
             else:
                 layout[name] = (model, shape)
         if scheme.kv_dtype != "model":
@@ -125,7 +124,7 @@ def quant_config(scheme: QuantScheme, *, pre_scale: bool) -> JsonObject:
 
 
 def unified_config(original: Mapping[str, Any], spec: ModelSpec, quant: JsonObject | None) -> JsonObject:
-    """``config.json``: what the source said, our spelling of what we know, and the quantization as ModelOpt mirrors it."""
+    """``config.json``: what the source said, in our spelling where we know it, and the quantization mirrored."""
     config = {**original, **spec_to_config(spec)}
     if quant is not None:
         config["quantization_config"] = {
@@ -201,9 +200,7 @@ def _share_scales(parts: list[LinearWeights]) -> list[LinearWeights]:
         return parts
     amax = scales.max() * FP8_MAX
     return [
-        dataclasses.replace(
-            part, weight=quantize_fp8(dequantize(part.weight), amax=amax), input_scale=inputs.max()
-        )
+        dataclasses.replace(part, weight=quantize_fp8(dequantize(part.weight), amax=amax), input_scale=inputs.max())
         for part in parts
     ]
 
@@ -218,9 +215,7 @@ def open_unified(directory: Path) -> UnifiedCheckpoint:
     quant = _quantization(directory, config)
     if quant is None:
         source = open_source(directory)
-        return UnifiedCheckpoint(
-            directory=directory, spec=source.spec, scheme=SCHEMES["bf16"], shards=source.shards
-        )
+        return UnifiedCheckpoint(directory=directory, spec=source.spec, scheme=SCHEMES["bf16"], shards=source.shards)
     scheme = _scheme(directory, quant)
     spec = spec_from_config(config, where=str(directory / "config.json"))
     shards, problems = open_shards(directory)
@@ -231,9 +226,7 @@ def open_unified(directory: Path) -> UnifiedCheckpoint:
         elif entry.shape != shape:
             problems.append(f"{name}: shape {list(entry.shape)}, expected {list(shape)}")
         # bf16, fp16 and fp32 may stand for each other; codes and bytes may not.
-        elif entry.dtype != dtype and not (
-            entry.dtype in (floats := MODEL_DTYPES.values()) and dtype in floats
-        ):
+        elif entry.dtype != dtype and not (entry.dtype in (floats := MODEL_DTYPES.values()) and dtype in floats):
             problems.append(f"{name}: dtype {entry.dtype}, expected {dtype}".replace("torch.", ""))
     raise_damaged(directory, problems)
     return UnifiedCheckpoint(directory=directory, spec=spec, scheme=scheme, shards=shards)

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -24,8 +24,8 @@ _AFTER_INTERRUPT = {
     "build": "nothing half-made was kept; run the same command again",
 }
 # Newer typer brings its own copy of click, older typer uses the package: take the classes from typer itself.
-_UsageProblem = typer.BadParameter.__bases__[0]
-_ClickProblem = _UsageProblem.__bases__[0]
+_UsageProblem = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
+_ClickProblem = cast("type[typer.BadParameter]", _UsageProblem.__bases__[0])
 
 app = typer.Typer(
     name="trtkit", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -50,7 +50,8 @@ def _global_options(
 ) -> None:
     """From a Fast-Math checkpoint to majority-voted answers: build an engine, solve problems with it.
 
-    Start with: trtkit build --precision fp8, then trtkit solve problems.jsonl. Results go to stdout, progress to stderr.
+    Start with: trtkit build --precision fp8, then trtkit solve problems.jsonl.
+    Results go to stdout, progress and logs to stderr.
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
     set_up_logging(verbose=verbose or debug, quiet=quiet)
@@ -83,7 +84,8 @@ def run(arguments: Sequence[str]) -> int:
         _complain(first, hint)
         return problem.exit_code
     except _UsageProblem as problem:
-        _complain(problem.format_message(), f"trtkit {verb} --help".replace("  ", " "))
+        known = verb if any(verb == command.name for command in app.registered_commands) else ""
+        _complain(problem.format_message(), " ".join(f"see: trtkit {known} --help".split()))
         return 2
     except _ClickProblem as problem:
         _complain(str(problem), "")

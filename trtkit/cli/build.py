@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -17,7 +18,7 @@ from trtkit.files import nearest
 from trtkit.gpu import profile_named
 from trtkit.plan import check_precision
 from trtkit.recipe import Limits, Recipe
-from trtkit.scheme import SCHEMES, scheme_named
+from trtkit.scheme import SCHEMES, KvDtype, scheme_named
 
 _BACKENDS = ("torch", "tensorrt-llm")
 
@@ -34,16 +35,18 @@ def command(
     int4_method: Annotated[
         str, typer.Option("--int4-method", help="awq (activation-aware) or rtn (no data needed).")
     ] = "awq",
-    smooth_alpha: Annotated[float, typer.Option("--smooth-alpha", help="int8-sq: SmoothQuant's alpha, 0..1.")] = 0.5,
+    smooth_alpha: Annotated[
+        float, typer.Option("--smooth-alpha", min=0, max=1, help="int8-sq: SmoothQuant's alpha, 0..1.")
+    ] = 0.5,
     calibrator: Annotated[str, typer.Option("--calibrator", help="trtkit or modelopt.")] = "trtkit",
     calibration: Annotated[
         Path | None,
         typer.Option("--calibration", help="JSONL of problems with solutions; default: practice problems."),
     ] = None,
-    calibration_rows: Annotated[int, typer.Option("--calibration-rows", help="Rows of it to use.")] = 128,
-    batch: Annotated[int, typer.Option("--batch", help="Most rows in flight.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option("--max-prompt-tokens", help="Longest prompt.")] = 2048,
-    total_tokens: Annotated[int, typer.Option("--max-total-tokens", help="Longest prompt + answer.")] = 16384,
+    calibration_rows: Annotated[int, typer.Option("--calibration-rows", min=1, help="Rows of it to use.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Most rows in flight.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option("--max-prompt-tokens", min=1, help="Longest prompt.")] = 2048,
+    total_tokens: Annotated[int, typer.Option("--max-total-tokens", min=1, help="Longest prompt + answer.")] = 16384,
     max_kl: Annotated[
         float | None,
         typer.Option("--max-kl", help="Fail, and keep nothing, when the mean KL to bf16 exceeds this."),
@@ -52,7 +55,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Build an engine from a checkpoint: quantize, check the quality, write everything that solving needs."""
-    _check_names(backend, kv_dtype, int4_method, calibrator)
+    _check_names(precision, backend, kv_dtype, int4_method, calibrator)
     scheme = scheme_named(precision)
     check_precision(scheme, profile_named(gpu))
     recipe = Recipe(
@@ -98,11 +101,14 @@ def _stem(model: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
 
 
-def _check_names(backend: str, kv_dtype: str, int4_method: str, calibrator: str) -> None:
-    choices = (
-        ("--backend", backend, _BACKENDS), ("--kv-dtype", kv_dtype, ("model", "fp8", "int8")),
-        ("--int4-method", int4_method, ("awq", "rtn")), ("--calibrator", calibrator, ("trtkit", "modelopt")),
-    )  # fmt: skip
+def _check_names(precision: str, backend: str, kv_dtype: str, int4_method: str, calibrator: str) -> None:
+    choices: tuple[tuple[str, str, Iterable[str]], ...] = (
+        ("--precision", precision, SCHEMES),
+        ("--backend", backend, _BACKENDS),
+        ("--kv-dtype", kv_dtype, get_args(KvDtype)),
+        ("--int4-method", int4_method, ("awq", "rtn")),
+        ("--calibrator", calibrator, ("trtkit", "modelopt")),
+    )
     wrong = [
         f"{option} {given!r}{nearest(given, valid)} (one of: {', '.join(valid)})"
         for option, given, valid in choices

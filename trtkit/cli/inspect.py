@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,11 +32,9 @@ def command(
         "path": found.path, "kind": found.kind, "verified": found.verified, "offenders": list(found.offenders),
         **found.data,
     }  # fmt: skip
-    advice = _NEXT.get(found.kind, "trtkit --help").format(path=path)
+    advice = _NEXT.get(found.kind, "trtkit --help").format(path=directory)
     if found.offenders:
         advice = "get the damaged files again, or build again with --force"
-    elif not verify and Path(path).is_dir() and found.kind in ("engine", "checkpoint"):
-        advice += f"   (or: trtkit inspect {directory} --verify)"
     finish(advice, document if as_json else None)
     if found.offenders:
         raise CheckpointError(f"{len(found.offenders)} thing(s) wrong", where=str(path), offenders=found.offenders[:20])

@@ -25,8 +25,12 @@ def _console() -> Console:
 
 
 def show(renderable: Any) -> None:
-    """Print a rich renderable."""
-    _console().print(renderable)
+    """Print a rich renderable, without the blanks that rich pads lines with."""
+    console = _console()
+    with console.capture() as captured:
+        console.print(renderable)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = "") -> None:

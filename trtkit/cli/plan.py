@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trtkit.bundled import PRACTICE
+from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.cli.options import Json
 from trtkit.cli.output import facts, finish, gigabytes, notice, table
 from trtkit.errors import UsageError
@@ -57,9 +57,7 @@ def _spec(model: str) -> ModelSpec:
     if spec is not None:
         return spec
     if model == PRACTICE:
-        from trtkit.describe import model_dir
-
-        return read_model_spec(model_dir(model))
+        return read_model_spec(practice_dir())
     if not Path(model).is_dir():
         raise UsageError(
             f"unknown model {model!r}{nearest(model, [*KNOWN_MODELS, PRACTICE])}",

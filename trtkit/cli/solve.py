@@ -22,10 +22,16 @@ def command(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", help="Longest sample; the engine's own limit may be lower.")
     ] = 16384,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens up to this mass.")] = 0.9,
-    top_k: Annotated[int, typer.Option("--top-k", help="Keep this many tokens; 0 keeps all.")] = 0,
-    min_p: Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the best.")] = 0.05,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, max=100, help="0 takes the likeliest token.")
+    ] = 1.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0, max=1, help="Keep the likeliest tokens up to this mass.")
+    ] = 0.9,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Keep this many tokens; 0 keeps all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option("--min-p", min=0, max=1, help="Drop tokens below this share of the best.")
+    ] = 0.05,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same samples.")] = 0,
     order: Annotated[
         str, typer.Option("--order", help="pooled (all in one batch) or sequential (one problem at a time).")

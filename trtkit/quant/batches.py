@@ -87,8 +87,6 @@ def pack_rows(rows: Sequence[TextRow], device: torch.device, *, tokens: int = 20
         groups[-1].append(row)
         size += len(row.tokens)
     return [
-        TokenBatch(
-            tokens=torch.tensor([t for row in group for t in row.tokens], device=device), rows=tuple(group)
-        )
+        TokenBatch(tokens=torch.tensor([t for row in group for t in row.tokens], device=device), rows=tuple(group))
         for group in groups
     ]

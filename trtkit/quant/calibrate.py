@@ -1,7 +1,7 @@
 """Calibration one layer at a time, the activations carried over: the memory of one layer plus the activations.
 
-The pass is the unquantized model in float32. For each of a layer's four products it keeps, per input channel, the largest
-and the mean magnitude, and a few sampled rows for the AWQ search. Letters: T tokens, K inputs, S samples.
+The pass is the unquantized model in float32. For each of a layer's four products it keeps, per input channel, the
+largest and the mean magnitude, and a few sampled rows for the AWQ search. Letters: T tokens, K inputs, S samples.
 """
 
 from __future__ import annotations
@@ -121,9 +121,7 @@ class LayerwiseCalibrator:
             for name in LINEAR_PARTS
         }
         biases = {
-            name: torch.cat([part.bias for part in parts[name] if part.bias is not None])
-            .to(self._device)
-            .float()
+            name: torch.cat([part.bias for part in parts[name] if part.bias is not None]).to(self._device).float()
             for name in LINEAR_PARTS
             if parts[name][0].bias is not None
         }
@@ -144,9 +142,7 @@ class LayerwiseCalibrator:
                 return inner(q, k, v)  # noqa: B023  (called before the loop goes on)
 
             rope = batch.rope(self._spec, torch.float32)
-            self._hidden[position] = decoder_layer(
-                self._spec, norms, self._hidden[position], rope, linear, attend
-            )
+            self._hidden[position] = decoder_layer(self._spec, norms, self._hidden[position], rope, linear, attend)
         return statistics, (float(kv[0]), float(kv[1]))
 
     def _scales(self, name: LinearName, parts: Sequence[LinearWeights], seen: _Statistics) -> GroupScales:

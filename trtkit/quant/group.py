@@ -33,9 +33,7 @@ class GroupScales:
     """int4, one per part: (N, G), shrinks each group's range."""
 
 
-def quantize_group(
-    parts: Sequence[LinearWeights], scheme: QuantScheme, scales: GroupScales
-) -> list[LinearWeights]:
+def quantize_group(parts: Sequence[LinearWeights], scheme: QuantScheme, scales: GroupScales) -> list[LinearWeights]:
     """The parts of one product, each dense, in the format of ``scheme`` with shared scales."""
     if scheme.weight_format == "bf16":
         return list(parts)

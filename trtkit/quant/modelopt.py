@@ -1,7 +1,7 @@
 """The same calibration through nvidia-modelopt (extra ``modelopt``): its statistics and its scale searches.
 
-ModelOpt works on the whole transformers model in memory. Where it chooses one pre-scale per linear, the parts of a fused
-product (q, k, v; gate, up) get the mean of theirs, as in ModelOpt's own export.
+ModelOpt works on the whole transformers model in memory. Where it chooses one pre-scale per linear, the parts of a
+fused product (q, k, v; gate, up) get the mean of theirs, as in ModelOpt's own export.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def quantized_model(
     mtq = _modelopt()
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(directory), local_files_only=True, torch_dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(str(directory), local_files_only=True, torch_dtype="auto")
     model = model.to(device or torch.device("cpu")).eval()
     algorithms: dict[str, tuple[str, Any]] = {
         "int8-sq": ("INT8_SMOOTHQUANT_CFG", {"method": "smoothquant", "alpha": options.smooth_alpha}),

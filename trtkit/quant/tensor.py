@@ -60,7 +60,7 @@ class LinearWeights:
     weight: QuantTensor
     bias: Tensor | None = None
     input_scale: Tensor | None = None
-    """float32 (): static activation scale; x is rounded to int8 (int8 weights) or e4m3 (fp8 weights) multiples of it."""
+    """float32 (): static activation scale; x is rounded to multiples of it, int8 or e4m3 as the weights."""
     pre_scale: Tensor | None = None
     """(K,): multiplies the activation first (SmoothQuant, AWQ)."""
 
@@ -161,9 +161,7 @@ def concat_rows(parts: Sequence[LinearWeights]) -> LinearWeights:
     if scale is not None:
         scales = [weight.scale for weight in weights if weight.scale is not None]
         if scale.ndim == 0:
-            assert all(torch.equal(other, scale) for other in scales), (
-                "fused linears must share their fp8 scale"
-            )
+            assert all(torch.equal(other, scale) for other in scales), "fused linears must share their fp8 scale"
         else:
             scale = torch.cat(scales)
     biases = [part.bias for part in parts if part.bias is not None]

@@ -40,10 +40,8 @@ _REWRITES = tuple(
 _TIGHT = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (
-            r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ",
-            "",
-        ),  # only a space between two names or numbers means something
+        # Only a space between two names or numbers means something.
+        (r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ", ""),
         (r"\\frac([0-9A-Za-z])([0-9A-Za-z])", r"\\frac{\1}{\2}"),
         (r"\\frac (?=[0-9])([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
         (r"\\frac(\{[^{}]*\})([0-9A-Za-z])", r"\\frac\1{\2}"),

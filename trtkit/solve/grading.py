@@ -23,14 +23,17 @@ __all__ = ["Grader"]
 _LONGEST = 300
 """Characters; longer expressions are compared by spelling only."""
 _STARTUP_SECONDS = 120.0
+_PATIENCE = 4.0
+"""Wall time allowed for each second of the worker's processor time, on a machine that is busy with other things."""
 _WORDS = re.compile(r"[A-Z]|[A-Za-z][A-Za-z' -]+")
 
 
 class Grader:
     """Equality of answers. The worker starts with the first question that needs it; ``close`` ends it.
 
-    Two numbers are compared exactly, equal spellings are equal, and everything else goes to math-verify with
-    ``timeout_seconds`` for each question. An answer that alone takes too long is not asked about again.
+    Two numbers are compared exactly, equal spellings are equal, and everything else goes to math-verify, with
+    ``timeout_seconds`` of processor time for each question. An answer that alone takes too long is not asked
+    about again.
 
     >>> with Grader() as grader:
     ...     grader.equal(gold, answer)
@@ -96,8 +99,8 @@ class Grader:
         question = (json.dumps({"gold": gold, "answer": answer}) + "\n").encode()
         try:
             worker = self._put(question)
-            # The worker kills itself at the timeout; half a second more is for when it cannot.
-            reply = _read_reply(_pipe(worker.stdout), self._timeout + 0.5)
+            # The worker ends itself at the timeout, by its own processor time; this is for when it cannot.
+            reply = _read_reply(_pipe(worker.stdout), _PATIENCE * self._timeout + 1.0)
         except BaseException:
             # Ctrl-C between question and reply: the next reply would belong to this question.
             self.close()

@@ -60,6 +60,8 @@ RUN_FILE = "run.json"
 JOURNAL_FILE = "journal.jsonl"
 SOLUTIONS_FILE = "solutions.jsonl"
 SUMMARY_FILE = "summary.json"
+_FREE = ("problems.path", "engine.path", "arguments.outstanding")
+"""What a resumed run may have different: where things lie, and how full the batch is kept (memory may be scarcer)."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "math-verify", "tensorrt-llm")
 
 
@@ -189,7 +191,7 @@ def _claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
         differences = [
             f"{name}: {there.get(name, 'not there')} in that run, {wanted.get(name, 'not there')} now"
             for name in names
-            if there.get(name) != wanted.get(name) and not name.endswith(".path")
+            if there.get(name) != wanted.get(name) and name not in _FREE
         ]
         if differences:
             raise UsageError(

@@ -1,0 +1,103 @@
+"""Where training text comes from: rows of OpenMathReasoning's schema, streamed from the hub or read from a file.
+
+Only ``problem`` is needed when the target writes its own solutions; ``generated_solution`` otherwise. Rows are filtered
+as the published recipe does it, with two differences: one row per problem, and CoT rows instead of TIR ones (Fast-Math
+models never emit the tool tags).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtkit.errors import HubError, InputError, MissingDependency
+from trtkit.files import read_jsonl
+
+__all__ = ["OPENMATHREASONING", "Row", "read_rows"]
+
+OPENMATHREASONING = "openmathreasoning"
+_HUB_ID = "nvidia/OpenMathReasoning"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A problem, and a worked solution where the source has one."""
+
+    problem: str
+    solution: str | None
+
+
+def read_rows(source: str, *, count: int, split: str = "cot", solutions: bool = True) -> list[Row]:
+    """At most ``count`` rows, streamed from ``openmathreasoning`` (nothing stays on disk) or from a JSONL or Parquet file.
+
+    With ``solutions`` rows without one are skipped. Raises :class:`InputError` when nothing usable is left,
+    :class:`HubError` when the hub cannot be reached, :class:`MissingDependency` without the ``train`` extra.
+    """
+    records = _stream(split) if source == OPENMATHREASONING else _from_file(Path(source))
+    seen: set[str] = set()
+    rows: list[Row] = []
+    for record in records:
+        row = _usable(record, solutions)
+        if row is None or row.problem in seen:
+            continue
+        seen.add(row.problem)
+        rows.append(row)
+        if len(rows) == count:
+            break
+    if not rows:
+        wanted = '"problem" and "generated_solution"' if solutions else '"problem"'
+        raise InputError(
+            "no usable rows",
+            where=source,
+            hint=f"rows need {wanted}; problem_type, where given, must be has_answer_extracted",
+        )
+    return rows
+
+
+def _usable(record: dict[str, Any], solutions: bool) -> Row | None:
+    problem = record.get("problem") or record.get("question")
+    solution = record.get("generated_solution") or record.get("solution")
+    if not isinstance(problem, str) or not problem.strip():
+        return None
+    if record.get("problem_type", "has_answer_extracted") != "has_answer_extracted":
+        return None
+    if solutions and (not isinstance(solution, str) or not solution.strip()):
+        return None
+    return Row(problem=problem, solution=solution if isinstance(solution, str) else None)
+
+
+def _from_file(path: Path) -> Iterable[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        datasets = _datasets()
+        if not path.is_file():
+            raise InputError("no such file", where=str(path))
+        records: Iterable[dict[str, Any]] = datasets.load_dataset(
+            "parquet", data_files=str(path), split="train", streaming=True
+        )
+        return records
+    return (record for _, record in read_jsonl(path))
+
+
+def _stream(split: str) -> Iterator[dict[str, Any]]:
+    datasets = _datasets()
+    try:
+        rows = datasets.load_dataset(_HUB_ID, split=split, streaming=True)
+        yield from rows.shuffle(seed=0, buffer_size=10_000)
+    except (OSError, ValueError) as problem:  # the hub's errors are subclasses of these
+        raise HubError(
+            f"{_HUB_ID} cannot be streamed: {problem}",
+            hint="pass a downloaded file with --data FILE.jsonl (or .parquet)",
+        ) from None
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingDependency(
+            "the datasets package is not installed",
+            hint="pip install 'trtkit[train]', or pass a JSONL file with --data",
+        ) from None
+    return datasets

@@ -1,0 +1,93 @@
+"""The frozen target of a draft head: its own answers, and its hidden states over windows of text.
+
+Letters: T tokens, H hidden, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from drafter.data import Sample, Window
+from drafter.loss import DraftBatch
+from trtkit.chat import Chat, PromptVariant
+from trtkit.decoder import Attend, causal_attention
+from trtkit.log import Progress
+from trtkit.runtime.api import Engine, Request, SamplingParams
+from trtkit.runtime.model import DecoderModel
+from trtkit.training.rows import Row
+
+__all__ = ["draft_batch", "own_answers", "written_answers"]
+
+
+def written_answers(
+    rows: Sequence[Row], chat: Chat, variants: Sequence[PromptVariant], *, max_tokens: int
+) -> list[Sample]:
+    """The rows' solutions in the deployed chat format, cut to ``max_tokens``; variants in turns."""
+    samples = []
+    for index, row in enumerate(rows):
+        assert row.solution is not None
+        prompt = chat.prompt(row.problem, variants[index % len(variants)])
+        tokens = (*prompt, *chat.completion(prompt, row.solution))[:max_tokens]
+        if len(tokens) > len(prompt):
+            samples.append(Sample(problem=row.problem, tokens=tokens, prompt=len(prompt)))
+    return samples
+
+
+def own_answers(
+    rows: Sequence[Row], engine: Engine, chat: Chat, variants: Sequence[PromptVariant], *, sampling: SamplingParams,
+    max_tokens: int, seed: int,
+) -> list[Sample]:  # fmt: skip
+    """What the target itself writes on the rows' problems: one sample each, the text it will be asked to draft."""
+    prompts: dict[str, tuple[tuple[int, ...], Row]] = {}
+    for index, row in enumerate(rows):
+        prompt = chat.prompt(row.problem, variants[index % len(variants)])
+        if len(prompt) < engine.max_total_tokens:
+            prompts[str(index)] = (prompt, row)
+            engine.submit(
+                Request(id=str(index), prompt=prompt, sampling=sampling, stop_ids=chat.eos_ids, max_tokens=max_tokens,
+                        seed=seed + index)
+            )  # fmt: skip
+    tokens: dict[str, list[int]] = {name: [] for name in prompts}
+    with Progress("own answers", total=len(prompts), unit="problems") as progress:
+        while engine.has_work:
+            for output in engine.step():
+                tokens[output.request_id] += output.tokens
+                if output.finish is not None:
+                    progress.advance()
+    return [
+        Sample(problem=row.problem, tokens=(*prompt, *tokens[name]), prompt=len(prompt))
+        for name, (prompt, row) in prompts.items()
+    ]
+
+
+@torch.no_grad()
+def draft_batch(model: DecoderModel, windows: Sequence[Window]) -> DraftBatch:
+    """Hidden states of the frozen target over the windows, in one forward over their prefixes, without padding."""
+    device = model.device
+    lengths = [window.end for window in windows]
+    tokens = torch.tensor([token for w in windows for token in w.sample.tokens[: w.end]], device=device)
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+
+    def attend(_layer: int) -> Attend:
+        return lambda q, k, v: _attend_each(lengths, q, k, v)
+
+    hidden = model.forward(tokens, positions, attend)
+    inside = torch.cat([torch.arange(w.end, device=device) >= w.start for w in windows])
+    scored = torch.cat([torch.arange(w.end, device=device) >= max(w.sample.prompt, w.start) for w in windows])
+    segment = torch.arange(len(windows), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    kept = tokens[inside]
+    return DraftBatch(
+        tokens=kept,
+        hidden=hidden[inside].float(),
+        embeddings=model.embed(kept).float(),
+        segment=segment[inside],
+        scored=scored[inside],
+    )
+
+
+def _attend_each(lengths: list[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)  # type: ignore[no-untyped-call]
+    return torch.cat([causal_attention(*part) for part in parts])
