@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trtkit.checkpoint.shards import ShardWriter
+from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.unified import unified_layout
 from trtkit.errors import TrtkitError
 from trtkit.files import staged_dir, write_json

@@ -6,6 +6,7 @@ the deployed chat template.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,11 @@ class Chat:
         self.think_end = tuple(tokenizer.encode(THINK_END, add_special_tokens=False))
         """Ids of ``</think>``: one where the vocabulary has it, else the several that plain BPE gives (neighbouring
         characters may change the split then, so match the text, not the ids)."""
+
+    @property
+    def template_digest(self) -> str:
+        """SHA-256 of the chat template: a draft head is good for the format of text that it was trained on."""
+        return hashlib.sha256(str(self._tokenizer.chat_template).encode()).hexdigest()
 
     @property
     def size(self) -> int:

@@ -120,10 +120,9 @@ def detect() -> GpuProfile:
     if not torch.cuda.is_available():
         return cpu_profile()
     device = torch.cuda.get_device_properties(0)
-    squeezed = re.sub(r"[\s-]", "", device.name.lower())
-    # Longest name first: "l40s" must not be taken for "l4".
-    for single in sorted(_SINGLE, key=lambda profile: -len(profile.name)):
-        if re.search(rf"{single.name}(?![0-9])", squeezed):
+    words = re.findall(r"[a-z0-9]+", device.name.lower().replace("rtx ", "rtx"))
+    for single in _SINGLE:
+        if single.name in words:
             alike = sum(torch.cuda.get_device_name(i) == device.name for i in range(torch.cuda.device_count()))
             return replace(single, memory_bytes=device.total_memory).times(alike)
     raise UnsupportedError(

@@ -228,7 +228,7 @@ def _refusal(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, draft: Draft
     if draft is not None and spec.vocab % gpu.count:
         return f"a vocabulary of {spec.vocab} cannot be split over {gpu.count} devices, which the drafter needs"
     if spec.family == "qwen3" and scheme.name == "int8-sq" and not gpu.is_cpu:
-        return "Qwen3 with SmoothQuant is not supported by TensorRT-LLM"
+        return "TensorRT-LLM does not support Qwen3 with SmoothQuant (the torch backend does)"
     return ""
 
 

@@ -19,8 +19,10 @@ from trtkit.files import JsonObject, nearest, read_json, read_toml, write_json, 
 from trtkit.scheme import SCHEMES, KvDtype
 
 __all__ = [
+    "DRAFTER_DIR",
     "ENGINE_FILE",
     "FORMAT_VERSION",
+    "TRAINING_FILE",
     "Backend",
     "EngineManifest",
     "Limits",
@@ -34,6 +36,10 @@ __all__ = [
 
 FORMAT_VERSION = 1
 ENGINE_FILE = "engine.json"
+DRAFTER_DIR = "drafter"
+"""Where an engine directory keeps its draft head."""
+TRAINING_FILE = "training.json"
+"""Beside a draft head: what it was trained for and on."""
 Backend: TypeAlias = Literal["torch", "tensorrt-llm"]
 
 T = TypeVar("T")

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from practice.problems import PROMPT_KINDS, render_completion, render_prompt, stream
+from practice.tokenizer import id_of
 
 BLOCK_UPDATES = 32
 ROUND_LENGTH = 8
@@ -85,7 +86,7 @@ class BatchSource:
 
     def __init__(self, tokenizer: Tokenizer, mix: Mix) -> None:
         self.tokenizer, self.mix = tokenizer, mix
-        self.pad_id = tokenizer.token_to_id("<|endoftext|>")
+        self.pad_id = id_of(tokenizer, "<|endoftext|>")
         self._block, self._batches = -1, list[Batch]()
 
     def batch_at(self, update: int) -> Batch:

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from practice.tokenizer import VOCAB_SIZE, load_tokenizer, save_tokenizer
+from practice.tokenizer import VOCAB_SIZE, id_of, load_tokenizer, save_tokenizer
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 256, 768, 5, 4, 2, 64
 ROPE_THETA = 10_000.0
 MAX_POSITIONS = 2048
+ATTENTION = "eager"  # measured faster than SDPA for training on a CPU at these lengths
 
 
 def model_config() -> Qwen2Config:
@@ -29,7 +30,6 @@ def model_config() -> Qwen2Config:
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=False,
-        attn_implementation="eager",  # measured faster than SDPA for training on a CPU at these lengths
     )
 
 
@@ -78,7 +78,7 @@ def export(weights: Mapping[str, torch.Tensor], tokenizer_folder: Path, folder: 
     tokenizer = load_tokenizer(tokenizer_folder)
     if not (folder / "tokenizer_config.json").exists():
         save_tokenizer(tokenizer, folder)
-    end_id, pad_id = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
+    end_id, pad_id = id_of(tokenizer, "<|im_end|>"), id_of(tokenizer, "<|endoftext|>")
     write_json(folder / "config.json", config_document(end_id, pad_id))
     write_json(
         folder / "generation_config.json",
@@ -101,5 +101,7 @@ def load_model(folder: Path) -> Qwen2ForCausalLM:
     """The exported model in bf16, ready to sample."""
     if not (folder / "model.safetensors").exists():
         raise SystemExit(f"no checkpoint in {folder}\nhint: run `train_practice.py train` first")
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
-    return model.eval()
+    model: Qwen2ForCausalLM = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.set_attn_implementation(ATTENTION)
+    model.train(False)
+    return model

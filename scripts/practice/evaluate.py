@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import DynamicCache, Qwen2ForCausalLM
 
 from practice.problems import PROMPT_KINDS, render_prompt
+from practice.tokenizer import id_of
 
 BOXED = re.compile(r"\\boxed\{(\d+)\}")
 ROWS_AT_ONCE = 128
@@ -103,8 +104,8 @@ def answers_for(
     model: Qwen2ForCausalLM, tokenizer: Tokenizer, rows: Sequence[Row], *, temperature: float, seed: int
 ) -> list[str | None]:
     """The answer of every row; rows of like length run together."""
-    stop_ids = {tokenizer.token_to_id(token) for token in ("</think>", "<|im_end|>", "<|endoftext|>")}
-    pad_id = tokenizer.token_to_id("<|endoftext|>")
+    stop_ids = {id_of(tokenizer, token) for token in ("</think>", "<|im_end|>", "<|endoftext|>")}
+    pad_id = id_of(tokenizer, "<|endoftext|>")
     rng = torch.Generator().manual_seed(seed)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt))
     answers: list[str | None] = [None] * len(rows)

@@ -103,3 +103,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not path.exists():
         raise SystemExit(f"no {path}\nhint: run `train_practice.py tokenizer` first")
     return Tokenizer.from_file(str(path))
+
+
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that must be in the vocabulary."""
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise SystemExit(f"the tokenizer has no {token}\nhint: train it again with `train_practice.py tokenizer`")
+    return int(number)

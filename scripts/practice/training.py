@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import Qwen2ForCausalLM
 
 from practice.batches import IGNORED, Batch, BatchSource, Mix
-from practice.checkpoint import export, model_config
+from practice.checkpoint import ATTENTION, export, model_config
 from practice.tokenizer import load_tokenizer
 
 FIRST_EXPORT = 100
@@ -60,7 +60,8 @@ class Trainer:
         reference = Qwen2ForCausalLM(model_config())
         self.master = {name: weight.detach().clone() for name, weight in reference.named_parameters()}
         self.average = {name: weight.clone() for name, weight in self.master.items()}
-        self.model = reference.to(torch.bfloat16).train()
+        reference.set_attn_implementation(ATTENTION)
+        self.model = reference.bfloat16().train()
         matrices = [w for name, w in self.master.items() if name.endswith("proj.weight")]
         tables = [w for name, w in self.master.items() if w.ndim == 2 and not name.endswith("proj.weight")]
         vectors = [w for w in self.master.values() if w.ndim == 1]

@@ -11,6 +11,7 @@ import torch
 
 import trtkit
 from trtkit.build.calibration import CALIBRATION_FILE, CalibrationText, read_calibration
+from trtkit.build.draft_head import add_head, check_head
 from trtkit.chat import load_chat
 from trtkit.checkpoint.convert import check_alignment, convert
 from trtkit.checkpoint.hf import EMBEDDING, HfCheckpoint, check_finite, open_source, resolve_source
@@ -31,6 +32,7 @@ def build_native(
     out: Path,
     *,
     calibration: Path | None = None,
+    drafter: Path | None = None,
     max_kl: float | None = None,
     force: bool = False,
     device: str = "auto",
@@ -39,7 +41,8 @@ def build_native(
 
     ``calibration`` is a JSONL of problems and solutions; without it ``calibration.jsonl`` beside the weights is taken
     where there is one. Formats that need no data build without; their quality is then not measured. Calibration and the
-    quality report run on ``device`` (auto: CUDA where there is one).
+    quality report run on ``device`` (auto: CUDA where there is one). ``drafter`` is a trained draft head to go with the
+    engine; ``recipe.tree`` says what it draws.
 
     Raises :class:`QualityError` when the mean KL exceeds ``max_kl`` (nothing is kept), and for bad input
     :class:`InputError`, :class:`ConfigError`, :class:`CheckpointError`, :class:`UnsupportedError`, :class:`HubError`,
@@ -52,6 +55,8 @@ def build_native(
     _check_target(out, directory, force)
     source = open_source(directory)
     check_alignment(source.spec, scheme)
+    if drafter is not None:
+        check_head(drafter, source.spec, load_chat(source.directory))
     calibrated = _needs_data(recipe, scheme)
     text = _text(recipe, source, calibration, needed=calibrated, judged=max_kl is not None)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -61,6 +66,8 @@ def build_native(
         pre_scale = scheme.name == "int8-sq" or (scheme.name == "int4" and recipe.int4_method == "awq")
         digests = convert(source, stage, scheme, calibrator, pre_scale=pre_scale)
         del calibrator
+        if drafter is not None:
+            digests |= add_head(drafter, stage)
         quality = None
         if text is not None and (scheme.weight_format != "bf16" or scheme.kv_dtype != "model"):
             quality = measure_quality(source, open_unified(stage), text.held_out, device=place)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trtkit.checkpoint.hf import EMBEDDING, LM_HEAD, HfCheckpoint, expected_layer, layer_prefix
-from trtkit.checkpoint.shards import ShardWriter
+from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.unified import QUANT_FILE, quant_config, unified_config, unified_layout
 from trtkit.decoder import LINEAR_PARTS, LinearName
 from trtkit.errors import UnsupportedError

@@ -12,13 +12,14 @@ from typing import Annotated, cast
 import typer
 
 from trtkit import __version__
-from trtkit.cli import bench, build, doctor, inspect, plan, solve
+from trtkit.cli import bench, build, doctor, inspect, plan, solve, train_drafter
 from trtkit.errors import TrtkitError
 from trtkit.log import set_up_logging
 
 __all__ = ["app", "main", "run"]
 
 _GLOBAL = ("--debug", "--verbose", "-v", "--quiet", "-q")
+_INTERRUPTED = 130
 _AFTER_INTERRUPT = {
     "solve": "what was solved is kept; the same command goes on from there",
     "build": "nothing half-made was kept; run the same command again",
@@ -57,8 +58,8 @@ def _global_options(
     set_up_logging(verbose=verbose or debug, quiet=quiet)
 
 
-for _module in (build, solve, plan, doctor, inspect, bench):
-    app.command(_module.__name__.rpartition(".")[2])(_module.command)
+for _module in (build, train_drafter, solve, plan, doctor, inspect, bench):
+    app.command(_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -75,8 +76,7 @@ def run(arguments: Sequence[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted", _AFTER_INTERRUPT.get(verb, "run the same command again"))
-        return 130
+        code = _INTERRUPTED
     except TrtkitError as problem:
         if debug:
             traceback.print_exc()
@@ -99,6 +99,9 @@ def run(arguments: Sequence[str]) -> int:
         kind = "" if isinstance(problem, OSError) else f"{type(problem).__name__}: "
         _complain(f"{kind}{problem}", "" if debug else "run again with --debug to see where it happened")
         return 1
+    # Newer typer turns Ctrl-C into an exit with this code, older typer raises Abort.
+    if code == _INTERRUPTED:
+        _complain("interrupted", _AFTER_INTERRUPT.get(verb, "run the same command again"))
     return code if isinstance(code, int) else 0
 
 

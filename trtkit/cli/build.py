@@ -11,7 +11,7 @@ import typer
 
 from trtkit.bundled import PRACTICE
 from trtkit.cli.engines import BUILT
-from trtkit.cli.options import Json, Model, Out
+from trtkit.cli.options import Json, Model, Out, tree_named
 from trtkit.cli.output import facts, finish
 from trtkit.errors import UnsupportedError, UsageError
 from trtkit.files import nearest
@@ -38,6 +38,10 @@ def command(
     smooth_alpha: Annotated[
         float, typer.Option("--smooth-alpha", min=0, max=1, help="int8-sq: SmoothQuant's alpha, 0..1.")
     ] = 0.5,
+    drafter: Annotated[
+        Path | None, typer.Option("--drafter", help="Draft head (from train-drafter) to go with the engine.")
+    ] = None,
+    tree: Annotated[str, typer.Option("--tree", help="Draft tree, beams x length.")] = "1x3",
     calibrator: Annotated[str, typer.Option("--calibrator", help="trtkit or modelopt.")] = "trtkit",
     calibration: Annotated[
         Path | None,
@@ -67,13 +71,14 @@ def command(
         calibrator=calibrator,  # type: ignore[arg-type]
         limits=Limits(batch=batch, prompt_tokens=min(prompt_tokens, total_tokens), total_tokens=total_tokens),
         smooth_alpha=smooth_alpha,
+        tree=tree_named(tree) if drafter is not None else None,
         calibration_rows=calibration_rows,
     )
     target = out or BUILT / f"{_stem(model)}-{precision}"
 
     from trtkit.build.native import build_native
 
-    manifest = build_native(recipe, target, calibration=calibration, max_kl=max_kl, force=force)
+    manifest = build_native(recipe, target, calibration=calibration, drafter=drafter, max_kl=max_kl, force=force)
     quality = manifest.quality
     shown = {"directory": str(target), "precision": precision, "backend": manifest.backend}
     document: dict[str, Any] = {
@@ -115,7 +120,7 @@ def _check_names(precision: str, backend: str, kv_dtype: str, int4_method: str, 
         if given not in valid
     ]
     if wrong:
-        raise UsageError("options that make no sense", offenders=wrong)
+        raise UsageError("options that make no sense", offenders=wrong, hint="see: trtkit build --help")
     if backend == "tensorrt-llm":
         raise UnsupportedError(
             "the tensorrt-llm backend is not in this version",

@@ -13,17 +13,15 @@ from drafter.config import TreeShape
 from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import CapacityError, EngineError, UnsupportedError, UsageError
 from trtkit.model_spec import ModelSpec
-from trtkit.recipe import EngineManifest, read_manifest
+from trtkit.recipe import DRAFTER_DIR, EngineManifest, read_manifest
 from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
 from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 
-__all__ = ["DRAFTER_DIR", "OpenOptions", "open_engine"]
+__all__ = ["OpenOptions", "compute_dtype", "device_named", "open_engine", "set_threads"]
 
-DRAFTER_DIR = "drafter"
-"""Where an engine directory keeps its draft head."""
 _BLOCK_SIZE = 16
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -57,9 +55,8 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
             where=str(directory),
             hint="build one with --backend torch",
         )
-    device = _device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    device = device_named(options.device)
+    set_threads(options.threads)
     checkpoint = open_unified(directory)
     if checkpoint.scheme.name != manifest.recipe.precision:
         raise EngineError(
@@ -67,7 +64,7 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
             where=str(directory),
             hint="the directory was edited; build it again",
         )
-    dtype = _dtype(options.dtype, checkpoint.spec, device)
+    dtype = _DTYPES[_known(options.dtype)] if options.dtype else compute_dtype(checkpoint.spec, device)
     total = min(manifest.recipe.limits.total_tokens, checkpoint.spec.max_positions)
     tree = (options.tree or manifest.recipe.tree) if options.speculative else None
     reach = total + (tree.max_nodes if tree else 1)
@@ -93,7 +90,14 @@ def _drafting(directory: Path, model: DecoderModel, tree: TreeShape) -> Drafting
     return Drafting(head=head, tree=tree)
 
 
-def _device(name: str) -> torch.device:
+def set_threads(threads: int | None) -> None:
+    """CPU threads of this process; None leaves torch's own choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def device_named(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Raises :class:`UsageError` for what is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -107,13 +111,15 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(asked: str | None, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    if asked is not None:
-        if asked not in _DTYPES:
-            raise UsageError(f"unknown dtype {asked!r}", hint=f"one of: {', '.join(_DTYPES)}")
-        return _DTYPES[asked]
-    # CPUs have no float16 matrix kernels worth using.
+def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """The checkpoint's dtype, but float32 for float16 on a CPU, which has no float16 kernels worth using."""
     return torch.float32 if spec.dtype == "float16" and device.type == "cpu" else _DTYPES[spec.dtype]
+
+
+def _known(dtype: str) -> str:
+    if dtype not in _DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of: {', '.join(_DTYPES)}")
+    return dtype
 
 
 def _limits(

@@ -30,7 +30,9 @@ class Row:
 
 
 def read_rows(source: str, *, count: int, split: str = "cot", solutions: bool = True) -> list[Row]:
-    """At most ``count`` rows, streamed from ``openmathreasoning`` (nothing stays on disk) or from a JSONL or Parquet file.
+    """At most ``count`` rows, streamed from ``openmathreasoning`` (nothing stays on disk) or from a file.
+
+    Files are JSONL or Parquet.
 
     With ``solutions`` rows without one are skipped. Raises :class:`InputError` when nothing usable is left,
     :class:`HubError` when the hub cannot be reached, :class:`MissingDependency` without the ``train`` extra.

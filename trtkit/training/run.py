@@ -8,7 +8,6 @@ out/work/                             samples and the resumable state; may be de
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,9 @@ from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import InputError, QualityError, UsageError
 from trtkit.files import append_jsonl, read_json, read_jsonl, staged_dir, write_json, write_text
 from trtkit.log import Progress, logger
+from trtkit.recipe import TRAINING_FILE
 from trtkit.runtime.api import SamplingParams
+from trtkit.runtime.load import compute_dtype
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 from trtkit.training.evaluate import DepthHits, TreeResult, hits_by_depth, measure_tree
@@ -39,7 +40,7 @@ from trtkit.training.target import draft_batch, own_answers, written_answers
 
 __all__ = ["HeadReport", "TrainingPlan", "train_head"]
 
-TRAINING_FILE = "training.json"
+WORK = "work"
 _EVALUATED = 64
 """Held-out solutions and problems that the evaluation looks at."""
 
@@ -87,7 +88,7 @@ class HeadReport:
     trees: tuple[TreeResult, ...]
 
 
-def train_head(plan: TrainingPlan, out: Path, *, device: torch.device, dtype: torch.dtype) -> HeadReport:
+def train_head(plan: TrainingPlan, out: Path, *, device: torch.device) -> HeadReport:
     """Train, save and measure a head. The same call continues an interrupted one.
 
     Raises :class:`InputError` for unusable rows, :class:`UsageError` when ``out`` holds another training,
@@ -96,8 +97,9 @@ def train_head(plan: TrainingPlan, out: Path, *, device: torch.device, dtype: to
     directory = resolve_source(plan.model)
     chat = load_chat(directory)
     checkpoint = open_unified(directory)
+    dtype = compute_dtype(checkpoint.spec, device)
     model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=checkpoint.spec.max_positions + 64)
-    work = out / "work"
+    work = out / WORK
     _claim(work, plan)
     samples = _samples(plan, work, chat, model)
     kept, held = split_by_problem(samples, plan.held_out)
@@ -118,16 +120,8 @@ def train_head(plan: TrainingPlan, out: Path, *, device: torch.device, dtype: to
         hits=tuple(hits_by_depth(drafter, model, held[:_EVALUATED], depths=plan.depths, tokens=plan.tokens_per_part)),
         trees=tuple(_measured(plan, drafter, model, chat, held)),
     )
-    _publish(plan, out, work, directory, drafter, report)
+    _publish(plan, out, chat, drafter, report)
     return report
-
-
-def template_digest(directory: Path) -> str:
-    """SHA-256 of the chat template: a head is good for the text format that it was trained on."""
-    from transformers import AutoTokenizer
-
-    template = AutoTokenizer.from_pretrained(str(directory), local_files_only=True).chat_template
-    return hashlib.sha256(str(template).encode()).hexdigest()
 
 
 def _claim(work: Path, plan: TrainingPlan) -> None:
@@ -268,7 +262,8 @@ def _measured(
                 )
 
 
-def _publish(plan: TrainingPlan, out: Path, work: Path, directory: Path, drafter: Drafter, report: HeadReport) -> None:
+def _publish(plan: TrainingPlan, out: Path, chat: Chat, drafter: Drafter, report: HeadReport) -> None:
+    work = out / WORK
     with staged_dir(work / "head", replace=True) as stage:
         save_drafter(drafter, stage, dtype=torch.bfloat16)
         write_json(
@@ -276,7 +271,7 @@ def _publish(plan: TrainingPlan, out: Path, work: Path, directory: Path, drafter
             {
                 "version": 1,
                 "plan": json.loads(json.dumps(asdict(plan))),
-                "chat_template_sha256": template_digest(directory),
+                "chat_template_sha256": chat.template_digest,
                 "report": asdict(report),
             },
         )

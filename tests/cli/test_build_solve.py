@@ -1,0 +1,134 @@
+"""The two big verbs on the bundled practice checkpoint, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trtkit.bundled import practice_dir
+from trtkit.cli.app import run
+from trtkit.cli.build import _stem
+
+PROBLEM = json.dumps({"id": "1", "problem": "What is 2 + 3?", "answer": "5"})
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "engine"
+    assert run(["--quiet", "build", "--precision", "int4", "--int4-method", "rtn", "--out", str(out)]) == 0
+    return out
+
+
+def solve(problems: Path, engine: Path, out: Path, *more: str) -> int:
+    few = ["--samples", "2", "--max-tokens", "8", "--device", "cpu", "--out", str(out)]
+    return run(["--quiet", "solve", str(problems), "--engine", str(engine), *few, *more])
+
+
+def test_build_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "engine"
+    assert run(["--quiet", "build", "--precision", "int8", "--out", str(out), "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == f"next: trtkit solve problems.jsonl --engine {out}"
+    document = json.loads(lines[-1])
+    assert document.keys() == {"engine_dir", "precision", "backend", "quality"}
+    assert document["engine_dir"] == str(out)
+    assert run(["--quiet", "build", "--precision", "int8", "--out", str(out)]) == 1
+    assert "--force" in capsys.readouterr().err
+
+
+def test_a_missed_gate_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "engine"
+    assert (
+        run(["--quiet", "build", "--precision", "int4", "--int4-method", "rtn", "--max-kl", "1e-9", "--out", str(out)])
+        == 1
+    )
+    assert "exceeds --max-kl" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_solve_json_and_resume(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problems, out = tmp_path / "p.jsonl", tmp_path / "run"
+    problems.write_text(PROBLEM + "\n", encoding="utf-8")
+    assert solve(problems, engine, out, "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    document = json.loads(lines[-1])
+    assert list(document) == [
+        "problems", "answered", "accuracy", "pass_at_1", "maj_at_k", "samples", "tokens", "tokens_per_second",
+        "seconds", "stopped_early", "run_dir",
+    ]  # fmt: skip
+    assert lines[-2] == f"next: trtkit inspect {out}"
+    assert {"run.json", "journal.jsonl", "solutions.jsonl", "summary.json"} <= {path.name for path in out.iterdir()}
+    assert solve(problems, engine, out, "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == document["tokens"]
+    assert solve(problems, engine, out, "--seed", "5") == 2
+    assert "different run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "p.jsonl"),
+        (b'{"id": "1", "problem": "x"\n', "p.jsonl:1"),
+        (b'{"id": "1", "problem": "x"}\n[1]\n', "p.jsonl:2"),
+        (b'{"id": "1", "problem": "x"}\n{"id": "1", "problem": "y"}\n', "1"),
+        (b'{"id": "1"}\n', "problem"),
+        (b'{"id": "1", "problem": "\xff"}\n', "p.jsonl:1"),
+    ],
+)
+def test_bad_problem_files(
+    content: bytes, said: str, engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems, out = tmp_path / "p.jsonl", tmp_path / "run"
+    problems.write_bytes(content)
+    assert solve(problems, engine, out) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert said in err
+    assert not out.exists()
+
+
+def test_a_prompt_that_is_too_long_fails_alone(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems, out = tmp_path / "p.jsonl", tmp_path / "run"
+    long = json.dumps({"id": "long", "problem": "7 + " * 5000, "answer": "1"})
+    problems.write_text(f"{long}\n{PROBLEM}\n", encoding="utf-8")
+    assert solve(problems, engine, out, "--json") == 0
+    rows = [json.loads(line) for line in (out / "solutions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows[0]["error"]
+    assert rows[1]["error"] is None
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["problems"] == 2
+
+
+def test_not_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = tmp_path / "p.jsonl"
+    problems.write_text(PROBLEM + "\n", encoding="utf-8")
+    assert solve(problems, tmp_path, tmp_path / "run") == 1
+    assert "not an engine directory" in capsys.readouterr().err
+    assert solve(tmp_path / "missing.jsonl", practice_dir(), tmp_path / "run") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--stop", "agre(4)"], "agree"), (["--prompt", "slove"], "solve"), (["--order", "x"], "order"),
+     (["--answer-mode", "x"], "answer mode"), (["--modulus", "1000"], "integer"),
+     (["--temperature", "-1"], "temperature"), (["--top-p", "2"], "top-p"), (["--samples", "0"], "samples")],
+)  # fmt: skip
+def test_options_that_make_no_sense(
+    options: list[str], said: str, engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = tmp_path / "p.jsonl"
+    problems.write_text(PROBLEM + "\n", encoding="utf-8")
+    few = ["--engine", str(engine), "--out", str(tmp_path / "run")]
+    assert run(["solve", str(problems), *few, *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_of_outputs() -> None:
+    assert _stem("RabotniKuma/Fast-Math-R1-14B") == "fast-math-r1-14b"
+    assert _stem("/models/My Model/") == "my-model"
+    assert _stem("practice") == "practice"

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.engines import tiny_engine_dir
+from tests.tiny import save_tiny
+from trtkit import bench as bench_module
+from trtkit.cli.app import run
+from trtkit.cli.engines import chosen_engine
+from trtkit.errors import EngineError
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert isinstance(document, dict)
+    return document
+
+
+def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny(tmp_path)
+    assert run(["inspect", str(tmp_path), "--verify", "--json"]) == 0
+    assert last_json(capsys)["verified"] is True
+
+
+def test_inspect_of_damaged_weights_fails_and_lists_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = save_tiny(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    assert run(["inspect", str(tmp_path), "--verify", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["verified"] is False
+    assert "model.safetensors" in captured.err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(["doctor", "--json"])
+    document = last_json(capsys)
+    assert code == (0 if document["healthy"] else 1)
+
+
+def test_bench_ends_with_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_module, "_BUFFER_BYTES", 1 << 20)
+    engine = str(tiny_engine_dir(tmp_path))
+    sizes = ["--batch", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--device", "cpu"]
+    assert run(["bench", "--engine", engine, *sizes]) == 0
+    document = last_json(capsys)
+    assert document.keys() == {"machine", "points"}
+
+
+def test_the_latest_engine_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EngineError, match="no engine was built"):
+        chosen_engine(None)
+    for age, name in ((200, "a"), (100, "b"), (300, "c")):
+        manifest = tmp_path / "engines" / "built" / name / "engine.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text("{}", encoding="utf-8")
+        os.utime(manifest, (1e9 - age, 1e9 - age))
+    assert chosen_engine(None).name == "b"
+    assert chosen_engine(Path("x")) == Path("x")

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engines import tiny_engine_dir
+from tests.tiny import save_tiny
+from trtkit.describe import CHECKPOINT, DRAFTER, ENGINE, RUN, describe
+from trtkit.errors import CheckpointError, InputError, TrtkitError
+from trtkit.files import digest_file, read_json, write_json
+from trtkit.recipe import ENGINE_FILE
+
+
+def test_a_checkpoint(tmp_path: Path) -> None:
+    found = describe(save_tiny(tmp_path, "qwen3"), verify=True)
+    assert found.kind == CHECKPOINT
+    assert "qwen3" in found.facts["architecture"]
+    assert found.data["weights"]["tensors"] > 10
+    assert found.verified is True
+    assert found.offenders == ()
+
+
+def test_an_engine_and_its_digests(tmp_path: Path) -> None:
+    directory = tiny_engine_dir(tmp_path)
+    manifest = read_json(directory / ENGINE_FILE)
+    manifest["checkpoint_digest"] = {"model.safetensors": digest_file(directory / "model.safetensors")}
+    write_json(directory / ENGINE_FILE, manifest)
+    assert describe(directory, verify=True).verified is True
+    weights = directory / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    found = describe(directory, verify=True)
+    assert found.kind == ENGINE
+    assert found.verified is False
+    assert "model.safetensors" in found.offenders[0]
+
+
+def test_a_truncated_file_is_found_without_verify(tmp_path: Path) -> None:
+    weights = save_tiny(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert any("model.safetensors" in text for text in describe(tmp_path).offenders)
+    assert describe(tmp_path, verify=True).verified is False
+
+
+def test_a_run_and_a_draft_head(tmp_path: Path) -> None:
+    run, head = tmp_path / "run", tmp_path / "head"
+    write_json(run / "run.json", {"version": 1, "created": "now", "engine": {"path": "e"}})
+    (run / "journal.jsonl").write_text("{}\n{}\n", encoding="utf-8")
+    found = describe(run)
+    assert found.kind == RUN
+    assert "2 entries" in found.facts["journal"]
+    write_json(head / "config.json", {"hidden_size": 8, "exit_dim": 16, "num_draft_layers": 2, "rnn": True})
+    with pytest.raises(CheckpointError):
+        describe(head)
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    save_file({"rnn_u.weight": np.zeros((2, 2), dtype=np.float32)}, head / "model.safetensors")
+    assert describe(head).kind == DRAFTER
+
+
+@pytest.mark.parametrize("made", ["nothing", "file", "empty"])
+def test_what_is_nothing_is_said_to_be_nothing(tmp_path: Path, made: str) -> None:
+    place = tmp_path / "place"
+    if made == "file":
+        place.write_text("x", encoding="utf-8")
+    elif made == "empty":
+        place.mkdir()
+    with pytest.raises(InputError) as caught:
+        describe(place)
+    assert caught.value.hint
+
+
+def test_a_newer_engine_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / ENGINE_FILE, {"version": 99})
+    with pytest.raises(TrtkitError, match="newer"):
+        describe(tmp_path)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trtkit import doctor
+from trtkit.errors import ConfigError
+from trtkit.gpu import profile_named
+from trtkit.scheme import scheme_named
+
+
+def found(directory: Path, name: str) -> doctor.Check:
+    return next(check for check in doctor.examine(directory).checks if check.name == name)
+
+
+def versions(monkeypatch: pytest.MonkeyPatch, **known: str | None) -> None:
+    real = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: known[name] if name in known else real(name))
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    diagnosis = doctor.examine(tmp_path)
+    assert {support.precision for support in diagnosis.precisions} == {"bf16", "int8", "int8-sq", "fp8", "int4"}
+    assert {"python", "torch", "device", "disk", "practice"} <= {check.name for check in diagnosis.checks}
+    assert all(check.status != "fail" or check.hint for check in diagnosis.checks)
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "said"),
+    [("1.0.0", "ok", ""), ("1.2.1", "ok", ""), ("1.3.0", "warn", "no TensorRT backend"), ("0.21.0", "warn", "older"),
+     (None, "info", "optional")],
+)  # fmt: skip
+def test_the_tensorrt_llm_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, status: str, said: str
+) -> None:
+    versions(monkeypatch, tensorrt_llm=version)
+    check = found(tmp_path, "tensorrt-llm")
+    assert check.status == status
+    assert said in check.detail
+
+
+@pytest.mark.parametrize("version", [None, "2.6.0"])
+def test_a_missing_or_old_torch_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None
+) -> None:
+    versions(monkeypatch, torch=version)
+    assert found(tmp_path, "torch").status == "fail"
+    assert not doctor.examine(tmp_path).healthy
+
+
+def test_a_missing_practice_checkpoint_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Path:
+        raise ConfigError("not here", hint="get it")
+
+    monkeypatch.setattr(doctor, "practice_dir", missing)
+    assert found(tmp_path, "practice").status == "fail"
+
+
+def test_precisions_by_device() -> None:
+    assert doctor.precision_support(scheme_named("fp8"), profile_named("l4")).native
+    assert not doctor.precision_support(scheme_named("fp8"), profile_named("a100")).native
+    assert not doctor.precision_support(scheme_named("int8"), None).native

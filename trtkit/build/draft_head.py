@@ -1,0 +1,55 @@
+"""The draft head of an engine: does it fit the model, and its place in the engine directory."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, DrafterError, read_config
+from trtkit.chat import Chat
+from trtkit.errors import CheckpointError, UnsupportedError
+from trtkit.files import digest_file, read_json
+from trtkit.model_spec import ModelSpec
+from trtkit.recipe import DRAFTER_DIR, TRAINING_FILE
+
+__all__ = ["add_head", "check_head"]
+
+
+def check_head(directory: Path, spec: ModelSpec, chat: Chat) -> None:
+    """Raises :class:`CheckpointError` for what is no head, :class:`UnsupportedError` for one of another model."""
+    try:
+        config = read_config(directory)
+    except DrafterError as problem:
+        raise CheckpointError(str(problem), hint="pass the --out directory of `trtkit train-drafter`") from None
+    if not (directory / WEIGHTS_FILE).is_file():
+        raise CheckpointError(f"no {WEIGHTS_FILE}", where=str(directory))
+    wrong = [
+        f"{name}: {theirs} in the head, {ours} in the model"
+        for name, theirs, ours in (
+            ("hidden size", config.hidden_size, spec.hidden),
+            ("vocabulary", config.vocab_size, spec.vocab),
+        )
+        if theirs != ours
+    ]
+    training = directory / TRAINING_FILE
+    if training.is_file():
+        template = read_json(training, CheckpointError).get("chat_template_sha256")
+        if template is not None and template != chat.template_digest:
+            wrong.append("chat template: the head was trained on text in another format")
+    if wrong:
+        raise UnsupportedError(
+            "the draft head belongs to another model",
+            where=str(directory),
+            offenders=wrong,
+            hint="train one for this model with `trtkit train-drafter`",
+        )
+
+
+def add_head(directory: Path, stage: Path) -> dict[str, str]:
+    """Copy the head into the engine directory; digests of its files by their path in it."""
+    target = stage / DRAFTER_DIR
+    target.mkdir()
+    names = [name for name in (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE) if (directory / name).is_file()]
+    for name in names:
+        shutil.copyfile(directory / name, target / name)
+    return {f"{DRAFTER_DIR}/{name}": digest_file(target / name) for name in names}

@@ -1,0 +1,115 @@
+"""``trtkit train-drafter``: a draft head for a model, trained and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtkit.bundled import PRACTICE, practice_dir
+from trtkit.cli.options import Device, Json, Model, Out, Threads
+from trtkit.cli.output import facts, finish, notice, table
+from trtkit.errors import InputError, UsageError
+
+_SELF = "self"
+_OBJECTIVES = ("ce", "kd")
+
+
+def command(
+    model: Model = PRACTICE,
+    data: Annotated[
+        str,
+        typer.Option("--data", help="openmathreasoning, a JSONL or Parquet file, or self: its own answers."),
+    ] = _SELF,
+    problems: Annotated[
+        str | None,
+        typer.Option("--problems", help="With --data self: whose problems to answer (file or openmathreasoning)."),
+    ] = None,
+    out: Out = None,
+    rows: Annotated[int, typer.Option("--rows", min=2, help="Problems to train on.")] = 20_000,
+    split: Annotated[str, typer.Option("--split", help="Split of OpenMathReasoning.")] = "cot",
+    epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Passes over the rows.")] = 1.0,
+    rate: Annotated[float, typer.Option("--rate", min=0, help="Peak learning rate.")] = 1e-3,
+    loss: Annotated[str, typer.Option("--loss", help="ce (the next token) or kd (the model's distribution).")] = "ce",
+    exit_dim: Annotated[
+        int | None, typer.Option("--exit-dim", min=1, help="Width of the head; default: twice the hidden size.")
+    ] = None,
+    layers: Annotated[int, typer.Option("--layers", min=0, help="Residual blocks.")] = 2,
+    rnn: Annotated[bool, typer.Option("--rnn/--no-rnn", help="Recurrent state, or a running sum.")] = True,
+    depths: Annotated[int, typer.Option("--depths", min=1, help="Tokens to learn to draft.")] = 4,
+    window: Annotated[int, typer.Option("--window", min=8, help="Tokens per solution that the loss sees.")] = 2048,
+    batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=8, help="Tokens per update.")] = 8192,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=8, help="Longest solution.")] = 4096,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train a ReDrafter head for a model, and measure it on held-out problems. Run again to go on."""
+    if loss not in _OBJECTIVES:
+        raise UsageError(f"unknown --loss {loss!r}", hint=f"one of: {', '.join(_OBJECTIVES)}")
+    own = data == _SELF
+    if problems is not None and not own:
+        raise UsageError("--problems only goes with --data self", hint="pass the rows with --data")
+    from dataclasses import asdict
+
+    from trtkit.runtime.load import device_named, set_threads
+    from trtkit.training.run import TrainingPlan, train_head
+
+    plan = TrainingPlan(
+        model=model,
+        data=_problem_source(model, problems) if own else data,
+        own=own,
+        rows=rows,
+        split=split,
+        exit_dim=exit_dim,
+        layers=layers,
+        rnn=rnn,
+        window=window,
+        tokens_per_part=batch_tokens,
+        epochs=epochs,
+        rate=rate,
+        objective=loss,  # type: ignore[arg-type]  # one of the two
+        depths=depths,
+        seed=seed,
+        max_tokens=max_tokens,
+    )
+    target = out or Path("engines/built") / f"{Path(model).name.lower()}-drafter"
+    set_threads(threads)
+    report = train_head(plan, target, device=device_named(device))
+    facts(
+        "draft head",
+        {
+            "directory": str(target),
+            "parameters": f"{report.parameters:,}",
+            "trained on": f"{report.train_tokens:,} tokens, {report.updates:,} updates",
+        },
+    )
+    notice("")
+    table(
+        ("held-out text", *(f"top-1, depth {depth + 1}" for depth in range(depths))),
+        [(hits.part, *(f"{share:.1%}" for share in hits.top1)) for hits in report.hits],
+        right=[f"top-1, depth {depth + 1}" for depth in range(depths)],
+    )
+    notice("")
+    table(
+        ("tree", "temperature", "tokens per step", "whole beam accepted"),
+        [(t.tree, f"{t.temperature:g}", f"{t.tokens_per_step:.2f}", f"{t.all_accepted:.1%}") for t in report.trees],
+        right=["temperature", "tokens per step", "whole beam accepted"],
+    )
+    if report.trees and min(t.tokens_per_step for t in report.trees) < 1.5:
+        notice("warning: below 1.5 tokens per step a draft head rarely pays; train longer, or on --data self")
+    document = {"drafter_dir": str(target), **asdict(report)}
+    finish(f"trtkit build --model {model} --drafter {target}", document if as_json else None)
+
+
+def _problem_source(model: str, problems: str | None) -> str:
+    if problems is not None:
+        return problems
+    if model == PRACTICE:
+        return str(practice_dir() / "calibration.jsonl")
+    raise InputError(
+        "--data self needs problems for the model to answer",
+        hint="pass --problems FILE.jsonl, or --problems openmathreasoning",
+    )
