@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -125,11 +124,11 @@ def test_a_closed_pipe_is_quiet() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_says_what_next(tmp_path: Path) -> None:
+def test_ctrl_c_says_what_next() -> None:
     code = (
-        "import sys, time\nfrom trtkit.cli import app\n"
-        "def wait(**_):\n    print('ready', flush=True)\n    time.sleep(60)\n"
-        "app.app = wait\nsys.exit(app.run(['build']))"
+        "import sys, time\nfrom trtkit.cli import app, build\n"
+        "def wait(*_):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "build._check_names = wait\nsys.exit(app.run(['build']))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None

@@ -80,14 +80,16 @@ class Shards:
 def _read(entry: Entry, offset: int, nbytes: int) -> Tensor:
     raw = torch.empty(nbytes, dtype=torch.uint8)
     view = bytes_of(raw)
-    with entry.path.open("rb", buffering=0) as stream:
-        stream.seek(offset)
-        done = 0
-        while done < nbytes:
-            count = stream.readinto(view[done:])
-            if not count:
-                raise CheckpointError("ends too early: the file has changed while it was read", where=str(entry.path))
-            done += count
+    done = 0
+    try:
+        with entry.path.open("rb", buffering=0) as stream:
+            stream.seek(offset)
+            while done < nbytes and (count := stream.readinto(view[done:])):
+                done += count
+    except OSError as problem:
+        raise CheckpointError(f"cannot be read: {problem.strerror or problem}", where=str(entry.path)) from None
+    if done < nbytes:
+        raise CheckpointError("ends too early: the file has changed while it was read", where=str(entry.path))
     return raw
 
 

@@ -43,7 +43,7 @@ from trtkit.checkpoint.hf import (
 )
 from trtkit.checkpoint.shards import Layout, Shards, open_shards, raise_damaged
 from trtkit.decoder import LINEAR_PARTS, LinearName, Norms
-from trtkit.errors import ConfigError, UnsupportedError
+from trtkit.errors import CheckpointError, ConfigError, UnsupportedError
 from trtkit.files import JsonObject, read_json
 from trtkit.model_spec import ModelSpec, spec_from_config, spec_to_config
 from trtkit.quant.tensor import FP8_MAX, LinearWeights, QuantTensor, concat_rows, dequantize, quantize_fp8
@@ -164,7 +164,22 @@ class UnifiedCheckpoint:
     def linear(self, layer: int, name: LinearName) -> LinearWeights:
         """One of the layer's four products, q, k, v (gate, up) stacked by rows."""
         parts = [self.part(layer, part) for part in LINEAR_PARTS[name]]
-        return concat_rows(_share_scales(parts) if self.scheme.name == "fp8" else parts)
+        if self.scheme.name == "fp8":
+            parts = _share_scales(parts)
+        self._check_shared(layer, name, parts)
+        return concat_rows(parts)
+
+    def _check_shared(self, layer: int, name: LinearName, parts: list[LinearWeights]) -> None:
+        """One product has one input: other writers' files may not agree on its scales."""
+        for field in ("pre_scale", "input_scale"):
+            first, *rest = (getattr(part, field) for part in parts)
+            same = all(other is None if first is None else other is not None and first.equal(other) for other in rest)
+            if not same:
+                raise CheckpointError(
+                    f"{', '.join(LINEAR_PARTS[name])} of layer {layer} have different {field.replace('pre_', 'pre_quant_')}s",
+                    where=str(self.directory),
+                    hint="these read one input and must share it; build the checkpoint with `trtkit build`",
+                )
 
     def norms(self, layer: int) -> Norms:
         """The norm weights of a layer."""

@@ -77,32 +77,32 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    except TrtkitError as problem:
-        if debug:
-            traceback.print_exc()
-        first, _, hint = str(problem).partition("\nhint: ") if problem.hint else (str(problem), "", "")
-        _complain(first, hint)
-        return problem.exit_code
-    except _UsageProblem as problem:
-        known = verb if any(verb == command.name for command in app.registered_commands) else ""
-        _complain(problem.format_message(), " ".join(f"see: trtkit {known} --help".split()))
-        return 2
-    except _ClickProblem as problem:
-        _complain(str(problem), "")
-        return 1
-    except MemoryError:
-        _complain("out of memory", "use a smaller --batch or a smaller precision, or free memory")
-        return 1
     except Exception as problem:
-        if debug:
+        if debug and not isinstance(problem, _ClickProblem):
             traceback.print_exc()
-        kind = "" if isinstance(problem, OSError) else f"{type(problem).__name__}: "
-        _complain(f"{kind}{problem}", "" if debug else "run again with --debug to see where it happened")
-        return 1
+        return _report(problem, verb)
     # Newer typer turns Ctrl-C into an exit with this code, older typer raises Abort.
     if code == _INTERRUPTED:
         _complain("interrupted", _AFTER_INTERRUPT.get(verb, "run the same command again"))
     return code if isinstance(code, int) else 0
+
+
+def _report(problem: Exception, verb: str) -> int:
+    """Say what went wrong in words; the exit code."""
+    if isinstance(problem, TrtkitError):
+        first, _, hint = str(problem).partition("\nhint: ") if problem.hint else (str(problem), "", "")
+        _complain(first, hint)
+        return problem.exit_code
+    if isinstance(problem, _ClickProblem):
+        known = verb if any(verb == command.name for command in app.registered_commands) else ""
+        _complain(problem.format_message(), " ".join(f"see: trtkit {known} --help".split()))
+        return 2 if isinstance(problem, _UsageProblem) else 1
+    if isinstance(problem, MemoryError):
+        _complain("out of memory", "use a smaller --batch or a smaller precision, or free memory")
+    else:
+        kind = "" if isinstance(problem, OSError) else f"{type(problem).__name__}: "
+        _complain(f"{kind}{problem}", "run again with --debug to see where it happened")
+    return 1
 
 
 def _globals_first(arguments: Sequence[str]) -> list[str]:

@@ -1,0 +1,139 @@
+"""Training a head end to end on a tiny model, and the engine that is built with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from drafter.checkpoint import load_drafter
+from drafter.config import TreeShape
+from drafter.data import Sample, Window
+from tests.chat_files import save_chat_files, save_problems
+from tests.engines import random_prompts, request, run_all
+from tests.tiny import save_tiny, tiny_model
+from trtkit.build.native import build_native
+from trtkit.checkpoint.unified import open_unified
+from trtkit.errors import InputError, UnsupportedError, UsageError
+from trtkit.recipe import Limits, Recipe
+from trtkit.runtime.load import OpenOptions, open_engine
+from trtkit.runtime.model import DecoderModel
+from trtkit.training.rows import read_rows
+from trtkit.training.run import TrainingPlan, train_head
+from trtkit.training.target import draft_batch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny(directory, max_position_embeddings=160)
+    save_chat_files(directory)
+    save_problems(directory / "calibration.jsonl")
+    return directory
+
+
+def _plan(model_dir: Path, **changes: object) -> TrainingPlan:
+    plan = TrainingPlan(
+        model=str(model_dir), data=str(model_dir / "calibration.jsonl"), rows=20, held_out=0.2, exit_dim=64, depths=3,
+        tokens_per_part=400, epochs=3, max_tokens=140, trees=(TreeShape(beams=2, length=2),),
+    )  # fmt: skip
+    return dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def head_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("head")
+    train_head(_plan(model_dir), out, device=CPU)
+    return out
+
+
+def test_hidden_states_are_those_of_transformers(model_dir: Path) -> None:
+    model = DecoderModel(open_unified(model_dir), device=CPU, dtype=torch.float32, max_tokens=160)
+    texts = random_prompts(0, [30, 50])
+    samples = [Sample(problem="p", tokens=text, prompt=10) for text in texts]
+    batch = draft_batch(model, [Window(sample=s, start=20, end=len(s.tokens)) for s in samples])
+    target = tiny_model(max_position_embeddings=160)
+    wanted = torch.cat([target.model(torch.tensor([text])).last_hidden_state[0, 20:] for text in texts])
+    torch.testing.assert_close(batch.hidden, wanted.detach(), rtol=0, atol=1e-4)
+    assert batch.tokens.tolist() == [*texts[0][20:], *texts[1][20:]]
+    assert batch.segment.tolist() == [0] * 10 + [1] * 30
+    assert bool(batch.scored.all())
+
+
+def test_a_head_is_trained_published_and_measured(head_dir: Path) -> None:
+    head = load_drafter(head_dir, dtype=torch.float32, device=CPU)
+    assert head.config.exit_dim == 64
+    training = json.loads((head_dir / "training.json").read_text())
+    report = training["report"]
+    assert [tree["tree"] for tree in report["trees"]] == ["2x2", "2x2"]
+    assert all(tree["tokens_per_step"] >= 1 for tree in report["trees"])
+    assert report["hits"][0]["part"] == "all"
+    curve = [json.loads(line) for line in (head_dir / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1]["update"] == report["updates"]
+
+
+def test_the_rows_own_solutions_can_be_the_text(model_dir: Path, tmp_path: Path) -> None:
+    report = train_head(_plan(model_dir, own=False, epochs=6.0), tmp_path, device=CPU)
+    # All solutions follow one pattern, so even this head learns most of it.
+    assert report.hits[0].top1[0] > 0.3
+
+
+def test_another_training_in_the_same_place_is_refused(model_dir: Path, head_dir: Path) -> None:
+    with pytest.raises(UsageError, match=r"rate: 0\.001 there, 0\.5 now"):
+        train_head(_plan(model_dir, rate=0.5), head_dir, device=CPU)
+
+
+def test_an_engine_with_the_head_says_what_the_plain_one_says(model_dir: Path, head_dir: Path, tmp_path: Path) -> None:
+    limits = Limits(batch=8, prompt_tokens=64, total_tokens=128)
+    recipe = Recipe(model=str(model_dir), precision="int8", limits=limits, tree=TreeShape(beams=2, length=3))
+    manifest = build_native(recipe, tmp_path / "engine", drafter=head_dir)
+    assert "drafter/model.safetensors" in manifest.checkpoint_digest
+    requests = [request(str(i), p, seed=i, max_tokens=40) for i, p in enumerate(random_prompts(1, [5, 20, 20]))]
+    tokens = []
+    for speculative in (False, True):
+        options = OpenOptions(device="cpu", dtype="float32", speculative=speculative)
+        with open_engine(tmp_path / "engine", options) as engine:
+            tokens.append(run_all(engine, requests))
+            assert bool(engine.stats().accepted_by_depth) is speculative
+    assert tokens[0] == tokens[1]
+
+
+def test_a_head_of_another_model_or_template_is_refused(model_dir: Path, head_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    save_tiny(other, vocab_size=512)
+    save_chat_files(other)
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    template = other / "chat_template.jinja"
+    if template.is_file():
+        template.write_text(template.read_text() + "{# changed #}")
+    else:
+        config["chat_template"] += "{# changed #}"
+        (other / "tokenizer_config.json").write_text(json.dumps(config))
+    recipe = Recipe(model=str(other), precision="int8", tree=TreeShape(beams=1, length=3))
+    with pytest.raises(UnsupportedError) as caught:
+        build_native(recipe, tmp_path / "engine", drafter=head_dir)
+    assert "vocabulary: 320 in the head, 512 in the model" in caught.value.offenders
+    assert any("chat template" in line for line in caught.value.offenders)
+    assert not (tmp_path / "engine").exists()
+
+
+def test_rows_are_filtered_and_one_per_problem(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"problem": "a", "generated_solution": "x", "problem_type": "has_answer_extracted"},
+        {"problem": "a", "generated_solution": "y"},
+        {"problem": "b", "generated_solution": "z", "problem_type": "converted_proof"},
+        {"question": "c", "solution": "w"},
+        {"problem": "d"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(r.problem, r.solution) for r in read_rows(str(path), count=9)] == [("a", "x"), ("c", "w")]
+    assert [r.problem for r in read_rows(str(path), count=9, solutions=False)] == ["a", "c", "d"]
+    path.write_text('{"text": "no problem here"}\n')
+    with pytest.raises(InputError, match="no usable rows"):
+        read_rows(str(path), count=9)
