@@ -29,6 +29,12 @@ def train(
     decay_share: Annotated[float, typer.Option(help="share of the run in which the rate falls to zero")] = 0.5,
     easy_until: Annotated[float, typer.Option(help="share of the run with mostly easy problems")] = 0.0,
     full_from: Annotated[float, typer.Option(help="share of the run after which the mix is full")] = 0.12,
+    drill_share: Annotated[float, typer.Option(help="share of copy drills at the start; gone at half time")] = 0.0,
+    late_levels: Annotated[tuple[float, float, float], typer.Option(help="weights of the levels at the end")] = (
+        0.3,
+        0.33,
+        0.37,
+    ),
     export_every: Annotated[int, typer.Option(min=1)] = 750,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
     work: Annotated[Path, typer.Option(help="folder for the resumable state and the log")] = Path("build/practice"),
@@ -50,6 +56,8 @@ def train(
         decay_share=decay_share,
         easy_until=easy_until,
         full_from=full_from,
+        drill_share=drill_share,
+        late_levels=late_levels,
         export_every=export_every,
     )
     run(plan, work, PRACTICE, out, start_from)

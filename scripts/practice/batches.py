@@ -27,6 +27,8 @@ class Mix:
     full_from: float = 0.12
     early_levels: tuple[float, ...] = (0.75, 0.2, 0.05)
     late_levels: tuple[float, ...] = (0.3, 0.33, 0.37)
+    drill_share: float = 0.0
+    drill_until: float = 0.5
 
     def levels_at(self, update: int) -> tuple[float, ...]:
         """Easy problems first, then the full mix."""
@@ -35,6 +37,21 @@ class Mix:
         return tuple(
             early + ready * (late - early) for early, late in zip(self.early_levels, self.late_levels, strict=True)
         )
+
+    def drills_at(self, update: int) -> float:
+        """Share of copy drills: falls linearly to nothing."""
+        return self.drill_share * max(0.0, 1.0 - update / (self.drill_until * self.total_updates))
+
+
+def copy_drill(rng: Random, text: str) -> tuple[str, str]:
+    """Prompt and completion of a text to be repeated: a problem, or a list of numbers.
+
+    Copying a number digit by digit from far away is what a small model learns last; these rows teach it early.
+    """
+    if rng.random() < 0.5:
+        text = ", ".join(str(rng.randint(1, 10 ** rng.randint(1, 3) - 1)) for _ in range(rng.randint(2, 8)))
+    prompt = f"<|im_start|>user\nRepeat: {text}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    return prompt, f"{text}\n</think>\n\n<|im_end|>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +65,18 @@ class Batch:
 def tokenized(tokenizer: Tokenizer, rng: Random, mix: Mix, update: int, budget: int) -> list[tuple[list[int], int]]:
     """(ids, prompt length) of fresh problems, about `budget` tokens in all."""
     problems = stream(rng, "train", level_weights=mix.levels_at(update))
+    drills = mix.drills_at(update)
     rows: list[tuple[list[int], int]] = []
     spent = 0
     while spent < budget:
-        problem = next(problems)
-        prompt = tokenizer.encode(render_prompt(problem.text, rng.choice(PROMPT_KINDS))).ids
-        completion = tokenizer.encode(render_completion(problem)).ids
+        if drills and rng.random() < drills:
+            prompt_text, completion_text = copy_drill(rng, next(problems).text)
+        else:
+            problem = next(problems)
+            prompt_text = render_prompt(problem.text, rng.choice(PROMPT_KINDS))
+            completion_text = render_completion(problem)
+        prompt = tokenizer.encode(prompt_text).ids
+        completion = tokenizer.encode(completion_text).ids
         rows.append((prompt + completion, len(prompt)))
         spent += len(prompt) + len(completion)
     return rows

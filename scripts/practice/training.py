@@ -33,6 +33,8 @@ class Plan:
     decay_share: float = 0.5
     easy_until: float = 0.0
     full_from: float = 0.12
+    drill_share: float = 0.0
+    late_levels: tuple[float, ...] = (0.3, 0.33, 0.37)
     weight_decay: float = 0.01
     average_decay: float = 0.998
     save_every: int = 250
@@ -154,6 +156,8 @@ def train(plan: Plan, work: Path, tokenizer_folder: Path, out: Path, start_from:
         total_updates=plan.updates,
         easy_until=plan.easy_until,
         full_from=plan.full_from,
+        drill_share=plan.drill_share,
+        late_levels=plan.late_levels,
     )
     source = BatchSource(load_tokenizer(tokenizer_folder), mix)
     recent: list[float] = []

@@ -165,6 +165,21 @@ def test_unequal_fp8_scales_of_others_are_united(tmp_path: Path) -> None:
     assert fused.input_scale == tensors[f"{name}.input_scale"]
 
 
+def test_products_whose_parts_disagree_are_refused(tmp_path: Path) -> None:
+    source = open_source(save_tiny(tmp_path / "source", "qwen2", dtype=torch.bfloat16))
+    built(source, tmp_path / "out", "int4")
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.pre_quant_scale"] *= 2
+    del tensors["model.layers.1.self_attn.k_proj.pre_quant_scale"]
+    save_file(tensors, path)
+    checkpoint = open_unified(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="different pre_quant_scales"):
+        checkpoint.linear(0, "gate_up")
+    with pytest.raises(CheckpointError, match="different pre_quant_scales"):
+        checkpoint.linear(1, "qkv")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

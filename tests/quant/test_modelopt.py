@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from tests.quant.test_calibrate import ROWS, calibrate
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_model
 from trtkit.checkpoint.hf import open_source
-from trtkit.decoder import LINEAR_PARTS
+from trtkit.checkpoint.unified import open_unified
+from trtkit.decoder import LINEAR_PARTS, causal_attention
 from trtkit.quant.calibrate import CalibrationOptions, LayerScales
 from trtkit.quant.group import quantize_group
-from trtkit.quant.modelopt import ModeloptCalibrator
+from trtkit.quant.modelopt import ModeloptCalibrator, quantized_model
 from trtkit.quant.tensor import linear_reference
+from trtkit.runtime.model import DecoderModel
 from trtkit.scheme import SCHEMES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -99,3 +101,22 @@ def test_awq_search_is_as_good_as_modelopts(tmp_path: Path) -> None:
             (found,) = quantize_group(dense, SCHEMES["int4"], theirs[0].groups[name])
             amax = module.weight_quantizer.amax.float().reshape(found.weight.scale.shape)  # type: ignore[union-attr]
             torch.testing.assert_close(found.weight.scale, amax / 7, rtol=1e-4, atol=0)
+
+
+@pytest.mark.usefixtures("_modelopt")
+@pytest.mark.parametrize("precision", ["fp8", "int8-sq", "int4"])
+def test_modelopts_own_export_opens_and_runs(tmp_path: Path, precision: str) -> None:
+    from modelopt.torch.export import export_hf_checkpoint
+
+    directory = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    model = quantized_model(directory, SCHEMES[precision], ROWS, CalibrationOptions())
+    tokens = torch.tensor(ROWS[3].tokens)
+    with torch.no_grad():
+        plain, simulated = (m(tokens[None]).logits[0].float() for m in (tiny_model(dtype=torch.bfloat16), model))
+    export_hf_checkpoint(model, export_dir=str(tmp_path / "export"))
+    checkpoint = open_unified(tmp_path / "export")
+    assert checkpoint.scheme.name == precision
+    ours = DecoderModel(checkpoint, device=torch.device("cpu"), dtype=torch.float32, max_tokens=64)
+    found = ours.logits(ours.forward(tokens, torch.arange(len(tokens)), lambda layer: causal_attention))
+    # The export smooths fused products again, so the codes are not those of the simulation; the quality is.
+    assert (found - plain).norm() < 1.3 * (simulated - plain).norm()

@@ -165,3 +165,27 @@ def test_open_engine_refuses_what_it_cannot_open(directory: Path, tmp_path: Path
     (tmp_path / "engine.json").write_text('{"version": 99}')
     with pytest.raises(EngineError, match="newer than this trtkit"):
         open_engine(tmp_path)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int8"])
+def test_an_eight_bit_cache_is_calibrated_and_used(kv_dtype: str, tmp_path: Path) -> None:
+    """Built with --kv-dtype, the cache holds codes: other tokens now and then, and half the memory."""
+    from tests.chat_files import save_chat_files, save_problems
+    from tests.tiny import save_tiny
+    from trtkit.build.native import build_native
+    from trtkit.recipe import Limits, Recipe
+
+    source = save_tiny(tmp_path / "model")
+    save_chat_files(source)
+    save_problems(source / "calibration.jsonl")
+    limits = Limits(batch=4, prompt_tokens=64, total_tokens=128)
+    recipe = Recipe(model=str(source), precision="bf16", kv_dtype=kv_dtype, limits=limits)  # type: ignore[arg-type]
+    build_native(recipe, tmp_path / "engine")
+    requests = [request(str(i), p, temperature=0, max_tokens=12) for i, p in enumerate(random_prompts(0, [20, 40]))]
+    with open_engine(tmp_path / "engine", OpenOptions(device="cpu", dtype="float32")) as engine:
+        tokens, _ = run_all(engine, requests)
+        assert isinstance(engine, TorchEngine)
+        assert engine._cache._keys.dtype == {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[kv_dtype]
+    # A random model's greedy tokens hang on thin margins; the first one must survive 8-bit keys and values.
+    for i, prompt in enumerate(random_prompts(0, [20, 40])):
+        assert tokens[str(i)][0] == _greedy_by_transformers(prompt, 1)[0]

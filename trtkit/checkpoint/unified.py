@@ -171,12 +171,12 @@ class UnifiedCheckpoint:
 
     def _check_shared(self, layer: int, name: LinearName, parts: list[LinearWeights]) -> None:
         """One product has one input: other writers' files may not agree on its scales."""
-        for field in ("pre_scale", "input_scale"):
+        for field, stored in (("pre_scale", "pre_quant_scale"), ("input_scale", "input_scale")):
             first, *rest = (getattr(part, field) for part in parts)
             same = all(other is None if first is None else other is not None and first.equal(other) for other in rest)
             if not same:
                 raise CheckpointError(
-                    f"{', '.join(LINEAR_PARTS[name])} of layer {layer} have different {field.replace('pre_', 'pre_quant_')}s",
+                    f"{', '.join(LINEAR_PARTS[name])} of layer {layer} have different {stored}s",
                     where=str(self.directory),
                     hint="these read one input and must share it; build the checkpoint with `trtkit build`",
                 )

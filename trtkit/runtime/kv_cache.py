@@ -24,7 +24,7 @@ _FP8_MAX = 448.0
 
 
 def _storage(kv_dtype: KvDtype, dtype: torch.dtype) -> torch.dtype:
-    return torch.float8_e4m3fn if kv_dtype == "fp8" else dtype
+    return {"model": dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[kv_dtype]
 
 
 def kv_block_bytes(spec: ModelSpec, kv_dtype: KvDtype, dtype: torch.dtype, block_size: int) -> int:
@@ -38,9 +38,12 @@ class KvCache:
     def __init__(
         self, spec: ModelSpec, *, blocks: int, block_size: int, max_rows: int, max_tokens: int,
         kv_dtype: KvDtype, dtype: torch.dtype, device: torch.device,
+        scales: Sequence[tuple[float, float]] | None = None,
     ) -> None:  # fmt: skip
+        """``scales``: for each layer the size of one step of keys and of values; 8-bit caches only, 1 by default."""
         self.block_size = block_size
         self._dtype = dtype
+        self._scales = list(scales) if scales is not None else [(1.0, 1.0)] * spec.layers
         self._kv_heads = spec.kv_heads
         self._head_dim = spec.head_dim
         shape = (spec.layers, spec.kv_heads, blocks, block_size * spec.head_dim)
@@ -78,19 +81,30 @@ class KvCache:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v (T, kv_heads, D) at ``slots`` (T,): block id x block_size + offset."""
-        for pool, fresh in ((self._keys, k), (self._values, v)):
+        for pool, fresh, scale in zip((self._keys, self._values), (k, v), self._scales[layer], strict=True):
             flat = pool[layer].view(self._kv_heads, -1, self._head_dim)
-            if flat.dtype == torch.float8_e4m3fn:
-                fresh = fresh.float().clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
-            self._bytes(flat).index_copy_(1, slots, self._bytes(fresh.transpose(0, 1).contiguous()))
+            codes = self._encode(fresh.transpose(0, 1), scale).contiguous()
+            self._bytes(flat).index_copy_(1, slots, self._bytes(codes))
 
     def read(self, layer: int, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the listed blocks (R * B,), each (kv_heads, R, S, D) in the compute dtype."""
         shape = (self._kv_heads, rows, -1, self._head_dim)
         keys, values = (
-            self._bytes(pool[layer]).index_select(1, blocks).view(pool.dtype) for pool in (self._keys, self._values)
+            self._decode(self._bytes(pool[layer]).index_select(1, blocks).view(pool.dtype), scale).view(shape)
+            for pool, scale in zip((self._keys, self._values), self._scales[layer], strict=True)
         )
-        return keys.to(self._dtype).view(shape), values.to(self._dtype).view(shape)
+        return keys, values
+
+    def _encode(self, x: Tensor, scale: float) -> Tensor:
+        if self._keys.dtype == torch.float8_e4m3fn:
+            return (x.float() / scale).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+        if self._keys.dtype == torch.int8:
+            return (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
+        return x
+
+    def _decode(self, codes: Tensor, scale: float) -> Tensor:
+        values = codes.to(self._dtype)
+        return values * scale if codes.dtype != self._dtype and scale != 1.0 else values
 
     @staticmethod
     def _bytes(pool: Tensor) -> Tensor:

@@ -46,6 +46,9 @@ class DecoderModel:
         self._final_norm = checkpoint.final_norm().to(device).float()
         head = LinearWeights(weight=dense(checkpoint.lm_head()))
         self._head = runtime_linear(head, device=device, dtype=dtype)
+        scales = [checkpoint.kv_scales(index) for index in range(self.spec.layers)]
+        self.kv_scales = None if None in scales else [pair for pair in scales if pair is not None]
+        """Step sizes of an 8-bit KV cache, where the checkpoint was calibrated for one."""
         self._rope = rope_at(self.spec, torch.arange(max_tokens, device=device), dtype)
 
     def _load_layer(self, checkpoint: UnifiedCheckpoint, index: int) -> _Layer:

@@ -69,7 +69,7 @@ class TorchEngine:
         self._cache = KvCache(
             model.spec, blocks=limits.kv_blocks, block_size=limits.block_size, max_rows=limits.rows,
             max_tokens=limits.total_tokens + self._nodes, kv_dtype=limits.kv_dtype, dtype=model.dtype,
-            device=model.device,
+            device=model.device, scales=model.kv_scales,
         )  # fmt: skip
         self._allocator = BlockAllocator(limits.kv_blocks)
         self._scheduler = Scheduler(self._allocator, block_size=limits.block_size, max_rows=limits.rows)
