@@ -63,7 +63,7 @@ def heads() -> dict[str, Drafter]:
 
 
 def _engine(model: DecoderModel, head: Drafter | None, tree: TreeShape | None, **limits: Any) -> TorchEngine:
-    drafting = Drafting(head=head, tree=tree) if head is not None and tree is not None else None
+    drafting = Drafting(head=head, trees=(tree,)) if head is not None and tree is not None else None
     return TorchEngine(model, TorchLimits(**{"rows": 8, "total_tokens": 200, "kv_blocks": 300, **limits}), drafting)
 
 
@@ -138,3 +138,12 @@ def test_the_law_is_the_targets_own(model: DecoderModel, heads: dict[str, Drafte
     freedom = int(often.sum())
     limit = freedom * (1 - 2 / (9 * freedom) + 3.29 * (2 / (9 * freedom)) ** 0.5) ** 3
     assert statistic < limit, f"chi-square {statistic:.1f} with {freedom} degrees of freedom, limit {limit:.1f}"
+
+
+def test_trees_may_change_from_step_to_step(model: DecoderModel, heads: dict[str, Drafter]) -> None:
+    """The engine's own choice of tree, which follows the clock, is invisible in the tokens."""
+    requests = _requests(77)
+    limits = TorchLimits(rows=8, total_tokens=200, kv_blocks=300)
+    automatic = TorchEngine(model, limits, Drafting(head=heads["copycat"]))
+    assert run_all(automatic, requests) == run_all(_engine(model, None, None), requests)
+    assert automatic.stats().tokens_per_step > 1

@@ -17,10 +17,11 @@ from trtkit.checkpoint.convert import check_alignment, convert
 from trtkit.checkpoint.hf import EMBEDDING, HfCheckpoint, check_finite, open_source, resolve_source
 from trtkit.checkpoint.quality import measure_quality
 from trtkit.checkpoint.unified import open_unified
-from trtkit.errors import ConfigError, InputError, OutputError, QualityError, UsageError
+from trtkit.errors import InputError, OutputError, QualityError, UsageError
 from trtkit.files import staged_dir
 from trtkit.log import logger
 from trtkit.quant.calibrate import CalibrationOptions, Calibrator, DataFree, LayerwiseCalibrator
+from trtkit.quant.modelopt import ModeloptCalibrator, require_modelopt
 from trtkit.recipe import ENGINE_FILE, EngineManifest, Quality, Recipe, write_manifest
 from trtkit.scheme import QuantScheme, scheme_named
 
@@ -46,7 +47,7 @@ def build_native(
 
     Raises :class:`QualityError` when the mean KL exceeds ``max_kl`` (nothing is kept), and for bad input
     :class:`InputError`, :class:`ConfigError`, :class:`CheckpointError`, :class:`UnsupportedError`, :class:`HubError`,
-    :class:`OutputError`, all before the first weight is converted.
+    :class:`OutputError`, :class:`MissingDependency`, all but a filled disk before the first weight is converted.
     """
     scheme = dataclasses.replace(scheme_named(recipe.precision), kv_dtype=recipe.kv_dtype)
     if max_kl is not None and not max_kl > 0:
@@ -59,6 +60,9 @@ def build_native(
         check_head(drafter, source.spec, load_chat(source.directory))
     calibrated = _needs_data(recipe, scheme)
     text = _text(recipe, source, calibration, needed=calibrated, judged=max_kl is not None)
+    modelopt = calibrated and recipe.calibrator == "modelopt"
+    if modelopt:
+        require_modelopt()
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     with staged_dir(out, replace=force) as stage:
         check_finite(source)
@@ -78,7 +82,7 @@ def build_native(
         manifest = EngineManifest(
             recipe=recipe,
             backend="torch",
-            versions=_versions(recipe),
+            versions=_versions(modelopt),
             checkpoint_digest=digests,
             quality=quality,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -144,8 +148,6 @@ def _calibrator(
         return DataFree()
     options = CalibrationOptions(smooth_alpha=recipe.smooth_alpha, int4_awq=recipe.int4_method == "awq")
     if recipe.calibrator == "modelopt":
-        from trtkit.quant.modelopt import ModeloptCalibrator
-
         return ModeloptCalibrator(source.directory, scheme, text.calibration, options=options, device=device)
     return LayerwiseCalibrator(
         source.spec,
@@ -176,14 +178,6 @@ def _gate(quality: Quality, max_kl: float | None) -> None:
         )
 
 
-def _versions(recipe: Recipe) -> dict[str, str]:
-    names = ["torch", "transformers", "safetensors"]
-    if recipe.calibrator == "modelopt":
-        names.append("nvidia-modelopt")
-    found = {"trtkit": trtkit.__version__}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError as problem:
-            raise ConfigError(f"package {name} is not installed") from problem
-    return found
+def _versions(modelopt: bool) -> dict[str, str]:
+    names = ["torch", "transformers", "safetensors", *(["nvidia-modelopt"] if modelopt else [])]
+    return {"trtkit": trtkit.__version__} | {name: importlib.metadata.version(name) for name in names}

@@ -22,7 +22,7 @@ from trtkit.quant.group import GroupScales
 from trtkit.quant.tensor import FP8_MAX
 from trtkit.scheme import QuantScheme
 
-__all__ = ["ModeloptCalibrator"]
+__all__ = ["ModeloptCalibrator", "quantized_model", "require_modelopt"]
 
 
 class ModeloptCalibrator:
@@ -81,7 +81,7 @@ def quantized_model(
     device: torch.device | None = None,
 ) -> Any:
     """The transformers model with ModelOpt's calibrated quantizers in it."""
-    mtq = _modelopt()
+    mtq = require_modelopt()
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(str(directory), local_files_only=True, torch_dtype="auto")
@@ -103,7 +103,8 @@ def quantized_model(
         return mtq.quantize(model, config, run)
 
 
-def _modelopt() -> Any:
+def require_modelopt() -> Any:
+    """``modelopt.torch.quantization``. Raises :class:`MissingDependency`."""
     try:
         import modelopt.torch.quantization as mtq
     except ImportError as problem:

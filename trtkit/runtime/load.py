@@ -19,6 +19,7 @@ from trtkit.runtime.blocks import blocks_for
 from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
 
 __all__ = ["OpenOptions", "compute_dtype", "device_named", "open_engine", "set_threads"]
 
@@ -42,7 +43,7 @@ class OpenOptions:
     speculative: bool = True
     """Use the engine's draft head if it has one. The tokens are the same either way."""
     tree: TreeShape | None = None
-    """The draft tree; None takes the engine's own."""
+    """The draft tree; None lets the engine take the fastest one, or none, at each batch size."""
 
 
 def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
@@ -66,15 +67,17 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
         )
     dtype = _DTYPES[_known(options.dtype)] if options.dtype else compute_dtype(checkpoint.spec, device)
     total = min(manifest.recipe.limits.total_tokens, checkpoint.spec.max_positions)
-    tree = (options.tree or manifest.recipe.tree) if options.speculative else None
-    reach = total + (tree.max_nodes if tree else 1)
+    trees: tuple[TreeShape | None, ...] = (None,)
+    if options.speculative and manifest.recipe.tree is not None:
+        trees = DEFAULT_TREES if options.tree is None else (options.tree,)
+    reach = total + TreeChooser(trees).max_nodes
     model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=reach)
-    drafting = None if tree is None else _drafting(directory / DRAFTER_DIR, model, tree)
+    drafting = None if trees == (None,) else _drafting(directory / DRAFTER_DIR, model, trees)
     limits = _limits(manifest, checkpoint.spec, options, model, total_tokens=total, reach=reach)
     return TorchEngine(model, limits, drafting)
 
 
-def _drafting(directory: Path, model: DecoderModel, tree: TreeShape) -> Drafting:
+def _drafting(directory: Path, model: DecoderModel, trees: tuple[TreeShape | None, ...]) -> Drafting:
     try:
         head = load_drafter(directory, dtype=model.dtype, device=model.device)
     except DrafterError as problem:
@@ -87,7 +90,7 @@ def _drafting(directory: Path, model: DecoderModel, tree: TreeShape) -> Drafting
             where=str(directory),
             hint="train a head for this model",
         )
-    return Drafting(head=head, tree=tree)
+    return Drafting(head=head, trees=trees)
 
 
 def set_threads(threads: int | None) -> None:

@@ -25,6 +25,7 @@ from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row, Schedule, Scheduler
+from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
 from trtkit.scheme import KvDtype
 
 __all__ = ["Drafting", "TorchEngine", "TorchLimits"]
@@ -46,10 +47,14 @@ class TorchLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drafting:
-    """A draft head on the model's device, and the tree it draws in every step."""
+    """A draft head on the model's device, and the trees it may draw.
+
+    With one option that tree is drawn in every step; with several (None is plain decoding) the engine takes the one
+    that it measures to be fastest at the current batch.
+    """
 
     head: Drafter
-    tree: TreeShape
+    trees: tuple[TreeShape | None, ...] = DEFAULT_TREES
 
 
 class TorchEngine:
@@ -62,7 +67,8 @@ class TorchEngine:
         self._model = model
         self._limits = limits
         self._drafting = drafting
-        self._nodes = 1 if drafting is None else drafting.tree.max_nodes
+        self._chooser = TreeChooser((None,) if drafting is None else drafting.trees)
+        self._nodes = self._chooser.max_nodes
         # The hidden state that drew a row's pending token, by slot. A fresh row has none yet: its first draft is a
         # poor one, which costs a little speed and nothing else.
         self._contexts = torch.zeros(limits.rows, model.spec.hidden, dtype=model.dtype, device=model.device)
@@ -78,7 +84,7 @@ class TorchEngine:
         self._seconds = dict.fromkeys(_PHASES, 0.0)
         self._steps = self._prompt_tokens = self._prefill_tokens = 0
         self._new_tokens = self._row_steps = self._preemptions = self._peak_rows = 0
-        self._accepted = [0] * (0 if drafting is None else drafting.tree.length)
+        self._accepted = [0] * self._chooser.max_length
 
     @property
     def max_total_tokens(self) -> int:
@@ -142,14 +148,15 @@ class TorchEngine:
 
     def _decode(self, rows: Sequence[Row]) -> list[StepOutput]:
         model, cache = self._model, self._cache
+        shape = self._chooser.choose(len(rows))
+        began, new_before = time.perf_counter(), self._new_tokens
         at = decode.pending(rows, model.device)
         slots = torch.tensor([row.slot for row in rows], device=model.device)
         with self._phase("draft"):
-            if self._drafting is None:
+            if self._drafting is None or shape is None:
                 tree = decode.root_only(at)
             else:
-                head, shape = self._drafting.head, self._drafting.tree
-                tree = decode.draft(head, model, self._contexts[slots], at, shape)
+                tree = decode.draft(self._drafting.head, model, self._contexts[slots], at, shape)
         with self._phase("verify"):
             verified = decode.verify(model, cache, rows, at, tree)
         with self._phase("accept"):
@@ -159,9 +166,12 @@ class TorchEngine:
                 line = torch.arange(len(rows), device=model.device)
                 self._contexts[slots] = verified.hidden[line, last]
             lengths, tokens = path.length.tolist(), path.tokens.tolist()
-            return [
+            outputs = [
                 self._advance(row, emitted[:length]) for row, emitted, length in zip(rows, tokens, lengths, strict=True)
             ]
+        seconds = time.perf_counter() - began
+        self._chooser.observe(len(rows), shape, seconds=seconds, tokens=self._new_tokens - new_before)
+        return outputs
 
     def _prefill(self, plan: Schedule) -> None:
         fresh = [decode.Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]

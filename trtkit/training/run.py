@@ -256,7 +256,7 @@ def _measured(
     longest = min(plan.max_tokens, model.spec.max_positions)
     for tree in plan.trees:
         for temperature in (0.0, 1.0):
-            with _engine(model, Drafting(head=head, tree=tree), longest) as engine:
+            with _engine(model, Drafting(head=head, trees=(tree,)), longest) as engine:
                 yield measure_tree(
                     engine, prompts, tree=tree, temperature=temperature, stop_ids=chat.eos_ids, max_tokens=longest
                 )
