@@ -19,14 +19,17 @@ from typing import Any
 
 import torch
 
+from drafter.config import TreeShape
+from trtkit.chat import VARIANTS, load_chat
 from trtkit.errors import RequestError, UsageError
 from trtkit.log import logger
 from trtkit.model_spec import read_model_spec
 from trtkit.plan import step_bytes
-from trtkit.recipe import read_manifest
+from trtkit.recipe import EngineManifest, read_manifest
 from trtkit.runtime.api import Engine, Request, SamplingParams
 from trtkit.runtime.load import OpenOptions, open_engine
 from trtkit.scheme import scheme_named
+from trtkit.solve.problems import read_problems
 
 __all__ = ["BenchOptions", "BenchResult", "Machine", "Point", "measure"]
 
@@ -45,6 +48,11 @@ class BenchOptions:
     repeats: int = 3
     device: str = "auto"
     threads: int | None = None
+    problems: Path | None = None
+    """Problems to ask. A draft head is only as good as on text of its kind, so measure it on some."""
+    speculative: bool = True
+    tree: TreeShape | None = None
+    """None: the engine's choice at each batch size."""
 
     def __post_init__(self) -> None:
         fields = ("prompt_tokens", "new_tokens", "repeats")
@@ -183,17 +191,19 @@ def _point(directory: Path, batch: int, options: BenchOptions, machine: Machine)
     spec = read_model_spec(directory)
     logger.info("measuring %s at batch %d", directory, batch)
     timings = []
-    opening = OpenOptions(device=options.device, threads=options.threads, rows=batch)
+    opening = OpenOptions(
+        device=options.device, threads=options.threads, rows=batch, speculative=options.speculative, tree=options.tree
+    )
+    prompts = _prompts(directory, spec.vocab, options)
     with open_engine(directory, opening) as engine:
-        longest = options.prompt_tokens + options.new_tokens + 1
-        if longest > engine.max_total_tokens:
+        asked = max(map(len, prompts))
+        if asked + options.new_tokens + 1 > engine.max_total_tokens:
             raise UsageError(
-                f"{options.prompt_tokens} prompt and {options.new_tokens} new tokens exceed the engine's "
-                f"{engine.max_total_tokens}",
+                f"{asked} prompt and {options.new_tokens} new tokens exceed the engine's {engine.max_total_tokens}",
                 hint="lower --prompt-tokens or --new-tokens",
             )
         for repeat in range(options.repeats + 1):  # the first one warms up
-            timings.append(_once(engine, spec.vocab, batch, options, repeat))
+            timings.append(_once(engine, prompts, batch, options, repeat))
     timings = timings[1:]
     speed = statistics.median(t.tokens_per_second for t in timings)
     step = statistics.median(t.tokens_per_step for t in timings)
@@ -201,23 +211,39 @@ def _point(directory: Path, batch: int, options: BenchOptions, machine: Machine)
         spec,
         scheme_named(manifest.recipe.precision),
         rows=batch,
-        context=options.prompt_tokens + options.new_tokens / 2,
+        context=statistics.mean(map(len, prompts)) + options.new_tokens / 2,
         kv_dtype=manifest.recipe.kv_dtype,
     )
     ceiling = batch * step * machine.read_bytes_per_second / read
     return Point(
         engine=str(directory), precision=manifest.recipe.precision,
-        drafter=str(manifest.recipe.tree) if manifest.recipe.tree else None, batch=batch, tokens_per_second=speed,
+        drafter=_drafter(manifest, options), batch=batch, tokens_per_second=speed,
         prefill_tokens_per_second=statistics.median(t.prefill_tokens_per_second for t in timings),
         tokens_per_step=step, step_bytes=read, ceiling_tokens_per_second=ceiling, roofline_fraction=speed / ceiling,
     )  # fmt: skip
 
 
-def _once(engine: Engine, vocab: int, batch: int, options: BenchOptions, repeat: int) -> _Timing:
-    """Prefill ``batch`` different prompts, then decode them all to the end without stop ids."""
-    source = random.Random(repeat)
+def _drafter(manifest: EngineManifest, options: BenchOptions) -> str | None:
+    if manifest.recipe.tree is None or not options.speculative:
+        return None
+    return "auto" if options.tree is None else str(options.tree)
+
+
+def _prompts(directory: Path, vocab: int, options: BenchOptions) -> list[tuple[int, ...]]:
+    """Prompts to take in turns: those of the problems, or random tokens."""
+    if options.problems is None:
+        source = random.Random(0)
+        return [tuple(source.randrange(vocab) for _ in range(options.prompt_tokens)) for _ in range(256)]
+    chat = load_chat(directory)
+    return [chat.prompt(problem.text, VARIANTS["solve"]) for problem in read_problems(options.problems)]
+
+
+def _once(
+    engine: Engine, prompts: Sequence[tuple[int, ...]], batch: int, options: BenchOptions, repeat: int
+) -> _Timing:
+    """Prefill ``batch`` prompts, then decode them all to the end without stop ids."""
     for row in range(batch):
-        prompt = tuple(source.randrange(vocab) for _ in range(options.prompt_tokens))
+        prompt = prompts[(repeat * batch + row) % len(prompts)]
         request = Request(
             id=f"bench-{repeat}-{row}", prompt=prompt, sampling=SamplingParams(), max_tokens=options.new_tokens + 1,
             seed=row,

@@ -1,4 +1,4 @@
-"""The training loop: bf16 forward and backward, fp32 master weights in AdamW."""
+"""The training loop: bf16 forward and backward, fp32 master weights, Muon for matrices, AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ class Plan:
     updates: int
     tokens_per_update: int = 2048
     seed: int = 1
-    rate: float = 0.002
+    muon_rate: float = 0.004
+    adam_rate: float = 0.002
     warmup_updates: int = 100
     decay_share: float = 0.5
     easy_until: float = 0.0
     full_from: float = 0.12
     drill_share: float = 0.0
     late_levels: tuple[float, ...] = (0.3, 0.33, 0.37)
-    weight_decay: float = 0.1
+    weight_decay: float = 0.2
     average_decay: float = 0.998
     save_every: int = 250
     export_every: int = 1500
@@ -53,7 +54,7 @@ def completion_loss(model: Qwen2ForCausalLM, batch: Batch) -> torch.Tensor:
 
 
 class Trainer:
-    """Weights, optimizer and the place in the run."""
+    """Weights, optimizers and the place in the run."""
 
     def __init__(self, plan: Plan) -> None:
         torch.manual_seed(plan.seed)
@@ -63,14 +64,19 @@ class Trainer:
         self.average = {name: weight.clone() for name, weight in self.master.items()}
         reference.set_attn_implementation(ATTENTION)
         self.model = reference.bfloat16().train()
-        matrices = [w for w in self.master.values() if w.ndim == 2]
+        matrices = [w for name, w in self.master.items() if name.endswith("proj.weight")]
+        tables = [w for name, w in self.master.items() if w.ndim == 2 and not name.endswith("proj.weight")]
         vectors = [w for w in self.master.values() if w.ndim == 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=plan.rate,
-            betas=(0.9, 0.98),
-            fused=True,
-        )
+        decay = plan.weight_decay
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=plan.muon_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(
+                [{"params": tables, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+                lr=plan.adam_rate,
+                betas=(0.9, 0.98),
+            ),
+        ]
+        self._peaks = (plan.muon_rate, plan.adam_rate)
 
     def step(self, batch: Batch) -> float:
         """One update; returns the loss before it."""
@@ -82,9 +88,10 @@ class Trainer:
             assert gradient is not None
             weight.grad = gradient.float()
         torch.nn.utils.clip_grad_norm_(self.master.values(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate * self.plan.rate_at(self.update)
-        self.optimizer.step()
+        for optimizer, peak in zip(self.optimizers, self._peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * self.plan.rate_at(self.update)
+            optimizer.step()
         self.model.zero_grad()
         with torch.no_grad():
             torch._foreach_copy_([shadow[name] for name in self.master], list(self.master.values()))
@@ -103,7 +110,7 @@ class Trainer:
             "seconds": self.seconds,
             "master": self.master,
             "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
     def load(self, state: dict[str, Any], *, weights_only: bool = False) -> None:
@@ -118,7 +125,8 @@ class Trainer:
         if weights_only:
             return
         self.update, self.tokens_seen, self.seconds = state["update"], state["tokens_seen"], state["seconds"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
 
 
 def save_state(trainer: Trainer, path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trtkit.cli.engines import chosen_engine
-from trtkit.cli.options import Device, Json, Threads
+from trtkit.cli.options import Device, Json, Threads, Tree, drafting_named
 from trtkit.cli.output import facts, finish, gigabytes, notice, table
 
 
@@ -21,6 +21,10 @@ def command(
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Timed tokens per row.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", help="The median of this many counts.")] = 3,
+    problems: Annotated[
+        Path | None, typer.Option("--problems", help="JSONL whose prompts to use; default: random tokens.")
+    ] = None,
+    tree: Tree = "auto",
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = True,
@@ -30,9 +34,10 @@ def command(
 
     from trtkit.bench import BenchOptions, measure
 
+    speculative, shape = drafting_named(tree)
     options = BenchOptions(
         batches=tuple(batch or (1, 8, 32)), prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats,
-        device=device, threads=threads,
+        device=device, threads=threads, problems=problems, speculative=speculative, tree=shape,
     )  # fmt: skip
     result = measure(engines, options)
     machine = result.machine

@@ -10,7 +10,7 @@ import typer
 from drafter.config import TreeShape
 from trtkit.errors import UsageError
 
-__all__ = ["Device", "Json", "Model", "Out", "Threads", "tree_named"]
+__all__ = ["Device", "Json", "Model", "Out", "Threads", "Tree", "drafting_named", "tree_named"]
 
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON document, on the last line of stdout.")
@@ -21,6 +21,19 @@ Model: TypeAlias = Annotated[
 Out: TypeAlias = Annotated[Path | None, typer.Option("--out", help="Where to write the result.")]
 Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: one per core.")]
+Tree: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--tree", help="Engines with a draft head: auto (the fastest at each batch), none, or beams x length."
+    ),
+]
+
+
+def drafting_named(text: str) -> tuple[bool, TreeShape | None]:
+    """``--tree`` of a run: (speculative, tree), where no tree means the engine's own choice."""
+    if text in ("auto", "none"):
+        return text == "auto", None
+    return True, tree_named(text)
 
 
 def tree_named(text: str) -> TreeShape:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trtkit.cli.engines import chosen_engine
-from trtkit.cli.options import Device, Json, Out, Threads
+from trtkit.cli.options import Device, Json, Out, Threads, Tree, drafting_named
 from trtkit.cli.output import facts, finish, notice, show
 
 
@@ -50,6 +50,7 @@ def command(
     answer_mode: Annotated[str, typer.Option("--answer-mode", help="auto or integer.")] = "auto",
     modulus: Annotated[int | None, typer.Option("--modulus", help="Reduce integer answers by it (AIMO: 1000).")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Most rows in flight.")] = None,
+    tree: Tree = "auto",
     device: Device = "auto",
     threads: Threads = None,
     save_text: Annotated[bool, typer.Option("--save-text", help="Keep each sample's text.")] = False,
@@ -88,7 +89,8 @@ def command(
 
     read_manifest(directory)  # a wrong directory is told as such, before its tokenizer is missed
     read_problems(problems)
-    opening = OpenOptions(device=device, threads=threads, rows=batch)
+    speculative, shape = drafting_named(tree)
+    opening = OpenOptions(device=device, threads=threads, rows=batch, speculative=speculative, tree=shape)
     with sigterm_as_interrupt():
         outcome = run_solve(
             Places(problems=problems, engine=directory, out=target),

@@ -2,8 +2,8 @@
 
 Verification is nearly free while few rows run and a plain loss when many do; where that turns depends on the machine,
 the model, the precision and how good the head is. So each option (trees, and no tree) is tried a few times at each
-batch size, and then the one that gave the most tokens per second runs, with a rare look at the others. The tokens do not
-depend on the choice, only their speed does.
+batch size, and then the one that gave the most tokens per second runs, with a rare look at the others. The tokens do
+not depend on the choice, only their speed does.
 """
 
 from __future__ import annotations
