@@ -122,6 +122,17 @@ def test_unassailable_cancels_the_siblings_and_keeps_the_winner(grader: Grader) 
     assert not engine.has_work
 
 
+def test_a_full_vote_runs_every_sample(grader: Grader) -> None:
+    chat = FakeChat()
+    engine = FakeEngine(scripted("\\boxed{5}</think>", chat=chat))
+    [solution] = solve(grader, engine, chat=chat, samples=9, full_vote=True)
+    assert len(solution.attempts) == 9
+    assert solution.stopped_early is None
+    with pytest.raises(UsageError) as caught:
+        SolveOptions(full_vote=True, stop=("agree(4)",))
+    assert "a full vote uses no stop rule" in caught.value.offenders[0]
+
+
 def test_unassailable_never_changes_the_winner(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
     early = [solve(grader, FakeEngine(say, rows=3), 4, samples=7, seed=seed) for seed in range(15)]
     never = StopRule(text="never", holds=lambda tally, outstanding: False)

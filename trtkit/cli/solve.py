@@ -40,6 +40,9 @@ def command(
         list[str] | None,
         typer.Option("--stop", help="Rule beside 'unassailable', e.g. 'agree(4)'. Repeatable."),
     ] = None,
+    full_vote: Annotated[
+        bool, typer.Option("--full-vote", help="Run every sample to its end, to measure pass@1.")
+    ] = False,
     stop_at: Annotated[
         str, typer.Option("--stop-at", help="A sample ends at: think (</think>) or eos (end of turn).")
     ] = "think",
@@ -72,6 +75,7 @@ def command(
         seed=seed,
         mode=AnswerMode(kind=answer_mode, modulus=modulus),  # type: ignore[arg-type]  # checked there
         stop=tuple(stop or ()),
+        full_vote=full_vote,
         stop_at=stop_at,  # type: ignore[arg-type]
         order=order,  # type: ignore[arg-type]
         outstanding=2 * batch if batch else defaults.outstanding,

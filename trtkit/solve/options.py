@@ -32,6 +32,9 @@ class SolveOptions:
     mode: AnswerMode = field(default_factory=AnswerMode)
     stop: tuple[str, ...] = ()
     """Stop rules beside ``unassailable``, which is always on, e.g. ``("agree(4)",)``."""
+    full_vote: bool = False
+    """Run every sample to its end and use no stop rule: for measuring, because samples that finish early are not a fair
+    draw of all samples."""
     stop_at: Literal["think", "eos"] = "think"
     """Where a sample ends: at ``</think>``, or at the end of the turn, for models that box after it."""
     order: Order = "pooled"
@@ -52,6 +55,8 @@ class SolveOptions:
             wrong.append(f"order {self.order!r}: must be pooled or sequential")
         if self.stop_at not in ("think", "eos"):
             wrong.append(f"stop_at {self.stop_at!r}: must be think or eos")
+        if self.full_vote and self.stop:
+            wrong.append(f"stop {' '.join(self.stop)}: a full vote uses no stop rule")
         if not self.variants:
             wrong.append("variants: name at least one prompt variant")
         for check, values in ((variant_named, self.variants), (lambda text: parse_rules([text]), self.stop)):
@@ -66,6 +71,8 @@ class SolveOptions:
     @property
     def rules(self) -> tuple[StopRule, ...]:
         """The stop rules in force."""
+        if self.full_vote:
+            return ()
         return tuple({rule.text: rule for rule in (*parse_rules(self.stop), UNASSAILABLE)}.values())
 
     def to_data(self) -> dict[str, Any]:
