@@ -21,21 +21,11 @@ def tokenizer(out: Annotated[Path, typer.Option(help="folder for tokenizer.json"
 
 @app.command()
 def train(
-    updates: Annotated[int, typer.Option(min=1, help="number of updates")] = 5_800,
-    tokens_per_update: Annotated[int, typer.Option(min=512)] = 2048,
+    updates: Annotated[int, typer.Option(min=1, help="number of updates")] = 4_000,
+    tokens_per_update: Annotated[int, typer.Option(min=512)] = 1536,
     seed: int = 1,
     muon_rate: Annotated[float, typer.Option(help="peak rate of the matrices")] = 0.004,
     adam_rate: Annotated[float, typer.Option(help="peak rate of everything else")] = 0.002,
-    weight_decay: Annotated[float, typer.Option(help="of the matrices")] = 0.2,
-    decay_share: Annotated[float, typer.Option(help="share of the run in which the rate falls to zero")] = 0.5,
-    easy_until: Annotated[float, typer.Option(help="share of the run with mostly easy problems")] = 0.0,
-    full_from: Annotated[float, typer.Option(help="share of the run after which the mix is full")] = 0.12,
-    drill_share: Annotated[float, typer.Option(help="share of copy drills at the start; gone at half time")] = 0.0,
-    late_levels: Annotated[tuple[float, float, float], typer.Option(help="weights of the levels at the end")] = (
-        0.3,
-        0.33,
-        0.37,
-    ),
     export_every: Annotated[int, typer.Option(min=1)] = 750,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
     work: Annotated[Path, typer.Option(help="folder for the resumable state and the log")] = Path("build/practice"),
@@ -54,12 +44,6 @@ def train(
         seed=seed,
         muon_rate=muon_rate,
         adam_rate=adam_rate,
-        weight_decay=weight_decay,
-        decay_share=decay_share,
-        easy_until=easy_until,
-        full_from=full_from,
-        drill_share=drill_share,
-        late_levels=late_levels,
         export_every=export_every,
     )
     run(plan, work, PRACTICE, out, start_from)

@@ -23,12 +23,12 @@ class Mix:
     seed: int
     tokens_per_update: int
     total_updates: int
-    easy_until: float = 0.0
-    full_from: float = 0.12
+    easy_until: float = 0.35
+    full_from: float = 0.7
     early_levels: tuple[float, ...] = (0.75, 0.2, 0.05)
-    late_levels: tuple[float, ...] = (0.3, 0.33, 0.37)
-    drill_share: float = 0.0
-    drill_until: float = 0.5
+    late_levels: tuple[float, ...] = (0.5, 0.3, 0.2)
+    drills_only_until: float = 0.06
+    drills_gone_from: float = 0.5
 
     def levels_at(self, update: int) -> tuple[float, ...]:
         """Easy problems first, then the full mix."""
@@ -39,19 +39,21 @@ class Mix:
         )
 
     def drills_at(self, update: int) -> float:
-        """Share of copy drills: falls linearly to nothing."""
-        return self.drill_share * max(0.0, 1.0 - update / (self.drill_until * self.total_updates))
+        """Share of copy drills: everything at first, then a third that falls linearly to nothing."""
+        done = update / self.total_updates
+        if done < self.drills_only_until:
+            return 1.0
+        return 0.35 * max(0.0, 1.0 - done / self.drills_gone_from)
 
 
 def copy_drill(rng: Random, text: str) -> tuple[str, str]:
-    """Prompt and completion of a text to be repeated: a problem, or a list of numbers.
+    """A short text and its repetition: a list of numbers, or a problem.
 
-    Copying a number digit by digit from far away is what a small model learns last; these rows teach it early.
+    Copying a number digit by digit from far away is what a small model learns last; these rows teach it first.
     """
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         text = ", ".join(str(rng.randint(1, 10 ** rng.randint(1, 3) - 1)) for _ in range(rng.randint(2, 8)))
-    prompt = f"<|im_start|>user\nRepeat: {text}<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    return prompt, f"{text}\n</think>\n\n<|im_end|>"
+    return f"{text}\n", f"{text}<|im_end|>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,7 @@ def tokenized(tokenizer: Tokenizer, rng: Random, mix: Mix, update: int, budget: 
     rows: list[tuple[list[int], int]] = []
     spent = 0
     while spent < budget:
-        if drills and rng.random() < drills:
+        if rng.random() < drills:
             prompt_text, completion_text = copy_drill(rng, next(problems).text)
         else:
             problem = next(problems)

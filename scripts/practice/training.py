@@ -18,6 +18,7 @@ from practice.checkpoint import ATTENTION, export, model_config
 from practice.tokenizer import load_tokenizer
 
 FIRST_EXPORT = 100
+PROJECTION_SPREAD, EMBEDDING_SPREAD = 0.05, 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,16 +26,13 @@ class Plan:
     """One training run, fixed at its start."""
 
     updates: int
-    tokens_per_update: int = 2048
+    tokens_per_update: int = 1536
     seed: int = 1
     muon_rate: float = 0.004
     adam_rate: float = 0.002
-    warmup_updates: int = 100
-    decay_share: float = 0.5
-    easy_until: float = 0.0
-    full_from: float = 0.12
-    drill_share: float = 0.0
-    late_levels: tuple[float, ...] = (0.3, 0.33, 0.37)
+    embedding_rate: float = 0.01
+    warmup_updates: int = 50
+    decay_share: float = 0.6
     weight_decay: float = 0.2
     average_decay: float = 0.998
     save_every: int = 250
@@ -60,23 +58,34 @@ class Trainer:
         torch.manual_seed(plan.seed)
         self.plan, self.update, self.tokens_seen, self.seconds = plan, 0, 0, 0.0
         reference = Qwen2ForCausalLM(model_config())
+        with torch.no_grad():
+            for name, weight in reference.named_parameters():
+                if name.endswith("proj.weight"):
+                    weight.normal_(0.0, PROJECTION_SPREAD)
+            reference.model.embed_tokens.weight.normal_(0.0, EMBEDDING_SPREAD)
         self.master = {name: weight.detach().clone() for name, weight in reference.named_parameters()}
         self.average = {name: weight.clone() for name, weight in self.master.items()}
         reference.set_attn_implementation(ATTENTION)
         self.model = reference.bfloat16().train()
         matrices = [w for name, w in self.master.items() if name.endswith("proj.weight")]
-        tables = [w for name, w in self.master.items() if w.ndim == 2 and not name.endswith("proj.weight")]
+        embedding, head = self.master["model.embed_tokens.weight"], self.master["lm_head.weight"]
         vectors = [w for w in self.master.values() if w.ndim == 1]
         decay = plan.weight_decay
+        groups: list[dict[str, Any]] = [
+            {"params": [embedding], "lr": plan.embedding_rate},
+            {"params": [head]},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrices, lr=plan.muon_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(
-                [{"params": tables, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+                groups,
                 lr=plan.adam_rate,
+                weight_decay=0.01,
                 betas=(0.9, 0.98),
             ),
         ]
-        self._peaks = (plan.muon_rate, plan.adam_rate)
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
     def step(self, batch: Batch) -> float:
         """One update; returns the loss before it."""
@@ -88,8 +97,8 @@ class Trainer:
             assert gradient is not None
             weight.grad = gradient.float()
         torch.nn.utils.clip_grad_norm_(self.master.values(), 1.0)
-        for optimizer, peak in zip(self.optimizers, self._peaks, strict=True):
-            for group in optimizer.param_groups:
+        for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * self.plan.rate_at(self.update)
             optimizer.step()
         self.model.zero_grad()
@@ -150,15 +159,7 @@ def train(plan: Plan, work: Path, tokenizer_folder: Path, out: Path, start_from:
         trainer = Trainer(plan)
         if start_from is not None:
             trainer.load(torch.load(start_from, weights_only=True), weights_only=True)
-    mix = Mix(
-        seed=plan.seed,
-        tokens_per_update=plan.tokens_per_update,
-        total_updates=plan.updates,
-        easy_until=plan.easy_until,
-        full_from=plan.full_from,
-        drill_share=plan.drill_share,
-        late_levels=plan.late_levels,
-    )
+    mix = Mix(seed=plan.seed, tokens_per_update=plan.tokens_per_update, total_updates=plan.updates)
     source = BatchSource(load_tokenizer(tokenizer_folder), mix)
     recent: list[float] = []
     clock = time.perf_counter()
