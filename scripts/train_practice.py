@@ -44,6 +44,8 @@ def train(
         seed=seed,
         muon_rate=muon_rate,
         adam_rate=adam_rate,
+        embedding_rate=5 * adam_rate,
+        continued=start_from is not None,
         export_every=export_every,
     )
     run(plan, work, PRACTICE, out, start_from)

@@ -46,6 +46,20 @@ class Mix:
         return 0.35 * max(0.0, 1.0 - done / self.drills_gone_from)
 
 
+def continued_mix(*, seed: int, tokens_per_update: int, total_updates: int) -> Mix:
+    """The mix of a run that starts from trained weights: harder problems throughout."""
+    levels = (0.3, 0.35, 0.35)
+    return Mix(
+        seed=seed,
+        tokens_per_update=tokens_per_update,
+        total_updates=total_updates,
+        early_levels=levels,
+        late_levels=levels,
+        drills_only_until=0.0,
+        drills_gone_from=1e-9,
+    )
+
+
 def copy_drill(rng: Random, text: str) -> tuple[str, str]:
     """A short text and its repetition: a list of numbers, or a problem.
 

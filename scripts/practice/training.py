@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2ForCausalLM
 
-from practice.batches import IGNORED, Batch, BatchSource, Mix
+from practice.batches import IGNORED, Batch, BatchSource, Mix, continued_mix
 from practice.checkpoint import ATTENTION, export, model_config
 from practice.tokenizer import load_tokenizer
 
@@ -31,6 +31,7 @@ class Plan:
     muon_rate: float = 0.004
     adam_rate: float = 0.002
     embedding_rate: float = 0.01
+    continued: bool = False  # from trained weights: the full mix at once, no drills
     warmup_updates: int = 50
     decay_share: float = 0.6
     weight_decay: float = 0.2
@@ -159,7 +160,8 @@ def train(plan: Plan, work: Path, tokenizer_folder: Path, out: Path, start_from:
         trainer = Trainer(plan)
         if start_from is not None:
             trainer.load(torch.load(start_from, weights_only=True), weights_only=True)
-    mix = Mix(seed=plan.seed, tokens_per_update=plan.tokens_per_update, total_updates=plan.updates)
+    mix_of = continued_mix if plan.continued else Mix
+    mix = mix_of(seed=plan.seed, tokens_per_update=plan.tokens_per_update, total_updates=plan.updates)
     source = BatchSource(load_tokenizer(tokenizer_folder), mix)
     recent: list[float] = []
     clock = time.perf_counter()

@@ -189,3 +189,40 @@ def test_an_eight_bit_cache_is_calibrated_and_used(kv_dtype: str, tmp_path: Path
     # A random model's greedy tokens hang on thin margins; the first one must survive 8-bit keys and values.
     for i, prompt in enumerate(random_prompts(0, [20, 40])):
         assert tokens[str(i)][0] == _greedy_by_transformers(prompt, 1)[0]
+
+
+def test_practice_model_greedy_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    """64 prompts of the bundled checkpoint, in one batch here, one by one there."""
+    import json
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    from trtkit.bundled import practice_dir
+    from trtkit.chat import VARIANTS, load_chat
+    from trtkit.recipe import EngineManifest, Recipe, write_manifest
+
+    directory = tmp_path / "practice"
+    shutil.copytree(practice_dir(), directory)
+    manifest = EngineManifest(
+        recipe=Recipe(model="practice", precision="bf16"),
+        backend="torch",
+        versions={},
+        checkpoint_digest={},
+        quality=None,
+        created="2026-01-01T00:00:00Z",
+    )
+    write_manifest(directory, manifest)
+    chat = load_chat(directory)
+    lines = (practice_dir() / "problems.jsonl").read_text().splitlines()[:64]
+    prompts = [chat.prompt(json.loads(line)["problem"], VARIANTS["solve"]) for line in lines]
+    with open_engine(directory, OpenOptions(device="cpu", dtype="float32")) as engine:
+        tokens, _ = run_all(engine, [request(str(i), p, temperature=0, max_tokens=24) for i, p in enumerate(prompts)])
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        out = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        assert tokens[str(i)] == out[0, len(prompt) :].tolist(), f"prompt {i}"
