@@ -29,7 +29,9 @@ def train(
     export_every: Annotated[int, typer.Option(min=1)] = 750,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
     work: Annotated[Path, typer.Option(help="folder for the resumable state and the log")] = Path("build/practice"),
-    start_from: Annotated[Path | None, typer.Option(help="state.pt of a run to start from")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="checkpoint folder, or state.pt of a run, to start from")
+    ] = None,
     out: Path = PRACTICE,
 ) -> None:
     """Train, or continue an interrupted run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -58,6 +59,9 @@ class FakeEngine:
         self._rows = rows
         self._burst = burst
         self._left: dict[str, tuple[Request, list[int]]] = {}  # insertion order is the queue
+        self._resting: dict[str, tuple[Request, list[int]]] = {}
+        self._emitted: dict[str, int] = {}
+        self.extended: list[tuple[str, tuple[int, ...], int]] = []
         self._ended: list[str] = []
 
     @property
@@ -67,10 +71,11 @@ class FakeEngine:
     def submit(self, request: Request) -> None:
         if len(request.prompt) >= self.max_total_tokens:
             raise RequestError(f"prompt of {len(request.prompt)} tokens is too long")
-        if request.id in self._left or request.id in self._ended:
+        if request.id in self._left or request.id in self._ended or request.id in self._resting:
             raise RequestError(f"request id {request.id!r} is in use")
         self.submitted.append(request)
         self._left[request.id] = (request, list(self._script(request))[: request.max_tokens])
+        self._emitted[request.id] = 0
 
     def step(self) -> list[StepOutput]:
         self.steps += 1
@@ -85,12 +90,32 @@ class FakeEngine:
             else:
                 finish = None if rest else FinishReason.LENGTH
             self._left[name] = (request, rest)
+            self._emitted[name] += len(tokens)
             if finish is not None:
                 del self._left[name]
+                if request.hold:
+                    self._resting[name] = (request, [])
             outputs.append(StepOutput(request_id=name, tokens=tuple(tokens), finish=finish))
         return outputs
 
+    def pause(self, request_id: str) -> None:
+        if request_id not in self._left or not self._left[request_id][0].hold:
+            raise RequestError("only a held request that waits or runs can be paused")
+        self._resting[request_id] = self._left.pop(request_id)
+
+    def extend(self, request_id: str, tokens: Sequence[int], *, max_tokens: int, drop: int = 0) -> None:
+        """Goes on with what ``script`` says to a request whose prompt ends with the appended tokens."""
+        if request_id not in self._resting:
+            raise RequestError("only a resting request can be extended")
+        request, _ = self._resting.pop(request_id)
+        assert 0 <= drop <= self._emitted[request_id]
+        self._emitted[request_id] -= drop
+        self.extended.append((request_id, tuple(tokens), drop))
+        longer = replace(request, prompt=(*request.prompt, *tokens), max_tokens=max_tokens)
+        self._left[request_id] = (longer, list(self._script(longer))[:max_tokens])
+
     def cancel(self, request_id: str) -> None:
+        self._resting.pop(request_id, None)
         if self._left.pop(request_id, None) is not None:
             self.cancelled.append(request_id)
             self._ended.append(request_id)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
 from practice.batches import IGNORED, Batch, BatchSource, Mix, continued_mix
@@ -123,20 +124,29 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
-    def load(self, state: dict[str, Any], *, weights_only: bool = False) -> None:
-        """Continue a run, or (weights only) start a new one from its averaged weights."""
-        source = state["average"] if weights_only else state["master"]
-        for name, weight in self.master.items():
-            weight.copy_(source[name])
-            self.average[name].copy_(state["average"][name])
+    def load_weights(self, weights: dict[str, torch.Tensor], average: dict[str, torch.Tensor] | None = None) -> None:
+        """Start from these weights; the running average starts there too unless it is given."""
         with torch.no_grad():
+            for name, weight in self.master.items():
+                weight.copy_(weights[name])
+                self.average[name].copy_((average or weights)[name])
             for name, shadow in self.model.named_parameters():
                 shadow.copy_(self.master[name])
-        if weights_only:
-            return
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue a run."""
+        self.load_weights(state["master"], state["average"])
         self.update, self.tokens_seen, self.seconds = state["update"], state["tokens_seen"], state["seconds"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def weights_at(path: Path) -> dict[str, torch.Tensor]:
+    """Weights to start from: a checkpoint folder's, or the averaged ones of a run's state."""
+    if path.is_dir():
+        return load_file(path / "model.safetensors")
+    averaged: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["average"]
+    return averaged
 
 
 def save_state(trainer: Trainer, path: Path) -> None:
@@ -159,7 +169,7 @@ def train(plan: Plan, work: Path, tokenizer_folder: Path, out: Path, start_from:
     else:
         trainer = Trainer(plan)
         if start_from is not None:
-            trainer.load(torch.load(start_from, weights_only=True), weights_only=True)
+            trainer.load_weights(weights_at(start_from))
     mix_of = continued_mix if plan.continued else Mix
     mix = mix_of(seed=plan.seed, tokens_per_update=plan.tokens_per_update, total_updates=plan.updates)
     source = BatchSource(load_tokenizer(tokenizer_folder), mix)

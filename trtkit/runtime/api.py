@@ -71,11 +71,16 @@ class Request:
     max_tokens: int
     seed: int
     """The noise at position t depends on (seed, t) alone: same seed, same sample, whatever else is in the batch."""
+    hold: bool = False
+    """Keep the row's place and cache after STOP or LENGTH, for :meth:`Engine.extend`; ``cancel`` lets go of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
-    """New tokens of one request. ``finish`` is set exactly once, on its last output (whose tokens may be empty)."""
+    """New tokens of one request. ``finish`` is set exactly once, on its last output (whose tokens may be empty).
+
+    A held request that is extended goes on, and finishes once more.
+    """
 
     request_id: str
     tokens: tuple[int, ...]
@@ -117,7 +122,7 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """True while a submitted request has not finished."""
+        """True while a submitted request has not finished. Resting requests (held or paused) do not count."""
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -129,7 +134,24 @@ class Engine(Protocol):
         """One decode step over all running rows, after admitting waiting ones. Cheap no-op without work."""
 
     def cancel(self, request_id: str) -> None:
-        """End a request now; the next ``step`` reports it as CANCELLED. Unknown or finished ids are ignored."""
+        """End a request now; the next ``step`` reports it as CANCELLED. Unknown or finished ids are ignored.
+
+        A held request that has finished is let go of in silence.
+        """
+
+    def pause(self, request_id: str) -> None:
+        """Take a held request out of the batch between two steps, its place kept until ``extend`` or ``cancel``.
+
+        Raises :class:`RequestError` for an id that is unknown, not held, or resting already.
+        """
+
+    def extend(self, request_id: str, tokens: Sequence[int], *, max_tokens: int, drop: int = 0) -> None:
+        """Let a resting request go on: take back its last ``drop`` generated tokens, append ``tokens``, then generate
+        up to ``max_tokens`` more under the same id.
+
+        The appended tokens are not reported. The noise at a position is what it would have been anyway. Raises
+        :class:`RequestError` when the request is not resting, or too long with these tokens.
+        """
 
     def stats(self) -> EngineStats:
         """Counters so far."""

@@ -50,6 +50,10 @@ class BlockAllocator:
             if self._holders[block] == 0:
                 self._free.append(block)
 
+    def holders(self, block: int) -> int:
+        """How many hold the block."""
+        return self._holders[block]
+
     def is_shared(self, block: int) -> bool:
         """True when writing into the block would be seen by another holder."""
         return self._holders[block] > 1

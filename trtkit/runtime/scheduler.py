@@ -4,14 +4,17 @@ Words: a *request* becomes a *row* when it is admitted. The tokens of a prompt b
 with equal prompts share one prefix, computed once. A row's last token is always pending: its keys and values are
 computed by the step that draws the next token. Hence ``cached == len(tokens) - 1`` for every running row.
 
-When blocks run out, idle prefixes go first, then the youngest row is *preempted*: its blocks are freed and it waits at
-the front of the queue, to be recomputed. The oldest row always proceeds, so every request finishes.
+A row that is *resting* (held after its end, or paused) is not in the batch; it keeps its blocks until others need them.
+
+When blocks run out, idle prefixes go first, then the blocks of rows outside the batch, then the youngest row is
+*preempted*: its blocks are freed and it waits at the front of the queue, to be recomputed. The oldest row always
+proceeds, so every request finishes.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trtkit.runtime.api import Request
@@ -31,7 +34,7 @@ class Prefix:
     requests: int = 0
     """Unfinished requests with this prompt."""
     rows: int = 0
-    """Of those, admitted now."""
+    """Of those, with blocks of their own: the prefix's blocks would not come back if it were dropped."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -46,10 +49,14 @@ class Row:
     blocks: list[int] = field(default_factory=list)
     slot: int = -1
     """Line of the block table while admitted."""
+    limit: int = 0
+    """Length (prompt and output) at which the row ends."""
+    ended: bool = False
+    """Its end was reported: it rests because it is held."""
 
     @property
     def generated(self) -> int:
-        """Tokens emitted so far."""
+        """Tokens after the prompt."""
         return len(self.tokens) - len(self.request.prompt)
 
 
@@ -77,6 +84,7 @@ class Scheduler:
         self.max_rows = max_rows
         self.running: list[Row] = []
         self._waiting: deque[Row] = deque()
+        self._resting: dict[str, Row] = {}
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
         self._by_id: dict[str, Row] = {}
         self._slots = list(range(max_rows - 1, -1, -1))
@@ -88,7 +96,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """True while a request waits or runs."""
-        return bool(self._by_id)
+        return bool(self.running or self._waiting)
+
+    def resting(self, request_id: str) -> Row | None:
+        """The row of a resting request."""
+        return self._resting.get(request_id)
 
     def blocks_needed(self, total_tokens: int) -> int:
         """Blocks that a lone row of ``total_tokens`` takes at its longest, its shared partial block copied."""
@@ -99,7 +111,10 @@ class Scheduler:
         key = request.prompt[:-1]
         prefix = self._prefixes.setdefault(key, Prefix(tokens=key))
         prefix.requests += 1
-        row = Row(request=request, order=self._submitted, prefix=prefix, tokens=list(request.prompt))
+        row = Row(
+            request=request, order=self._submitted, prefix=prefix, tokens=list(request.prompt),
+            limit=len(request.prompt) + request.max_tokens,
+        )  # fmt: skip
         self._submitted += 1
         self._by_id[request.id] = row
         self._waiting.append(row)
@@ -107,15 +122,44 @@ class Scheduler:
     def finish(self, request_id: str) -> None:
         """Forget a request, wherever it is, and free what it holds."""
         row = self._by_id.pop(request_id)
-        if row.slot >= 0:
-            self.running.remove(row)
-            self._leave(row)
-        else:
-            self._waiting.remove(row)
+        self._take_out(row)
+        self._free(row)
         row.prefix.requests -= 1
         if row.prefix.requests == 0:
             self._drop(row.prefix)
             del self._prefixes[row.prefix.tokens]
+
+    def active(self, request_id: str, *, held: bool) -> bool:
+        """Whether the request waits or runs, and is held if that is asked for."""
+        row = self._by_id.get(request_id)
+        return row is not None and request_id not in self._resting and (row.request.hold or not held)
+
+    def rest(self, request_id: str) -> None:
+        """Take a request out of the batch or the queue; it keeps its blocks while nobody else needs them."""
+        row = self._by_id[request_id]
+        self._take_out(row)
+        self._resting[request_id] = row
+
+    def resume(self, request_id: str, tokens: Sequence[int], *, drop: int, limit: int) -> None:
+        """Put a resting request at the front of the queue, its last ``drop`` tokens replaced by ``tokens``.
+
+        What its cache lacks is computed when it is admitted.
+        """
+        row = self._resting.pop(request_id)
+        kept = len(row.tokens) - drop
+        row.tokens[kept:] = tokens
+        row.cached = min(row.cached, kept, len(row.tokens) - 1)
+        row.limit = limit
+        row.ended = False
+        self._waiting.appendleft(row)
+
+    def _take_out(self, row: Row) -> None:
+        if row.slot >= 0:
+            self.running.remove(row)
+            self._slots.append(row.slot)
+            row.slot = -1
+        elif self._resting.pop(row.request.id, None) is None:
+            self._waiting.remove(row)
 
     def schedule(self, nodes: int) -> Schedule:
         """Give every running row room for ``nodes`` more tokens, then admit what fits.
@@ -128,7 +172,7 @@ class Scheduler:
         while grown < len(self.running):
             row = self.running[grown]
             missing = self._missing(row, nodes) - self.allocator.free
-            if missing > 0 and not self._reclaim(missing):
+            if missing > 0 and not self._reclaim(missing, keep=row):
                 # The youngest gives way, possibly the row that asked.
                 self._preempt(self.running[-1])
                 preempted += 1
@@ -148,14 +192,18 @@ class Scheduler:
             row = self._waiting[0]
             prefix = row.prefix
             length = len(prefix.tokens)
-            own = blocks_for(len(row.tokens) - 1 + nodes, self.block_size) - length // self.block_size
-            needed = own + (0 if prefix.filled else blocks_for(length, self.block_size))
+            total = blocks_for(len(row.tokens) - 1 + nodes, self.block_size)
+            if row.blocks:  # back from a rest
+                needed = max(0, total - len(row.blocks)) + (1 if self._must_copy(row) else 0)
+            else:
+                needed = total - length // self.block_size
+                needed += 0 if prefix.filled else blocks_for(length, self.block_size)
             # One spare block per running row keeps a fresh row from being preempted at once.
             missing = needed + len(self.running) - self.allocator.free
-            if missing > 0 and not self._reclaim(missing, keep=prefix):
+            if missing > 0 and not self._reclaim(missing, keep=row):
                 break
             self._waiting.popleft()
-            if not prefix.filled:
+            if not prefix.filled and not row.blocks:
                 prefix.blocks = [self.allocator.take() for _ in range(blocks_for(length, self.block_size))]
                 prefix.filled = True
                 if length:
@@ -187,40 +235,57 @@ class Scheduler:
 
     def _enter(self, row: Row) -> None:
         row.slot = self._slots.pop()
-        row.prefix.rows += 1
-        row.blocks = list(row.prefix.blocks)
-        self.allocator.share(row.blocks)
-        row.cached = len(row.prefix.tokens)
+        if not row.blocks:
+            row.prefix.rows += 1
+            row.blocks = list(row.prefix.blocks)
+            self.allocator.share(row.blocks)
+            row.cached = len(row.prefix.tokens)
         self.running.append(row)
         self.running.sort(key=lambda other: other.order)
 
-    def _leave(self, row: Row) -> None:
+    def _free(self, row: Row) -> None:
+        """Give back a row's blocks. A row of an empty prefix may be admitted and hold none."""
         self.allocator.release(row.blocks)
+        if row.blocks:
+            row.prefix.rows -= 1
         row.blocks = []
         row.cached = 0
-        self._slots.append(row.slot)
-        row.slot = -1
-        row.prefix.rows -= 1
 
     def _preempt(self, row: Row) -> None:
-        self.running.remove(row)
-        self._leave(row)
+        self._take_out(row)
+        self._free(row)
         self._waiting.appendleft(row)
 
-    def _idle(self, keep: Prefix | None) -> Iterator[Prefix]:
-        return (p for p in self._prefixes.values() if p.filled and p.rows == 0 and p is not keep)
-
-    def _reclaim(self, missing: int, keep: Prefix | None = None) -> bool:
-        """Free idle prefixes until ``missing`` blocks came back; False (and nothing freed) when there are too few."""
-        idle = list(self._idle(keep))
-        if sum(len(prefix.blocks) for prefix in idle) < missing:
+    def _reclaim(self, missing: int, keep: Row) -> bool:
+        """Free idle prefixes, then the blocks of rows outside the batch (youngest first), until ``missing`` blocks came
+        back. False, and nothing freed, when there are too few; what ``keep`` needs stays."""
+        outside = [row for row in (*self._resting.values(), *self._waiting) if row.blocks and row is not keep]
+        if self._reclaimable(outside, keep) < missing:
             return False
-        for prefix in idle:
-            if missing <= 0:
+        wanted = self.allocator.free + missing
+        self._drop_idle(wanted, keep)
+        for row in sorted(outside, key=lambda row: -row.order):
+            if self.allocator.free >= wanted:
                 break
-            missing -= len(prefix.blocks)
-            self._drop(prefix)
+            self._free(row)
+            self._drop_idle(wanted, keep)
         return True
+
+    def _reclaimable(self, outside: Sequence[Row], keep: Row) -> int:
+        """Blocks that come back when every row in ``outside`` and every prefix that is idle then is dropped."""
+        holders = Counter(block for row in outside for block in row.blocks)
+        rows = Counter(id(row.prefix) for row in outside)
+        for prefix in self._prefixes.values():
+            if prefix.filled and prefix is not keep.prefix and prefix.rows == rows[id(prefix)]:
+                holders.update(prefix.blocks)
+        return sum(count == self.allocator.holders(block) for block, count in holders.items())
+
+    def _drop_idle(self, wanted: int, keep: Row) -> None:
+        for prefix in self._prefixes.values():
+            if self.allocator.free >= wanted:
+                return
+            if prefix.filled and prefix.rows == 0 and prefix is not keep.prefix:
+                self._drop(prefix)
 
     def _drop(self, prefix: Prefix) -> None:
         self.allocator.release(prefix.blocks)

@@ -93,7 +93,7 @@ class TorchEngine:
 
     @property
     def has_work(self) -> bool:
-        """True while a submitted request has not been reported as finished."""
+        """True while a submitted request has not been reported as finished; resting ones do not count."""
         return self._scheduler.has_work or bool(self._cancelled)
 
     def submit(self, request: Request) -> None:
@@ -104,14 +104,14 @@ class TorchEngine:
 
     def _check(self, request: Request) -> None:
         wrong: list[str] = []
-        vocab, longest = self._model.spec.vocab, self._limits.total_tokens
+        longest = self._limits.total_tokens
         if request.id in self._scheduler:
             wrong.append("the id is in use by an unfinished request")
         if not request.prompt:
             wrong.append("the prompt is empty")
-        outside = [token for token in request.prompt if not 0 <= token < vocab]
+        outside = [token for token in request.prompt if not self._known(token)]
         if outside:
-            wrong.append(f"token id {outside[0]} lies outside the vocabulary of {vocab}")
+            wrong.append(f"token id {outside[0]} lies outside the vocabulary of {self._model.spec.vocab}")
         if request.max_tokens < 1:
             wrong.append(f"max_tokens {request.max_tokens}: must be at least 1")
         if len(request.prompt) >= longest:
@@ -128,8 +128,39 @@ class TorchEngine:
     def cancel(self, request_id: str) -> None:
         """End a request now; the next ``step`` reports it as CANCELLED. Unknown or finished ids are ignored."""
         if request_id in self._scheduler:
+            row = self._scheduler.resting(request_id)
             self._scheduler.finish(request_id)
-            self._cancelled.append(request_id)
+            if row is None or not row.ended:
+                self._cancelled.append(request_id)
+
+    def pause(self, request_id: str) -> None:
+        """Take a held request out of the batch; see :class:`trtkit.runtime.api.Engine`."""
+        if not self._scheduler.active(request_id, held=True):
+            raise RequestError("only a held request that waits or runs can be paused", where=f"request {request_id}")
+        self._scheduler.rest(request_id)
+
+    def extend(self, request_id: str, tokens: Sequence[int], *, max_tokens: int, drop: int = 0) -> None:
+        """Let a resting request go on; see :class:`trtkit.runtime.api.Engine`."""
+        row = self._scheduler.resting(request_id)
+        if row is None:
+            raise RequestError("only a resting request can be extended", where=f"request {request_id}")
+        length = len(row.tokens) - drop + len(tokens)
+        limit = min(length + max_tokens, self._limits.total_tokens)
+        wrong = [f"token id {token} is not in the vocabulary" for token in tokens if not self._known(token)][:1]
+        if not 0 <= drop <= row.generated:
+            wrong.append(f"drop {drop}: {row.generated} tokens were generated")
+        if max_tokens < 1:
+            wrong.append(f"max_tokens {max_tokens}: must be at least 1")
+        if length >= self._limits.total_tokens:
+            wrong.append(f"{length} tokens, the engine takes {self._limits.total_tokens} with the answer")
+        elif self._scheduler.blocks_needed(limit + self._nodes) > self._limits.kv_blocks:
+            wrong.append(f"{limit} tokens do not fit into the KV cache")
+        if wrong:
+            raise RequestError("the request cannot be extended", where=f"request {request_id}", offenders=wrong)
+        self._scheduler.resume(request_id, tokens, drop=drop, limit=limit)
+
+    def _known(self, token: int) -> bool:
+        return 0 <= token < self._model.spec.vocab
 
     @torch.inference_mode()
     def step(self) -> Sequence[StepOutput]:
@@ -205,13 +236,16 @@ class TorchEngine:
             kept += 1
             if token in row.request.stop_ids:
                 finish = FinishReason.STOP
-            elif row.generated >= row.request.max_tokens or len(row.tokens) >= self._limits.total_tokens:
+            elif len(row.tokens) >= min(row.limit, self._limits.total_tokens):
                 finish = FinishReason.LENGTH
             if finish is not None:
                 break
         row.cached = len(row.tokens) - 1
         self._new_tokens += kept
-        if finish is not None:
+        if finish is not None and row.request.hold:
+            self._scheduler.rest(row.request.id)
+            row.ended = True
+        elif finish is not None:
             self._scheduler.finish(row.request.id)
         return StepOutput(request_id=row.request.id, tokens=tuple(emitted[:kept]), finish=finish)
 
