@@ -11,17 +11,19 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 from trtkit.errors import UnsupportedError, UsageError
 from trtkit.files import nearest
 
-__all__ = ["GPUS", "GpuProfile", "capability_text", "cpu_profile", "detect", "profile_named"]
+__all__ = ["GPUS", "GpuProfile", "LinkKind", "MemoryKind", "capability_text", "cpu_profile", "cuda_device", "detect",
+           "profile_named"]  # fmt: skip
 
 _MIB = 1 << 20
-_NVLINK = 300e9
-_PCIE_THROUGH_HOST = 3.7e9
-"""All-reduce bus bandwidth of PCIe cards without peer-to-peer copies (4xL4 machines). Fitted: see ``plan``."""
-_PCIE_PEER = 12e9
+
+MemoryKind: TypeAlias = Literal["gddr", "hbm", "ddr"]
+LinkKind: TypeAlias = Literal["nvlink", "pcie", "host"]
+"""How devices exchange partial sums: NVLink, PCIe peer-to-peer, or PCIe through the host's memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +39,9 @@ class GpuProfile:
     """Dense operations per second by activation format: bf16, int8, fp8 (absent where there is no such unit)."""
     capability: tuple[int, int] | None
     """CUDA compute capability; None for a CPU."""
+    memory: MemoryKind
+    link: LinkKind
     count: int = 1
-    link_bandwidth: float = _PCIE_PEER
-    """Bus bandwidth of an all-reduce between the devices, bytes per second."""
 
     @property
     def kind(self) -> str:
@@ -59,27 +61,27 @@ class GpuProfile:
 
 
 def _profile(name: str, title: str, mib: int, gb_per_s: float, tflops: tuple[float, float, float],
-             capability: tuple[int, int], link: float = _PCIE_PEER) -> GpuProfile:  # fmt: skip
+             capability: tuple[int, int], memory: MemoryKind, link: LinkKind) -> GpuProfile:  # fmt: skip
     formats = zip(("bf16", "int8", "fp8"), tflops, strict=True)
     return GpuProfile(
         name=name, title=title, memory_bytes=mib * _MIB, bandwidth=gb_per_s * 1e9,
-        flops={kind: value * 1e12 for kind, value in formats if value}, capability=capability, link_bandwidth=link,
+        flops={kind: value * 1e12 for kind, value in formats if value}, capability=capability, memory=memory, link=link,
     )  # fmt: skip
 
 
 _SINGLE = (
-    _profile("t4", "T4", 15360, 320, (65, 130, 0), (7, 5), _PCIE_THROUGH_HOST),
-    _profile("l4", "L4", 23034, 300, (121, 242, 242), (8, 9), _PCIE_THROUGH_HOST),
-    _profile("l40s", "L40S", 46068, 864, (362, 733, 733), (8, 9)),
-    _profile("rtx4090", "RTX 4090", 24564, 1008, (165, 660, 330), (8, 9), _PCIE_THROUGH_HOST),
-    _profile("a100", "A100 80GB", 81920, 2039, (312, 624, 0), (8, 0), _NVLINK),
-    _profile("h100", "H100 SXM", 81559, 3350, (989, 1979, 1979), (9, 0), _NVLINK),
-    _profile("h200", "H200", 143771, 4800, (989, 1979, 1979), (9, 0), _NVLINK),
-    _profile("b200", "B200", 183359, 8000, (2250, 4500, 4500), (10, 0), _NVLINK),
+    _profile("t4", "T4", 15360, 320, (65, 130, 0), (7, 5), "gddr", "host"),
+    _profile("l4", "L4", 23034, 300, (121, 242, 242), (8, 9), "gddr", "host"),
+    _profile("l40s", "L40S", 46068, 864, (362, 733, 733), (8, 9), "gddr", "pcie"),
+    _profile("rtx4090", "RTX 4090", 24564, 1008, (165, 660, 330), (8, 9), "gddr", "host"),
+    _profile("a100", "A100 80GB", 81920, 2039, (312, 624, 0), (8, 0), "hbm", "nvlink"),
+    _profile("h100", "H100 SXM", 81559, 3350, (989, 1979, 1979), (9, 0), "hbm", "nvlink"),
+    _profile("h200", "H200", 143771, 4800, (989, 1979, 1979), (9, 0), "hbm", "nvlink"),
+    _profile("b200", "B200", 183359, 8000, (2250, 4500, 4500), (10, 0), "hbm", "nvlink"),
 )
 _CPU = GpuProfile(
     name="cpu", title="CPU (nominal)", memory_bytes=16 << 30, bandwidth=20e9,
-    flops={"bf16": 0.4e12, "int8": 0.8e12, "fp8": 0.4e12}, capability=None,
+    flops={"bf16": 0.4e12, "int8": 0.8e12, "fp8": 0.4e12}, capability=None, memory="ddr", link="host",
 )  # fmt: skip
 
 GPUS: dict[str, GpuProfile] = {
@@ -128,6 +130,16 @@ def detect() -> GpuProfile:
     raise UnsupportedError(
         f"{device.name} is not in the table of GPUs", hint="pass the most similar one with --gpu, e.g. --gpu h100"
     )
+
+
+def cuda_device() -> tuple[str, tuple[int, int]] | None:
+    """Name and compute capability of the first CUDA device; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(0)
+    return torch.cuda.get_device_name(0), (major, minor)
 
 
 def capability_text(capability: tuple[int, int] | None) -> str:

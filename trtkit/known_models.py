@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from trtkit.model_spec import ModelSpec, RopeSpec
 
-__all__ = ["KNOWN_MODELS", "known_model"]
+__all__ = ["KNOWN_MODELS", "known_hub_id", "known_model"]
 
 _QWEN25_14B = ModelSpec(
     family="qwen2", layers=48, hidden=5120, heads=40, kv_heads=8, head_dim=128, intermediate=13824, vocab=152064,
@@ -31,8 +31,19 @@ KNOWN_MODELS: dict[str, tuple[str, ModelSpec]] = {
 
 def known_model(name: str) -> ModelSpec | None:
     """The architecture of a short name or a hub id from the table, in any case; None for any other name."""
+    found = _lookup(name)
+    return None if found is None else found[1]
+
+
+def known_hub_id(name: str) -> str | None:
+    """The hub id behind any name that :func:`known_model` knows; None for any other name."""
+    found = _lookup(name)
+    return None if found is None else found[0]
+
+
+def _lookup(name: str) -> tuple[str, ModelSpec] | None:
     wanted = name.lower()
     for short, (hub_id, spec) in KNOWN_MODELS.items():
         if wanted in (short, hub_id.lower(), hub_id.lower().rpartition("/")[2]):
-            return spec
+            return hub_id, spec
     return None

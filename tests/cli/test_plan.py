@@ -7,6 +7,7 @@ import pytest
 
 from tests.tiny import save_tiny
 from trtkit.cli.app import run
+from trtkit.recipe import read_recipe
 
 
 def test_table_then_next_then_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,3 +37,66 @@ def test_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_auto_is_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--length", "1024"]) == 0
     assert "next: " in capsys.readouterr().out
+
+
+def test_the_whole_table_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--model", "fast-math-qwen3-14b", "--gpu", "l4x4"]) == 0
+    text = capsys.readouterr().out
+    assert "rows at 16,384" in text
+    lines = [line for line in text.splitlines() if line.startswith("int4 ")]
+    assert len(lines) == 2
+    assert all("accuracy" in line for line in lines)
+    assert "lower end" not in text
+
+
+def test_hbm_estimates_say_that_they_are_low(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--gpu", "h100", "-p", "fp8", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("lower end" in line for line in lines)
+    assert [(row["precision"], row["drafter"]) for row in json.loads(lines[-1])["rows"]] == [
+        ("fp8", None), ("fp8", "1x3"),
+    ]  # fmt: skip
+
+
+def test_a_recipe_for_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "made.toml"
+    asked = ["plan", "--gpu", "l4x4", "--length", "8192", "--batch", "16", "-p", "fp8", "--write-recipe", str(path)]
+    assert run([*asked, "--drafter"]) == 0
+    advice = capsys.readouterr().out.splitlines()[-1].split()
+    recipe = read_recipe(path)
+    assert (recipe.model, recipe.precision, recipe.gpu, str(recipe.tree)) == (
+        "RabotniKuma/Fast-Math-R1-14B", "fp8", "l4x4", "1x3",
+    )  # fmt: skip
+    assert (recipe.limits.batch, recipe.limits.total_tokens) == (16, 8192)
+    assert advice[:3] == ["next:", "trtkit", "build"]
+    given = dict(zip(advice[3::2], advice[4::2], strict=True))
+    assert given["--max-total-tokens"] == "8192"
+    assert (given["--batch"], given["--tree"]) == ("16", "1x3")
+    assert run(["build", "--help"]) == 0
+    known = capsys.readouterr().out
+    assert [flag for flag in given if flag not in known] == []
+    assert run(asked) == 0
+    assert read_recipe(path).tree is None
+
+
+def test_no_recipe_for_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "made.toml"
+    assert run(["plan", "--gpu", "l4", "-p", "bf16", "--write-recipe", str(path)]) != 0
+    assert "bf16 does not fit L4" in capsys.readouterr().err
+    assert run(["plan", "--gpu", "l4", "--write-recipe", str(path)]) != 0
+    assert "--precision" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_published_speeds_beside_the_planners(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--published", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
+    assert [item["published"] for item in figures if item["gpu"] == "l4x4"] == [210, 315, 436, 310, 554]
+    assert all(abs(item["error"]) <= 0.2 for item in figures)
+
+
+def test_the_catalogue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--catalogue", str(tmp_path / "recipes"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {path.name for path in (tmp_path / "recipes").glob("*.toml")} == set(document["written"])
+    assert len(document["written"]) + len(document["refused"]) == 72

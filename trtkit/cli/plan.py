@@ -14,9 +14,11 @@ from trtkit.cli.output import facts, finish, gigabytes, notice, table
 from trtkit.errors import UsageError
 from trtkit.files import nearest
 from trtkit.gpu import GpuProfile, detect, profile_named
-from trtkit.known_models import KNOWN_MODELS, known_model
+from trtkit.known_models import KNOWN_MODELS, known_hub_id, known_model
 from trtkit.model_spec import ModelSpec, read_model_spec
-from trtkit.plan import PlanRow, Workload, plan_rows
+from trtkit.plan import PlanRow, Workload, default_draft, plan_rows
+from trtkit.recipe import write_recipe
+from trtkit.scheme import SCHEMES, scheme_named
 
 
 def command(
@@ -27,11 +29,53 @@ def command(
     length: Annotated[int, typer.Option("--length", min=1, help="Longest prompt + answer, tokens.")] = 16384,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows in flight.")] = 12,
     kv_dtype: Annotated[str, typer.Option("--kv-dtype", help="KV cache: model (16 bit), fp8 or int8.")] = "model",
+    precision: Annotated[
+        str | None, typer.Option("--precision", "-p", help=f"Only this one of: {', '.join(SCHEMES)}.")
+    ] = None,
+    drafter: Annotated[
+        bool | None, typer.Option("--drafter/--no-drafter", help="Only the lines with, or without, a draft head.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--write-recipe", help="Write the line of --precision (and --drafter) as a build recipe (TOML)."),
+    ] = None,
+    catalogue: Annotated[
+        Path | None,
+        typer.Option("--catalogue", help="Instead: write the recipes of all known models and their README here."),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Instead: published speeds beside the planner's.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say which precisions fit a GPU, how many rows, and what speed to expect. Pure arithmetic, no download."""
-    spec = _spec(model)
-    profile = detect() if gpu == "auto" else profile_named(gpu)
+    if catalogue is not None and published:
+        raise UsageError("--catalogue and --published exclude each other", hint="pass one of them")
+    if catalogue is not None:
+        _write_catalogue(catalogue, as_json)
+    elif published:
+        _published(as_json)
+    else:
+        if recipe is not None and precision is None:
+            raise UsageError("--write-recipe needs to know which line", hint="add --precision, e.g. --precision fp8")
+        spec = _spec(model)
+        profile = detect() if gpu == "auto" else profile_named(gpu)
+        work = _workload(spec, batch, length, kv_dtype)
+        wanted = None if precision is None else scheme_named(precision).name
+        heads = (False, True) if drafter is None and recipe is None else (bool(drafter),)
+        rows = [
+            row
+            for row in plan_rows(spec, profile, work)
+            if wanted in (None, row.precision) and (row.drafter is not None) in heads
+        ]
+        _print(model, spec, profile, work, rows)
+        advice = _advice(model, profile, rows)
+        if recipe is not None:
+            advice = _write_recipe(recipe, model, spec, profile, work, rows[0])
+        finish(advice, _document(model, spec, profile, work, rows) if as_json else None)
+
+
+def _workload(spec: ModelSpec, batch: int, length: int, kv_dtype: str) -> Workload:
     if kv_dtype not in ("model", "fp8", "int8"):
         raise UsageError(f"unknown KV dtype {kv_dtype!r}", hint="one of: model, fp8, int8")
     if length > spec.max_positions:
@@ -39,17 +83,34 @@ def command(
             f"length {length} exceeds the model's {spec.max_positions} positions",
             hint=f"pass --length {spec.max_positions} or less",
         )
-    work = Workload(batch=batch, length=length, kv_dtype=kv_dtype)  # type: ignore[arg-type]  # just checked
-    rows = plan_rows(spec, profile, work)
-    _print(model, spec, profile, work, rows)
+    return Workload(batch=batch, length=length, kv_dtype=kv_dtype)  # type: ignore[arg-type]  # just checked
+
+
+def _advice(model: str, gpu: GpuProfile, rows: list[PlanRow]) -> str:
     best = max((r for r in rows if r.fits), key=lambda r: (r.tokens_per_second or 0, r.precision), default=None)
-    safe = [r for r in rows if r.fits and r.precision != "int4" and r.drafter is None]
     if best is None:
-        advice = "choose a larger GPU (--gpu) or a shorter --length"
-    else:
-        chosen = max(safe, key=lambda r: (r.tokens_per_second or 0, r.precision == "fp8"), default=best)
-        advice = f"trtkit build --precision {chosen.precision} --model {model} --gpu {profile.name}"
-    finish(advice, _document(model, spec, profile, work, rows) if as_json else None)
+        return "choose a larger GPU (--gpu) or a shorter --length"
+    safe = [r for r in rows if r.fits and r.precision != "int4" and r.drafter is None]
+    chosen = max(safe, key=lambda r: (r.tokens_per_second or 0, r.precision == "fp8"), default=best)
+    head = " --drafter DIR" if chosen.drafter is not None else ""
+    return f"trtkit build --precision {chosen.precision} --model {model} --gpu {gpu.name}{head}"
+
+
+def _write_recipe(path: Path, model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, row: PlanRow) -> str:
+    """Write the recipe and give the build that it stands for."""
+    from trtkit.plan.recipes import recipe_of
+
+    made = recipe_of(known_hub_id(model) or model, gpu, work, row, default_draft(spec))
+    write_recipe(path, made)
+    notice(f"recipe: {path}")
+    flags = {
+        "--model": made.model, "--precision": made.precision, "--gpu": made.gpu, "--backend": made.backend,
+        "--kv-dtype": made.kv_dtype, "--batch": made.limits.batch, "--max-prompt-tokens": made.limits.prompt_tokens,
+        "--max-total-tokens": made.limits.total_tokens,
+    }  # fmt: skip
+    if made.tree is not None:
+        flags |= {"--drafter": "DIR", "--tree": str(made.tree)}
+    return "trtkit build " + " ".join(f"{name} {value}" for name, value in flags.items())
 
 
 def _spec(model: str) -> ModelSpec:
@@ -68,44 +129,109 @@ def _spec(model: str) -> ModelSpec:
 
 def _print(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, rows: list[PlanRow]) -> None:
     kv = rows[0].memory.kv_bytes_per_token / 1024
+    head = max(row.memory.draft_bytes for row in rows)
     facts(
         f"{model} on {gpu.title}",
         {
             "model": f"{spec.family}, {spec.parameters / 1e9:.2f}B parameters, {spec.layers} layers",
             "memory": f"{gigabytes(rows[0].memory.usable_bytes)} usable per device, {gpu.count} device(s)",
             "KV cache": f"{kv:g} KiB per token and device",
+            **({"draft head": f"{gigabytes(head)} per device"} if head else {}),
             "asked": f"{work.batch} rows of at most {work.length:,} tokens",
         },
     )
     notice("")
     table(
-        ("precision", "drafter", "weights", "drafter GB", "KV room", "max rows", "tok/s", "remark"),
+        ("precision", "drafter", "weights", f"rows at {work.length:,}", "tok/s", "limit", "remark"),
         [
             (
                 row.precision,
                 row.drafter or "-",
                 gigabytes(row.memory.weight_bytes),
-                gigabytes(row.memory.draft_bytes) if row.drafter else "-",
-                gigabytes(max(row.memory.kv_bytes, 0)),
                 str(row.max_rows) if row.fits else "no",
-                f"{row.tokens_per_second:,.0f}" if row.tokens_per_second is not None else "-",
+                _speed(row.tokens_per_second),
+                _speed(row.ceiling_tokens_per_second),
                 row.reason,
             )
             for row in rows
         ],
-        right=("weights", "drafter GB", "KV room", "max rows", "tok/s"),
+        right=("weights", f"rows at {work.length:,}", "tok/s", "limit"),
     )
     notice("")
-    notice("tok/s: all rows together, estimated from memory bandwidth; not measured on this machine.")
+    notice("tok/s: all rows together, estimated, not measured on this machine; limit: at the data-sheet bandwidth.")
+    if gpu.memory == "hbm":
+        notice(
+            "On HBM GPUs tok/s is the lower end: it follows published 2xH100 runs, which reached a sixth of the limit."
+        )
+
+
+def _speed(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _write_catalogue(directory: Path, as_json: bool) -> None:
+    """``--catalogue``: the recipes of ``engines/recipes``."""
+    from trtkit.plan.recipes import write_catalogue
+
+    lines = write_catalogue(directory)
+    written = [line.file_name for line in lines if line.recipe is not None]
+    refused = {line.file_name: line.row.reason for line in lines if line.recipe is None}
+    facts(
+        "recipes",
+        {"directory": str(directory), "written": str(len(written)), "do not fit": f"{len(refused)}, see README"},
+    )
+    document = {"directory": str(directory), "written": written, "refused": refused}
+    finish(f"read {directory / 'README.md'}", document if as_json else None)
+
+
+def _published(as_json: bool) -> None:
+    """``--published``: what others measured, beside the planner."""
+    from trtkit.plan.published import compare
+
+    found = compare()
+    table(
+        ("source", "GPU", "engine", "published", "planner", "error", "/ bf16", "planner", "error"),
+        [
+            (
+                item.published.source,
+                item.published.gpu,
+                item.published.precision + (" + drafter" if item.published.drafter else ""),
+                f"{item.published.tokens_per_second:,.0f}",
+                f"{item.planner:,.0f}",
+                f"{item.error:+.1%}",
+                f"{item.published_ratio:.2f}",
+                f"{item.planner_ratio:.2f}",
+                f"{item.ratio_error:+.1%}",
+            )
+            for item in found
+        ],
+        right=("published", "planner", "error", "/ bf16"),
+    )
+    notice("")
+    notice("tok/s of 12 requests, and ratios to bf16 of the same source. Sources: trtkit/plan/published.py.")
+    document = {
+        "figures": [
+            {
+                "source": item.published.source, "gpu": item.published.gpu, "precision": item.published.precision,
+                "drafter": item.published.drafter, "published": item.published.tokens_per_second,
+                "planner": round(item.planner, 1), "error": round(item.error, 4),
+                "published_ratio": round(item.published_ratio, 3), "planner_ratio": round(item.planner_ratio, 3),
+                "ratio_error": round(item.ratio_error, 4),
+            }
+            for item in found
+        ]
+    }  # fmt: skip
+    finish("trtkit plan --gpu l4x4", document if as_json else None)
 
 
 def _document(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, rows: list[PlanRow]) -> dict[str, Any]:
     def plain(row: PlanRow) -> dict[str, Any]:
         memory = asdict(row.memory) | {"kv_bytes": row.memory.kv_bytes}
-        speed = row.tokens_per_second
+        speed, limit = row.tokens_per_second, row.ceiling_tokens_per_second
         return {
             "precision": row.precision, "drafter": row.drafter, "fits": row.fits, "reason": row.reason,
             "max_rows": row.max_rows, "tokens_per_second": None if speed is None else round(speed, 1),
+            "ceiling_tokens_per_second": None if limit is None else round(limit, 1),
             "tokens_per_step": round(row.tokens_per_step, 3), "memory": memory,
         }  # fmt: skip
 

@@ -1,0 +1,112 @@
+"""What fits: weights (embeddings and lm_head stay 16 bit), the draft head and workspace; what is left holds keys and
+values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drafter.config import DrafterConfig, TreeShape
+from trtkit.gpu import GpuProfile
+from trtkit.model_spec import ModelSpec
+from trtkit.scheme import KvDtype, QuantScheme
+
+__all__ = ["KV_BYTES", "DraftPlan", "MemoryPlan", "Workload", "default_draft", "linear_values", "memory_plan"]
+
+ACCEPT_PER_DEPTH = 0.65 ** (1 / 3)
+"""Published for the 14B draft head: all three drafted tokens are accepted in 65 % of the steps."""
+MEMORY_FRACTION = 0.92
+"""Share of the device memory that is used at all: the serving setting of the published runs."""
+RUNTIME_BYTES = 600 << 20
+"""CUDA context, communication buffers, kernels."""
+_WORKSPACE_TOKENS = 8192
+"""Tokens of one prefill chunk whose activations exist at once."""
+KV_BYTES: dict[KvDtype, float] = {"model": 2.0, "fp8": 1.0, "int8": 1.0}
+"""Bytes per key or value element."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftPlan:
+    """A draft head and the tree it draws in every step."""
+
+    head: DrafterConfig
+    tree: TreeShape
+    accept_per_depth: float = ACCEPT_PER_DEPTH
+
+    @property
+    def tokens_per_step(self) -> float:
+        """One token for sure, one more for every depth reached (along the best beam)."""
+        return sum(self.accept_per_depth**depth for depth in range(self.tree.length + 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What the GPU is asked to do."""
+
+    batch: int = 12
+    length: int = 16384
+    """Longest prompt + answer: memory is planned for it."""
+    kv_dtype: KvDtype = "model"
+
+    @property
+    def context(self) -> float:
+        """Mean tokens in a row's cache while it decodes. Published samples use about half of their budget, and a row
+        is on average half way through its sample."""
+        return self.length / 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes per device."""
+
+    usable_bytes: int
+    weight_bytes: int
+    draft_bytes: int
+    workspace_bytes: int
+    kv_bytes_per_token: float
+    length: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """What is left for keys and values; negative when the weights alone do not fit."""
+        return self.usable_bytes - self.weight_bytes - self.draft_bytes - self.workspace_bytes
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of full length that fit at once."""
+        return max(0, int(self.kv_bytes // (self.kv_bytes_per_token * self.length)))
+
+
+def default_draft(spec: ModelSpec) -> DraftPlan:
+    """The published head (two blocks, exit_dim 2 H, recurrent) with one beam of three tokens."""
+    head = DrafterConfig(hidden_size=spec.hidden, vocab_size=spec.vocab, exit_dim=2 * spec.hidden)
+    return DraftPlan(head=head, tree=TreeShape(beams=1, length=3))
+
+
+def memory_plan(
+    spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None = None
+) -> MemoryPlan:
+    """Memory of one device when the model is split over all ``gpu.count`` of them."""
+    linears = linear_values(spec)
+    other = spec.parameters - linears
+    weights = linears * scheme.weight_bytes_per_value + 2 * other
+    nodes = 1 if draft is None else draft.tree.max_nodes
+    # Activations of one prefill chunk (input, residual, gate and up at once) and float32 logits of every row and node.
+    workspace = RUNTIME_BYTES if not gpu.is_cpu else 0
+    chunk = min(_WORKSPACE_TOKENS, work.length)
+    workspace += chunk * (4 * spec.hidden + 3 * spec.intermediate // gpu.count) * 2
+    workspace += 2 * 4 * work.batch * nodes * spec.vocab // gpu.count
+    # Fewer KV heads than devices: heads are repeated, so the cache shrinks no further.
+    share = max(spec.kv_heads / gpu.count, 1) / spec.kv_heads
+    return MemoryPlan(
+        usable_bytes=int(gpu.memory_bytes * MEMORY_FRACTION),
+        weight_bytes=int(weights / gpu.count),
+        draft_bytes=0 if draft is None else 2 * draft.head.parameters // gpu.count,
+        workspace_bytes=workspace,
+        kv_bytes_per_token=spec.kv_bytes_per_token(KV_BYTES[work.kv_dtype]) * share,
+        length=work.length,
+    )
+
+
+def linear_values(spec: ModelSpec) -> int:
+    """Weights of all linears of all layers: what a precision quantizes."""
+    return spec.layers * sum(out * width for out, width in spec.linear_shapes.values())
