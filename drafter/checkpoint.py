@@ -25,7 +25,16 @@ from torch import Tensor
 from drafter.config import DrafterConfig
 from drafter.model import Drafter
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "DrafterError", "load_drafter", "read_config", "save_drafter"]
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "DrafterError",
+    "canonical_name",
+    "load_drafter",
+    "public_names",
+    "read_config",
+    "save_drafter",
+]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -91,7 +100,7 @@ def read_config(directory: Path) -> DrafterConfig:
 def load_drafter(directory: Path, *, dtype: torch.dtype, device: torch.device) -> Drafter:
     """Read a head, in eval mode. Raises :class:`DrafterError` listing missing, extra and misshapen tensors."""
     config = read_config(directory)
-    tensors = {_canonical(name): tensor for name, tensor in _read_tensors(directory).items()}
+    tensors = {canonical_name(name): tensor for name, tensor in _read_tensors(directory).items()}
     with torch.device("meta"):
         drafter = Drafter(config)
     shapes = {name: tuple(value.shape) for name, value in drafter.state_dict().items()}
@@ -124,6 +133,7 @@ def _read_tensors(directory: Path) -> Mapping[str, Tensor]:
     raise DrafterError(f"{directory}: no {WEIGHTS_FILE} (nor model.pt)")
 
 
-def _canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
+    """The public name of a tensor that another writer calls ``lm_heads.*``, ``0.*`` or ``input_projs.*``."""
     name = re.sub(r"^(lm_heads|0)\.", "lm_head.", name)
     return re.sub(r"^input_projs(\.0)?\.", "input_proj.", name)

@@ -4,7 +4,7 @@ Tokens lie flat: several windows back to back, told apart by ``segment``. At an 
 from hidden[t]; depth d = 1, 2, ... feeds e(x[t+d]) and has to predict x[t+d+1]. With ``ce`` the goal is that token,
 with ``kd`` the target's own distribution there, softmax(lm_head hidden[t+d]).
 
-Memory: logits exist for one chunk of anchors at one depth and are computed again in the backward pass. The naive loss
+Memory: logits exist for one chunk of anchors at one depth, and their gradient is used up on the spot. The naive loss
 holds (depths, T, V) floats, and their gradients. Letters: T tokens, H hidden, V vocab.
 """
 
@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from drafter.model import Drafter
 
@@ -103,28 +102,55 @@ def _scored_in_chunks(
     lm_head: Tensor | None, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Summed loss and hits of one depth: four () tensors, the last one the number of predictions."""
-    loss = features.new_zeros((), dtype=torch.float32)
-    top1, top5 = torch.zeros_like(loss), torch.zeros_like(loss)
-    for start in range(0, features.shape[0], chunk):
-        part = slice(start, start + chunk)
-        weight = lm_head if objective == "kd" else None
-        added, hits = checkpoint(
-            _chunk_loss, drafter.output.weight, features[part], goal[part], teacher[part], weight, use_reentrant=False
-        )
-        loss = loss + added
-        top1, top5 = top1 + hits[0], top5 + hits[1]
-    return loss, top1, top5, torch.full_like(loss, features.shape[0])
+    weight = lm_head if objective == "kd" else None
+    loss, hits = _ChunkedCrossEntropy.apply(features, drafter.output.weight, goal, teacher, weight, chunk)  # type: ignore[no-untyped-call]
+    return loss, hits[0], hits[1], torch.full_like(loss, features.shape[0])
 
 
-def _chunk_loss(
-    output: Tensor, features: Tensor, goal: Tensor, teacher: Tensor, lm_head: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    logits = F.linear(features, output).float()
-    with torch.no_grad():
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == goal[:, None]
-        hits = torch.stack([best[:, 0].sum(), best.any(dim=1).sum()]).float()
-    if lm_head is None:
-        return F.cross_entropy(logits, goal, reduction="sum"), hits
-    with torch.no_grad():
-        wanted = F.linear(teacher, lm_head).float().softmax(dim=1)
-    return F.cross_entropy(logits, wanted, reduction="sum"), hits
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Output layer and cross-entropy in one: the gradients are made in the forward pass, while a chunk's logits exist.
+
+    The gradient of the loss with respect to the logits is softmax(logits) - goal, so nothing has to be kept or computed
+    again for the backward pass but its products with the features and the weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, goal: Tensor, teacher: Tensor, lm_head: Tensor | None, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        matrix = weight.to(features.dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=features.device)
+        hits = torch.zeros(2, dtype=torch.float32, device=features.device)
+        wanted = any(ctx.needs_input_grad)
+        by_features = torch.empty_like(features) if wanted else None
+        by_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted else None
+        for start in range(0, features.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = F.linear(features[part], matrix).float()
+            picked = goal[part, None]
+            rank = (logits > logits.gather(1, picked)).sum(dim=1)
+            hits += torch.stack([(rank == 0).sum(), (rank < 5).sum()])
+            logits -= logits.logsumexp(dim=1, keepdim=True)
+            if lm_head is None:
+                loss -= logits.gather(1, picked).sum()
+            else:
+                target = F.linear(teacher[part], lm_head.to(teacher.dtype)).float().softmax(dim=1)
+                loss -= (target * logits).sum()
+            if by_features is None or by_weight is None:
+                continue
+            slope = logits.exp_()
+            if lm_head is None:
+                slope.scatter_add_(1, picked, -torch.ones_like(picked, dtype=slope.dtype))
+            else:
+                slope -= target
+            small = slope.to(features.dtype)
+            by_features[part] = small @ matrix
+            by_weight += (small.T @ features[part]).float()
+        ctx.save_for_backward(by_features, by_weight)
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        by_features, by_weight = ctx.saved_tensors
+        return by_features * slopes[0], by_weight * slopes[0], None, None, None, None

@@ -3,7 +3,7 @@
     s' = silu(W e + U s + b)          or e + s without the recurrence
     z  = [h ; s']                     then input_proj where exit_dim is not 2 H
     z  = z + silu(A_i z + a_i)        for each residual block
-    logits = E z
+    logits = E z                      for every token, or for those that trim() keeps
 
 h is the target's hidden state where it last drew a token, e the embedding (the target's own) of the newest token. h
 stays as it is along a draft, s starts at zero. Training unrolls ``step``, inference loops it. Letters: H hidden, V
@@ -33,12 +33,25 @@ class Drafter(nn.Module):
         self.output = nn.Linear(width, config.vocab_size, bias=False)
         self.rnn_w = nn.Linear(hidden, hidden, bias=False) if config.rnn else None
         self.rnn_u = nn.Linear(hidden, hidden) if config.rnn else None
+        self.token_ids: Tensor | None = None
+        """int64 (V',): which token each line of the output layer stands for; None: line i is token i."""
 
     def step(self, context: Tensor, state: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """One draft position: context, state and embedding (..., H) -> logits (..., V) and the next state (..., H)."""
         state = self.next_state(state, embedding)
         logits: Tensor = self.output(self.features(context, state))
         return logits, state
+
+    def trim(self, token_ids: Tensor) -> None:
+        """Keep only these tokens' lines (V',) of the output layer: a cheaper head that can draft nothing else."""
+        with torch.no_grad():
+            kept = nn.Linear(self.config.exit_dim, len(token_ids), bias=False, device="meta")
+            kept.weight = nn.Parameter(self.output.weight[token_ids].clone(), requires_grad=False)
+        self.output, self.token_ids = kept, token_ids
+
+    def ids(self, lines: Tensor) -> Tensor:
+        """Token ids of lines of the output layer."""
+        return lines if self.token_ids is None else self.token_ids[lines]
 
     def next_state(self, state: Tensor, embedding: Tensor) -> Tensor:
         """The state after a token: (..., H)."""

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,8 @@ class TrainConfig:
     depth_weights: tuple[float, ...] = (1.0, 0.8, 0.64)
     objective: Objective = "ce"
     chunk: int = 1024
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the arithmetic; weights, their gradients and the optimizer's state stay float32."""
     save_every: int = 200
     report_every: int = 20
 
@@ -112,14 +114,15 @@ def train(
 
 
 def _backward(drafter: Drafter, batch: DraftBatch, config: TrainConfig, lm_head: Tensor | None) -> DraftLoss:
-    loss = draft_loss(
-        drafter,
-        batch,
-        depth_weights=config.depth_weights,
-        objective=config.objective,
-        lm_head=lm_head,
-        chunk=config.chunk,
-    )
+    with torch.autocast(batch.hidden.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        loss = draft_loss(
+            drafter,
+            batch,
+            depth_weights=config.depth_weights,
+            objective=config.objective,
+            lm_head=lm_head,
+            chunk=config.chunk,
+        )
     (loss.total / config.parts).backward()  # type: ignore[no-untyped-call]
     return loss
 

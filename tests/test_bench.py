@@ -4,16 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from drafter.checkpoint import save_drafter
+from drafter.config import DrafterConfig, TreeShape
+from drafter.model import Drafter
 from tests.engines import tiny_engine_dir
-from trtkit import bench
-from trtkit.bench import BenchOptions, measure
+from trtkit.bench import machine
+from trtkit.bench.engines import BenchOptions, measure
 from trtkit.errors import EngineError, UsageError
+from trtkit.model_spec import read_model_spec
 
 
 @pytest.fixture(autouse=True)
 def _small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "_BUFFER_BYTES", 1 << 20)
 
 
 def test_points_and_document(tmp_path: Path) -> None:
@@ -30,6 +35,25 @@ def test_points_and_document(tmp_path: Path) -> None:
         assert point["drafter"] is None
         assert point["tokens_per_step"] == 1.0
         assert point["roofline_fraction"] > 0
+
+
+def test_an_engine_with_a_head_is_measured_plain_and_drafting(tmp_path: Path) -> None:
+    engine = tiny_engine_dir(tmp_path / "engine")
+    spec = read_model_spec(engine)
+    head = Drafter(DrafterConfig(hidden_size=spec.hidden, vocab_size=spec.vocab, exit_dim=32))
+    (tmp_path / "head").mkdir()
+    save_drafter(head, tmp_path / "head", dtype=torch.float32)
+    options = BenchOptions(
+        batches=(2,), prompt_tokens=8, new_tokens=12, repeats=1, rounds=2, device="cpu", drafter=tmp_path / "head",
+        tree=TreeShape(beams=1, length=2),
+    )  # fmt: skip
+    plain, drafting = measure([engine], options).points
+    assert (plain.drafter, plain.speedup, plain.accepted_by_depth) == (None, None, ())
+    assert drafting.drafter == "1x2"
+    assert drafting.speedup == pytest.approx(drafting.tokens_per_second / plain.tokens_per_second)
+    assert len(drafting.accepted_by_depth) == 2
+    assert drafting.tokens_per_step == pytest.approx(1 + sum(drafting.accepted_by_depth), abs=0.3)
+    assert drafting.phase_seconds.keys() == {"draft", "verify", "accept"}
 
 
 def test_bad_options_are_listed_together() -> None:

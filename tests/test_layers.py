@@ -14,10 +14,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model_spec", "scheme", "gpu"),
     ("recipe", "decoder", "known_models"),
     ("quant", "plan"),
-    ("checkpoint", "chat"),
+    ("checkpoint", "chat", "difficulty"),
     ("runtime", "build"),
     ("solve", "training"),
-    ("bench", "report", "serve", "doctor", "describe"),
+    ("bench", "report", "serve", "doctor", "describe", "gpu_check"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

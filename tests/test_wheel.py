@@ -19,7 +19,7 @@ def test_the_wheel_brings_everything(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     practice = {path.name for path in (ROOT / "engines" / "practice").iterdir() if path.is_file()}
     assert {f"trtkit/_engines/practice/{name}" for name in practice} <= names
-    assert {"trtkit/cli/app.py", "drafter/model.py"} <= names
+    assert {"trtkit/cli/app.py", "drafter/model.py", "trtkit/report/templates/page.html.j2"} <= names
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
     (entry,) = (name for name in names if name.endswith("entry_points.txt"))
     assert "trtkit = trtkit.cli.app:main" in zipfile.ZipFile(wheel).read(entry).decode()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trtkit.errors import ConfigError
 
-__all__ = ["PRACTICE", "practice_dir"]
+__all__ = ["PRACTICE", "drafter_named", "practice_dir"]
 
 PRACTICE = "practice"
 """The name that stands for the bundled checkpoint wherever a model is asked for."""
@@ -24,3 +24,10 @@ def practice_dir() -> Path:
         where=str(candidates[-1]),
         hint="install trtkit from a complete checkout or wheel, or make it with scripts/train_practice.py",
     )
+
+
+def drafter_named(name: Path | None) -> Path | None:
+    """The directory of a draft head; ``practice`` stands for the bundled one unless there is such a directory here."""
+    if name is not None and str(name) == PRACTICE and not name.is_dir():
+        return practice_dir() / "drafter"
+    return name

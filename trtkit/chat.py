@@ -30,6 +30,8 @@ class PromptVariant:
     name: str
     user: str
     system: str | None = None
+    tools: bool = False
+    """It tells the model that its Python code is run (``trtkit solve --tools python``)."""
 
 
 VARIANTS: dict[str, PromptVariant] = {
@@ -54,6 +56,14 @@ VARIANTS: dict[str, PromptVariant] = {
             system="",
             user="Solve the following math problem. Make sure to put the answer (and only answer) inside "
             "\\boxed{}.\n\n{problem}",
+        ),
+        # The block formats of the OpenMath models' tool prompt, in other words.
+        PromptVariant(
+            name="python",
+            user="Solve the problem, and put the answer in \\boxed{}. You may have Python code run: write it as\n"
+            "```python\n...\n```\nand what it prints is shown to you as\n```output\n...\n```\nbefore you go on. Do not "
+            "write output blocks yourself.\n\n{problem}",
+            tools=True,
         ),
     )
 }
@@ -108,6 +118,10 @@ class Chat:
             solution = solution.lstrip().removeprefix(THINK_START).lstrip("\n")
         ids = self._tokenizer.encode(solution, add_special_tokens=False)
         return (*ids, *self.eos_ids[:1])
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of ``text`` on its own, as a part of an answer: nothing is added around it."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ``tokens``, special tokens included (``</think>`` must stay visible)."""

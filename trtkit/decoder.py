@@ -24,6 +24,8 @@ __all__ = [
     "Linear",
     "LinearName",
     "Norms",
+    "PlainPointwise",
+    "Pointwise",
     "Rope",
     "causal_attention",
     "decoder_layer",
@@ -120,16 +122,63 @@ def _rotate(x: Tensor, rope: Rope) -> Tensor:
     return x * rope.cos + turned * rope.sin
 
 
-def decoder_layer(spec: ModelSpec, norms: Norms, hidden: Tensor, rope: Rope, linear: Linear, attend: Attend) -> Tensor:
+class Pointwise(Protocol):
+    """What a layer does between its products and its attention. Inputs may be overwritten."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``rms_norm`` of x (T, H)."""
+        ...
+
+    def add_norm(self, hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(hidden + delta, the norm of that sum), each (T, H)."""
+        ...
+
+    def heads(self, spec: ModelSpec, norms: Norms, qkv: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (T, (heads + 2 kv_heads) * D) -> q (T, heads, D), k and v (T, kv_heads, D); q and k normed and turned."""
+        ...
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up: (T, 2 I) -> (T, I)."""
+        ...
+
+
+class PlainPointwise:
+    """:class:`Pointwise` in plain torch: the definition."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See :class:`Pointwise`."""
+        return rms_norm(x, weight, eps)
+
+    def add_norm(self, hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See :class:`Pointwise`."""
+        total = hidden + delta
+        return total, rms_norm(total, weight, eps)
+
+    def heads(self, spec: ModelSpec, norms: Norms, qkv: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`Pointwise`."""
+        parts = qkv.view(qkv.shape[0], -1, spec.head_dim)
+        q, k, v = torch.split(parts, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
+        if norms.q is not None and norms.k is not None:
+            q, k = rms_norm(q, norms.q, spec.norm_eps), rms_norm(k, norms.k, spec.norm_eps)
+        return _rotate(q, rope), _rotate(k, rope), v
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """See :class:`Pointwise`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+_PLAIN = PlainPointwise()
+
+
+def decoder_layer(
+    spec: ModelSpec, norms: Norms, hidden: Tensor, rope: Rope, linear: Linear, attend: Attend,
+    pointwise: Pointwise = _PLAIN,
+) -> Tensor:  # fmt: skip
     """One layer over flat tokens: hidden (T, H) -> (T, H)."""
-    tokens = hidden.shape[0]
-    qkv = linear("qkv", rms_norm(hidden, norms.input, spec.norm_eps))
-    q, k, v = torch.split(qkv.view(tokens, -1, spec.head_dim), [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
-    if norms.q is not None and norms.k is not None:
-        q, k = rms_norm(q, norms.q, spec.norm_eps), rms_norm(k, norms.k, spec.norm_eps)
-    hidden = hidden + linear("o", attend(_rotate(q, rope), _rotate(k, rope), v))
-    gate, up = linear("gate_up", rms_norm(hidden, norms.post, spec.norm_eps)).chunk(2, dim=-1)
-    return hidden + linear("down", F.silu(gate) * up)
+    q, k, v = pointwise.heads(spec, norms, linear("qkv", pointwise.norm(hidden, norms.input, spec.norm_eps)), rope)
+    hidden, normed = pointwise.add_norm(hidden, linear("o", attend(q, k, v)), norms.post, spec.norm_eps)
+    return hidden + linear("down", pointwise.gated(linear("gate_up", normed)))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

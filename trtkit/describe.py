@@ -9,19 +9,35 @@ from typing import Any
 
 from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.checkpoint.hf import check_finite, open_source
-from trtkit.checkpoint.shards import open_shards
+from trtkit.checkpoint.names import rank_file
+from trtkit.checkpoint.shards import Entry, open_shards, read_header
+from trtkit.checkpoint.trtllm_parse import read_trtllm_config
+from trtkit.checkpoint.trtllm_reader import is_trtllm, open_trtllm
 from trtkit.checkpoint.unified import open_unified
 from trtkit.checkpoint.verify import verify_engine
 from trtkit.errors import CheckpointError, InputError
 from trtkit.files import JsonObject, read_json
 from trtkit.model_spec import read_model_spec, spec_as_dict
-from trtkit.recipe import ENGINE_FILE, read_manifest
+from trtkit.recipe import BUNDLE_FILE, COMPILED_DIR, ENGINE_FILE, read_manifest
 
-__all__ = ["CHECKPOINT", "DRAFTER", "ENGINE", "QUANTIZED", "RUN", "Description", "describe", "model_dir"]
+__all__ = [
+    "BUNDLE",
+    "CHECKPOINT",
+    "DRAFTER",
+    "ENGINE",
+    "QUANTIZED",
+    "RUN",
+    "TRTLLM",
+    "Description",
+    "describe",
+    "model_dir",
+]
 
 ENGINE = "engine"
 CHECKPOINT = "checkpoint"
 QUANTIZED = "quantized checkpoint (unified HF layout)"
+TRTLLM = "TensorRT-LLM checkpoint"
+BUNDLE = "bundle for trtkit compile"
 RUN = "run of trtkit solve"
 DRAFTER = "ReDrafter head"
 
@@ -67,7 +83,7 @@ def describe(directory: Path, *, verify: bool = False) -> Description:
         data["weights"], offenders = _weights(directory)
         sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in data["weights"]["by_dtype"].items())
         facts["weights"] = f"{data['weights']['files']} file(s), {data['weights']['tensors']} tensors: {sizes}"
-    if verify and kind in (ENGINE, QUANTIZED, CHECKPOINT):
+    if verify and kind in _HELD:
         offenders += [text for text in _verify(directory, kind) if text not in offenders]
         verified = not offenders
         facts["verified"] = _HELD[kind] if verified else "NO, see below"
@@ -76,8 +92,12 @@ def describe(directory: Path, *, verify: bool = False) -> Description:
     )
 
 
-def _look_at_engine(directory: Path) -> tuple[dict[str, str], JsonObject]:
-    manifest = read_manifest(directory)
+def _look_at_bundle(directory: Path) -> tuple[dict[str, str], JsonObject]:
+    return _look_at_engine(directory, BUNDLE_FILE)
+
+
+def _look_at_engine(directory: Path, name: str = ENGINE_FILE) -> tuple[dict[str, str], JsonObject]:
+    manifest = read_manifest(directory, name)
     recipe, limits = manifest.recipe, manifest.recipe.limits
     facts = {
         "model": recipe.model,
@@ -93,7 +113,7 @@ def _look_at_engine(directory: Path) -> tuple[dict[str, str], JsonObject]:
             f"KL {q.kl_mean:.2g} nats, top-1 agreement {q.top1_agreement:.1%}, perplexity {q.perplexity:.4g} "
             f"(bf16 {q.perplexity_bf16:.4g}), over {q.tokens:,} tokens"
         )
-    data: JsonObject = {"engine": read_json(directory / ENGINE_FILE)}
+    data: JsonObject = {"engine": read_json(directory / name)}
     if (directory / "config.json").is_file():
         more, spec = _spec_facts(directory)
         facts, data = {**facts, **more}, {**data, **spec}
@@ -109,6 +129,22 @@ def _look_at_quantized(directory: Path) -> tuple[dict[str, str], JsonObject]:
     algorithm = str(quantization.get("quant_algo")) if isinstance(quantization, dict) else "unknown"
     facts["precision"] = f"quant_algo {algorithm}"
     return facts, {**data, "quantization": quantization}
+
+
+def _look_at_trtllm(directory: Path) -> tuple[dict[str, str], JsonObject]:
+    facts, data = _spec_facts(directory)
+    config = read_trtllm_config(directory)
+    options = config.options
+    facts["precision"] = f"quant_algo {config.scheme.quant_algo}, KV cache {config.scheme.kv_dtype}"
+    tensor, pipeline = options.tensor_parallel, options.pipeline_parallel
+    facts["ranks"] = f"{options.world_size}: tensor parallel {tensor}, pipeline parallel {pipeline}"
+    facts["drafter"] = f"ReDrafter, tree {config.tree}{', greedy' if config.greedy else ''}" if config.head else "none"
+    data["trtllm"] = {
+        "quant_algo": config.scheme.quant_algo, "kv_dtype": config.scheme.kv_dtype, "greedy": config.greedy,
+        "tensor_parallel": tensor, "pipeline_parallel": pipeline,
+        "tree": str(config.tree) if config.tree else None,
+    }  # fmt: skip
+    return facts, data
 
 
 def _look_at_run(directory: Path) -> tuple[dict[str, str], JsonObject]:
@@ -141,7 +177,7 @@ def _look_at_config(directory: Path) -> tuple[dict[str, str], JsonObject]:
 
 
 def _spec_facts(directory: Path) -> tuple[dict[str, str], JsonObject]:
-    spec = read_model_spec(directory)
+    spec = read_trtllm_config(directory).spec if is_trtllm(directory) else read_model_spec(directory)
     amount = f"{spec.parameters / 1e9:.2f}B" if spec.parameters >= 1e9 else f"{spec.parameters / 1e6:.1f}M"
     facts = {
         "architecture": f"{spec.family}, {amount} parameters, {spec.dtype}",
@@ -155,12 +191,16 @@ def _spec_facts(directory: Path) -> tuple[dict[str, str], JsonObject]:
 
 _KINDS: tuple[tuple[str, str, Callable[[Path], tuple[dict[str, str], JsonObject]]], ...] = (
     (ENGINE_FILE, ENGINE, _look_at_engine),
+    (BUNDLE_FILE, BUNDLE, _look_at_bundle),
     ("run.json", RUN, _look_at_run),
+    (rank_file(0), TRTLLM, _look_at_trtllm),
     ("hf_quant_config.json", QUANTIZED, _look_at_quantized),
     ("config.json", CHECKPOINT, _look_at_config),
 )
 _HELD = {
     ENGINE: "every file has the digest it was built with",
+    BUNDLE: "every file has the digest it was prepared with",
+    TRTLLM: "all ranks hold the tensors that config.json implies, and no others",
     QUANTIZED: "all tensors are there, with the shapes that config.json implies",
     CHECKPOINT: "all tensors are there, with the shapes that config.json implies, and every value is finite",
 }
@@ -168,21 +208,44 @@ _HELD = {
 
 def _weights(directory: Path) -> tuple[JsonObject, list[str]]:
     """Counts over the headers of all weight files, and what is wrong with the files."""
-    shards, offenders = open_shards(directory)
+    if (directory / COMPILED_DIR).is_dir():
+        sizes = [path.stat().st_size for path in (directory / COMPILED_DIR).glob("rank*.engine")]
+        return {"files": len(sizes), "tensors": 0, "bytes": sum(sizes), "by_dtype": {"compiled": sum(sizes)}}, []
+    if (directory / BUNDLE_FILE).is_file():
+        directory = directory / "checkpoint"
+    if is_trtllm(directory):
+        entries, offenders = _rank_entries(directory)
+    else:
+        shards, offenders = open_shards(directory)
+        entries = list(shards.entries.values())
     by_dtype: dict[str, int] = {}
-    for entry in shards.entries.values():
+    for entry in entries:
         name = str(entry.dtype).removeprefix("torch.")
         by_dtype[name] = by_dtype.get(name, 0) + entry.nbytes
-    files = {entry.path for entry in shards.entries.values()}
-    data = {"files": len(files), "tensors": len(shards.entries), "bytes": shards.total_bytes, "by_dtype": by_dtype}
-    return data, offenders
+    total = sum(entry.nbytes for entry in entries)
+    files = {entry.path for entry in entries}
+    return {"files": len(files), "tensors": len(entries), "bytes": total, "by_dtype": by_dtype}, offenders
+
+
+def _rank_entries(directory: Path) -> tuple[list[Entry], list[str]]:
+    """The tensors of every rank file, which share their names."""
+    entries: list[Entry] = []
+    offenders: list[str] = []
+    for path in sorted(directory.glob("rank*.safetensors")):
+        try:
+            entries += read_header(path).values()
+        except CheckpointError as problem:
+            offenders.append(f"{path.name}: {problem.message}")
+    return entries, offenders
 
 
 def _verify(directory: Path, kind: str) -> tuple[str, ...]:
     """Read everything; what is wrong with it."""
     try:
-        if kind == ENGINE:
-            verify_engine(directory)
+        if kind in (ENGINE, BUNDLE):
+            verify_engine(directory, ENGINE_FILE if kind == ENGINE else BUNDLE_FILE)
+        elif kind == TRTLLM:
+            open_trtllm(directory)
         elif kind == QUANTIZED:
             open_unified(directory)
         elif kind == CHECKPOINT:

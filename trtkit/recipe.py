@@ -19,9 +19,12 @@ from trtkit.files import JsonObject, nearest, read_json, read_toml, write_json, 
 from trtkit.scheme import SCHEMES, KvDtype
 
 __all__ = [
+    "BUNDLE_FILE",
+    "COMPILED_DIR",
     "DRAFTER_DIR",
     "ENGINE_FILE",
     "FORMAT_VERSION",
+    "TOKEN_ORDER_FILE",
     "TRAINING_FILE",
     "Backend",
     "EngineManifest",
@@ -36,10 +39,16 @@ __all__ = [
 
 FORMAT_VERSION = 1
 ENGINE_FILE = "engine.json"
+BUNDLE_FILE = "bundle.json"
+"""The manifest of a bundle: prepared for TensorRT-LLM, not compiled yet."""
 DRAFTER_DIR = "drafter"
 """Where an engine directory keeps its draft head."""
+COMPILED_DIR = "compiled"
+"""Where a tensorrt-llm engine directory keeps what TensorRT-LLM wrote."""
 TRAINING_FILE = "training.json"
 """Beside a draft head: what it was trained for and on."""
+TOKEN_ORDER_FILE = "token_order.safetensors"
+"""Beside a draft head: all token ids, the most frequent one of its training text first."""
 Backend: TypeAlias = Literal["torch", "tensorrt-llm"]
 
 T = TypeVar("T")
@@ -69,6 +78,8 @@ class Recipe:
     limits: Limits = field(default_factory=Limits)
     tree: TreeShape | None = None
     """The draft tree; None without a drafter."""
+    greedy: bool = False
+    """tensorrt-llm with a drafter: an engine for temperature 0 only. Otherwise it samples, with a temperature alone."""
     int4_method: Literal["awq", "rtn"] = "awq"
     smooth_alpha: float = 0.5
     """SmoothQuant: how much of the activation range moves into the weights (0..1), int8-sq only."""
@@ -124,6 +135,8 @@ class EngineManifest:
     quality: Quality | None
     created: str
     """UTC, ISO 8601."""
+    flags: Mapping[str, str] | None = None
+    """tensorrt-llm: what the engine was compiled with, by the names of ``trtllm-build``."""
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -136,9 +149,9 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
     write_toml(path, {"version": FORMAT_VERSION, **_to_data(recipe)})
 
 
-def read_manifest(directory: Path) -> EngineManifest:
+def read_manifest(directory: Path, name: str = ENGINE_FILE) -> EngineManifest:
     """Read ``engine.json`` of an engine directory. Raises :class:`EngineError`."""
-    path = directory / ENGINE_FILE
+    path = directory / name
     if not path.is_file():
         raise EngineError(
             "not an engine directory (no engine.json)",
@@ -148,9 +161,9 @@ def read_manifest(directory: Path) -> EngineManifest:
     return _versioned(read_json(path, EngineError), EngineManifest, where=str(path), error=EngineError)
 
 
-def write_manifest(directory: Path, manifest: EngineManifest) -> None:
-    """Write ``engine.json``."""
-    write_json(directory / ENGINE_FILE, {"version": FORMAT_VERSION, **_to_data(manifest)})
+def write_manifest(directory: Path, manifest: EngineManifest, name: str = ENGINE_FILE) -> None:
+    """Write ``engine.json``, or a manifest under another name."""
+    write_json(directory / name, {"version": FORMAT_VERSION, **_to_data(manifest)})
 
 
 def _versioned(data: JsonObject, kind: type[T], *, where: str, error: type[TrtkitError]) -> T:

@@ -17,7 +17,7 @@ from trtkit.cli.app import run
 from trtkit.errors import CapacityError
 
 COMMAND = [sys.executable, "-m", "trtkit.cli"]
-VERBS = ("build", "solve", "plan", "doctor", "inspect", "bench")
+VERBS = ("build", "solve", "revote", "plan", "doctor", "inspect", "bench")
 
 
 def test_help_and_import_need_no_torch() -> None:
@@ -50,7 +50,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["solve"], 2, "Missing argument"),
         (["build", "--precision", "fp88"], 2, "did you mean 'fp8'"),
         (["build", "--precision", "fp8", "--gpu", "a100"], 1, "compute capability 8.9"),
-        (["build", "--backend", "tensorrt-llm"], 1, "not in this version"),
+        (["build", "--backend", "tensorrt-llm"], 1, "none was named"),
         (["build", "--backend", "x", "--int4-method", "y"], 2, "--int4-method 'y'"),
         (["inspect", "no-such-directory"], 1, "no such directory"),
         (["bench", "--engine", "no-such-directory"], 1, "not an engine directory"),

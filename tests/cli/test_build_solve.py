@@ -56,7 +56,8 @@ def test_solve_json_and_resume(engine: Path, tmp_path: Path, capsys: pytest.Capt
     document = json.loads(lines[-1])
     assert list(document) == [
         "problems", "answered", "accuracy", "pass_at_1", "maj_at_k", "samples", "tokens", "tokens_per_second",
-        "seconds", "stopped_early", "run_dir",
+        "seconds", "stopped_early", "run_dir", "defaulted", "answers_per_problem", "forced", "looped", "cancelled",
+        "out_of_time", "loading_seconds", "share_seconds", "time_limit", "engine",
     ]  # fmt: skip
     assert lines[-2] == f"next: trtkit inspect {out}"
     assert {"run.json", "journal.jsonl", "solutions.jsonl", "summary.json"} <= {path.name for path in out.iterdir()}
@@ -115,6 +116,10 @@ def test_not_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ("options", "said"),
     [(["--stop", "agre(4)"], "agree"), (["--prompt", "slove"], "solve"), (["--order", "x"], "order"),
      (["--answer-mode", "x"], "answer mode"), (["--modulus", "1000"], "integer"),
+     (["--policy", "competition"], "--time-limit"), (["--policy", "x", "--time-limit", "9s"], "competition"),
+     (["--time-limit", "soon"], "duration"), (["--weights", "lenght"], "length"), (["--stop-at", "box"], "first-box"),
+     (["--full-vote", "--time-limit", "9s"], "full vote"), (["--reserve", "9s"], "time limit"),
+     (["--default-answer", "x", "--answer-mode", "integer"], "default answer"),
      (["--temperature", "-1"], "temperature"), (["--top-p", "2"], "top-p"), (["--samples", "0"], "samples")],
 )  # fmt: skip
 def test_options_that_make_no_sense(

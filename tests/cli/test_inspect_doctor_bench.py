@@ -7,7 +7,7 @@ import pytest
 
 from tests.engines import tiny_engine_dir
 from tests.tiny import save_tiny
-from trtkit import bench as bench_module
+from trtkit.bench import machine as bench_module
 from trtkit.cli.app import run
 from trtkit.cli.engines import chosen_engine
 from trtkit.errors import EngineError

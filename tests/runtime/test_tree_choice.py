@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from drafter.config import TreeShape
 from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
+from trtkit.runtime.tree_memory import recall, remember
 
 CHAIN, WIDE = TreeShape(beams=1, length=4), TreeShape(beams=4, length=4)
 TOKENS = {None: 1.0, DEFAULT_TREES[1]: 2.4, CHAIN: 3.2, DEFAULT_TREES[3]: 3.5, WIDE: 3.8}
@@ -61,6 +63,18 @@ def test_it_follows_when_the_machine_changes() -> None:
     after, _ = _run(chooser, 1, 4000, cost=lambda rows, option: _cost(rows, option) if option is None else 1.0)
     assert before[None] < 100
     assert after[None] > 3500
+
+
+def test_what_was_learned_spares_the_next_run_its_trials(tmp_path: Path) -> None:
+    first, again = TreeChooser(), TreeChooser()
+    _run(first, 64, 1000)
+    path = tmp_path / "cache" / "trees.json"
+    remember(path, first)
+    recall(path, again)
+    chosen, _ = _run(again, 64, 100)
+    assert chosen == {None: 100}, "no look at what is known to be slow"
+    path.write_text('{"seconds": [[0, "1x4", "?"]]}')
+    recall(path, TreeChooser())  # a damaged file is passed over
 
 
 def test_batch_sizes_learn_apart() -> None:

@@ -25,6 +25,8 @@ CHAT = cast(Chat, FakeChat())
 def say(request: Request, chat: Any = CHAT) -> Sequence[int]:
     """What the sample says: mostly the right answer 7, else 8, 9 or nothing, sometimes without an end."""
     rng = random.Random(request.seed)
+    if bytes(token for token in request.prompt if token < 256).endswith(b"\\boxed{"):  # made to answer
+        return [*chat.encode(rng.choice("7789") + "}. And so on")]
     thought = "thinking " * rng.randint(1, 6)
     answer = rng.choice(["7", "7", "7", "7", "8", "9", None])
     text = thought + (f"\\boxed{{{answer}}}" if answer else "I give up")
@@ -59,7 +61,8 @@ def write_engine(directory: Path) -> Path:
 
 
 def run(places: Places, options: SolveOptions | None = None, *, seconds_per_step: float = 0.0, **more: Any) -> Outcome:
-    options = options or SolveOptions(samples=9, outstanding=20)
+    # No stop rule but unassailable: others look at samples in order of arrival, which an interruption changes.
+    options = options or SolveOptions(samples=9, outstanding=20, stop=())
     return run_solve(places, lambda: SlowEngine(seconds_per_step), CHAT, options, **more)
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from trtkit.errors import OutputError
-from trtkit.runtime.api import FinishReason
+from trtkit.runtime.api import EngineStats, FinishReason
+from trtkit.solve.ends import Ending
 from trtkit.solve.journal import Journal, read_history
 from trtkit.solve.records import Attempt, Solution
 from trtkit.solve.vote import Tally
@@ -54,6 +56,38 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert history.settled["p/1"].stopped_early == "unassailable"
     assert (history.settled["p/1"].tokens, history.settled["p/1"].seconds) == (99, 2.5)
     assert history.settled["q"].error == "prompt too long"
+
+
+def test_what_came_later_is_read_back_and_may_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    forced = replace(attempt("p", 0), ending=Ending.DEADLINE, forced=True, confidence=-0.25)
+    settled = replace(
+        solution("p"), share_seconds=9.5, used_seconds=4.5, bank_seconds=100.25, cancelled=3, stopped_early="deadline"
+    )
+    stats = EngineStats(steps=3, new_tokens=7, row_steps=5, accepted_by_depth=(2, 1), seconds={"verify": 0.5})
+    with Journal(path) as journal:
+        journal.begin(loading_seconds=12.5)
+        journal.record([forced], [settled])
+        journal.record_engine(stats)
+    history = read_history(path)
+    assert history.attempts["p"] == (forced,)
+    found = history.settled["p"]
+    assert (found.share_seconds, found.used_seconds, found.bank_seconds, found.cancelled) == (9.5, 4.5, 100.25, 3)
+    assert history.engines == (stats,)
+    assert history.loading_seconds == 12.5
+    assert history.spent_seconds >= 12.5
+    # A journal as version 0.1 wrote it.
+    path.write_text(
+        '{"kind": "session", "started": "2026-01-01T00:00:00+00:00"}\n'
+        '{"kind": "attempt", "problem": "p", "index": 0, "variant": "solve", "tokens": 5, "finish": "length", "box": '
+        'null, "seconds": 1.0, "clock": 1.0}\n'
+        '{"kind": "solution", "problem": "p", "answer": null, "votes": [], "tokens": 5, "seconds": 1.0, '
+        '"stopped_early": null, "error": null, "clock": 1.0}\n'
+    )
+    history = read_history(path)
+    assert (history.attempts["p"][0].ending, history.attempts["p"][0].forced) == (None, False)
+    assert (history.settled["p"].share_seconds, history.settled["p"].cancelled) == (None, 0)
+    assert (history.loading_seconds, history.engines, history.seconds) == (0.0, (), 1.0)
 
 
 def test_time_adds_up_over_sessions(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.solve.scripted import CHAT, SlowEngine, run, say, write_engine, write_problems
 from trtkit.errors import EngineError, InputError, UsageError
-from trtkit.runtime.api import StepOutput
+from trtkit.runtime.api import EngineStats, StepOutput
 from trtkit.solve.answers import AnswerMode
 from trtkit.solve.journal import read_history
 from trtkit.solve.options import SolveOptions
@@ -52,6 +52,16 @@ def test_a_run_from_end_to_end(places: Places) -> None:
         "seconds",
         "stopped_early",
         "run_dir",
+        "defaulted",
+        "answers_per_problem",
+        "forced",
+        "looped",
+        "cancelled",
+        "out_of_time",
+        "loading_seconds",
+        "share_seconds",
+        "time_limit",
+        "engine",
     ]
     assert (document["problems"], document["samples"], document["run_dir"]) == (6, 9, str(places.out))
     assert json.loads((places.out / "summary.json").read_text()) == document
@@ -72,11 +82,9 @@ def test_a_finished_run_is_shown_again_without_an_engine(places: Places) -> None
     def no_engine() -> SlowEngine:
         raise AssertionError("the engine must not be opened")
 
-    again = run_solve(places, no_engine, CHAT, SolveOptions(samples=9, outstanding=20))
-    assert again.summary.document() | {"seconds": 0, "tokens_per_second": 0} == first.summary.document() | {
-        "seconds": 0,
-        "tokens_per_second": 0,
-    }
+    again = run_solve(places, no_engine, CHAT, SolveOptions(samples=9, outstanding=20, stop=()))
+    timing = {"seconds": 0, "tokens_per_second": 0}
+    assert again.summary.document() | timing == first.summary.document() | timing
     assert [v.solution.tally for v in again.verdicts] == [v.solution.tally for v in first.verdicts]
 
 
@@ -96,7 +104,7 @@ class Stopping(SlowEngine):
 def test_resuming_gives_what_an_unbroken_run_gives(places: Places, tmp_path: Path) -> None:
     unbroken = Places(problems=places.problems, engine=places.engine, out=tmp_path / "unbroken")
     run(unbroken)
-    options = SolveOptions(samples=9, outstanding=20)
+    options = SolveOptions(samples=9, outstanding=20, stop=())
     interruptions = 0
     for after in (0, 5, 9, 14, 20, 30, 50):
         try:
@@ -133,14 +141,16 @@ def assert_same_samples(places: Places, unbroken: Places) -> None:
     assert all(mine[key] == theirs[key] for key in common)
 
 
-def test_kill_9_at_random_moments_loses_nothing(tmp_path: Path) -> None:
-    problems = write_problems(tmp_path / "problems.jsonl", 10)
+@pytest.mark.parametrize(("moments", "count"), [(6, 8), pytest.param(20, 40, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments_loses_nothing(moments: int, count: int, tmp_path: Path) -> None:
+    problems = write_problems(tmp_path / "problems.jsonl", count)
     engine = write_engine(tmp_path / "engine")
     unbroken = Places(problems=problems, engine=engine, out=tmp_path / "unbroken")
     broken = Places(problems=problems, engine=engine, out=tmp_path / "broken")
     run(unbroken)
     rng = random.Random(4)
     journal = broken.out / "journal.jsonl"
+    size = (unbroken.out / "journal.jsonl").stat().st_size
     command = [
         sys.executable,
         "-m",
@@ -151,8 +161,8 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path: Path) -> None:
         "0.004",
     ]
     kills, kept = 0, b""
-    for _ in range(9):
-        wait_for = (journal.stat().st_size if journal.exists() else 0) + rng.randint(1, 2200)
+    for _ in range(moments):
+        wait_for = (journal.stat().st_size if journal.exists() else 0) + rng.randint(1, 2 * size // (3 * moments))
         child = subprocess.Popen(command, cwd=ROOT)
         while child.poll() is None and (not journal.exists() or journal.stat().st_size < wait_for):
             time.sleep(0.001)
@@ -164,7 +174,7 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path: Path) -> None:
         kept = written
         if child.returncode == 0:
             break
-    assert kills >= 4
+    assert kills == moments, "all of them hit a run that was not over"
     before = read_history(journal).attempts
     run(broken)
     after = read_history(journal).attempts
@@ -182,7 +192,7 @@ def test_sigterm_ends_a_run_in_good_order(places: Places) -> None:
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
-        run_solve(places, lambda: Terminated(0.0), CHAT, SolveOptions(samples=9, outstanding=20))
+        run_solve(places, lambda: Terminated(0.0), CHAT, SolveOptions(samples=9, outstanding=20, stop=()))
     assert signal.getsignal(signal.SIGTERM) is before
     assert (places.out / "solutions.jsonl").exists()
     assert run(places).summary.problems == 6
@@ -217,7 +227,7 @@ def test_what_a_resumed_run_may_have_different(
     places: Places, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(places)
-    run(places, SolveOptions(samples=9, outstanding=5))
+    run(places, SolveOptions(samples=9, outstanding=5, stop=()))
     about = json.loads((places.out / "run.json").read_text())
     about["versions"]["torch"] = "0.1"
     (places.out / "run.json").write_text(json.dumps(about))
@@ -258,11 +268,74 @@ def test_no_golds_no_rates(places: Places) -> None:
     assert (document["accuracy"], document["pass_at_1"], document["maj_at_k"]) == (None, None, None)
 
 
+def test_a_run_of_an_older_version_is_gone_on_with(places: Places) -> None:
+    """It had no clock, no forced answers and no loop kill; asked for that again, it resumes."""
+    old = SolveOptions(samples=9, outstanding=20, stop=(), kill_loops=False, force_close=False)
+    run(places, old)
+    about = json.loads((places.out / "run.json").read_text())
+    for name in list(about["arguments"]):
+        if name in ("kill_loops", "force_close", "weighting", "policy", "default_answer") or "time" in name:
+            del about["arguments"][name]
+    (places.out / "run.json").write_text(json.dumps(about))
+    journal = places.out / "journal.jsonl"
+    new_fields = ("ending", "forced", "share", "used", "bank", "cancelled", "loading")
+    older = [{k: v for k, v in row.items() if k not in new_fields} for row in rows(journal) if row["kind"] != "stats"]
+    journal.write_text("".join(json.dumps(row) + "\n" for row in older))
+    before = answers(places)
+    run(places, old)
+    assert answers(places) == before
+    with pytest.raises(UsageError, match="kill_loops: false in that run, true now"):
+        run(places)
+
+
+def test_past_the_limit_a_resumed_run_answers_without_an_engine(places: Places) -> None:
+    options = SolveOptions(samples=9, outstanding=20, stop=(), time_limit=60.0, default_answer="210")
+
+    def no_engine() -> SlowEngine:
+        raise AssertionError("opening the engine would only make it later")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_solve(places, lambda: Stopping(30), CHAT, options)
+    early = read_history(places.out / "journal.jsonl").attempts
+    assert 0 < len(early) < 6
+    outcome = run_solve(places, no_engine, CHAT, options, began=time.monotonic() - 60.0)
+    document = outcome.summary.document()
+    solved = {row["id"]: row for row in rows(places.out / "solutions.jsonl")}
+    for problem, row in solved.items():
+        voted = problem in early and any(attempt.box for attempt in early[problem])
+        assert row["defaulted"] == (not voted)
+        assert (row["answer"] == "210") == (not voted)
+    assert document["answered"] + document["defaulted"] == 6
+    assert document["defaulted"] > 0
+    assert document["out_of_time"] == sum(row["stopped_early"] == "time limit" for row in solved.values()) > 0
+    again = run_solve(places, no_engine, CHAT, options)
+    assert [v.solution.answer for v in again.verdicts] == [v.solution.answer for v in outcome.verdicts]
+
+
+def test_the_engines_counters_add_up_over_sessions(places: Places, caplog: pytest.LogCaptureFixture) -> None:
+    class Counting(Stopping):
+        def stats(self) -> EngineStats:
+            return EngineStats(
+                steps=self.steps, new_tokens=120 * self.steps, row_steps=100 * self.steps,
+                accepted_by_depth=(15 * self.steps, 5 * self.steps), seconds={"verify": 2.0},
+            )  # fmt: skip
+
+    options = SolveOptions(samples=9, outstanding=20, stop=())
+    with pytest.raises(KeyboardInterrupt):
+        run_solve(places, lambda: Counting(7), CHAT, options)
+    outcome = run_solve(places, lambda: Counting(10**6), CHAT, options)
+    assert outcome.summary.engine is not None
+    engine = outcome.summary.engine.document()
+    assert (engine["tokens_per_step"], engine["accepted_by_depth"]) == (1.2, [0.15, 0.05])
+    assert engine["phase_seconds"] == {"verify": 4.0}
+    assert "1.20 tokens per step" in caplog.text, "a draft head that does not pay is named"
+
+
 def test_text_is_kept_only_when_asked(places: Places, tmp_path: Path) -> None:
     run(places)
     assert all("text" not in row for row in rows(places.out / "journal.jsonl"))
     other = Places(problems=places.problems, engine=places.engine, out=tmp_path / "texts")
-    run(other, SolveOptions(samples=9, outstanding=20, save_text=True))
+    run(other, SolveOptions(samples=9, outstanding=20, stop=(), save_text=True))
     texts = [row["text"] for row in rows(other.out / "journal.jsonl") if row["kind"] == "attempt"]
     assert texts
     assert all(text.startswith("thinking ") for text in texts)

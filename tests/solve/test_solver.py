@@ -115,7 +115,7 @@ def test_votes_do_not_depend_on_batch_order_or_speed(grader: Grader) -> None:
 def test_unassailable_cancels_the_siblings_and_keeps_the_winner(grader: Grader) -> None:
     chat = FakeChat()
     engine = FakeEngine(scripted("\\boxed{7}</think>", chat=chat), rows=3)
-    [solution] = solve(grader, engine, samples=8)
+    [solution] = solve(grader, engine, samples=8, stop=())
     assert solution.stopped_early == "unassailable"
     assert solution.tally.finished == 6  # three rows at a time: 3 of 8 is not safe, 6 of 8 is
     assert sorted(engine.cancelled) == ["p0/6", "p0/7"]

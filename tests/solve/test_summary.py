@@ -86,6 +86,16 @@ def test_figures(verdicts: list[Verdict]) -> None:
         "seconds": 10.0,
         "stopped_early": 1,
         "run_dir": "runs/x",
+        "defaulted": 0,
+        "answers_per_problem": 1.4,
+        "forced": 0,
+        "looped": 0,
+        "cancelled": 0,
+        "out_of_time": 0,
+        "loading_seconds": 0.0,
+        "share_seconds": None,
+        "time_limit": None,
+        "engine": None,
     }
 
 

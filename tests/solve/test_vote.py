@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from trtkit.errors import UsageError
 from trtkit.solve.answers import Answer, AnswerMode, read_answer
 from trtkit.solve.stopping import UNASSAILABLE, first_to_hold, parse_rule, parse_rules
-from trtkit.solve.vote import Tally
+from trtkit.solve.vote import Tally, WeighBy, Weighting, parse_weighting
 
 
 def answer(text: str) -> Answer:
@@ -142,3 +142,72 @@ def test_rules_that_cannot_be_read(text: str, says: str | None) -> None:
         return
     with pytest.raises(UsageError, match=says):
         parse_rule(text)
+
+
+def weighted(weighting: Weighting, *samples: tuple[str, int] | tuple[str, int, float]) -> Tally:
+    tally = Tally(weighting=weighting)
+    for index, (text, tokens, *confidence) in enumerate(samples):
+        tally = tally.add(
+            answer(text), tokens=tokens, index=index, same=never, confidence=confidence[0] if confidence else None
+        )
+    return tally
+
+
+def winner(tally: Tally) -> str:
+    assert tally.leader is not None
+    return tally.leader.answer.key
+
+
+def test_weights_by_finish_order() -> None:
+    samples = [("b", 900), ("b", 800), ("a", 100), ("b", 850), ("a", 120)]
+    tally = weighted(Weighting(by="finish"), *samples)
+    # a finished 1st and 2nd: 1 + 1/sqrt 2 = 1.707; b 3rd to 5th: .577 + .5 + .447 = 1.524
+    assert tally.weights == pytest.approx((1.52457, 1.70711), abs=1e-5)
+    assert winner(tally) == "a"
+    assert winner(weighted(Weighting(), *samples)) == "b"
+
+
+def test_weights_by_length() -> None:
+    tally = weighted(Weighting(by="length"), ("b", 400), ("a", 100), ("b", 200), ("b", 0 + 800))
+    assert tally.weights == pytest.approx((0.25 + 0.5 + 0.125, 1.0))
+    assert winner(tally) == "a"
+
+
+def test_weights_by_confidence() -> None:
+    tally = weighted(Weighting(by="confidence"), ("b", 10, -2.0), ("b", 11, -2.0), ("a", 12, -0.1))
+    assert winner(tally) == "a"
+    assert tally.weights == pytest.approx((2 * 0.135335, 0.904837), abs=1e-5)
+    assert winner(weighted(Weighting(by="confidence"), ("b", 10), ("b", 11), ("a", 12))) == "b", "unknown: 1 each"
+
+
+def test_guess_like_answers_are_damped() -> None:
+    damped = Weighting(damp_guesses=True)
+    for guess in ("20", "0", "1", "300", "-5"):
+        tally = weighted(damped, (guess, 10), ("57", 20))
+        assert winner(tally) == "57"
+        assert tally.weights == (0.6, 1.0)
+    for text in ("21", "150", "1/2", "x"):
+        assert winner(weighted(damped, (text, 10), ("57", 20))) == text
+    assert winner(weighted(damped, ("0", 10), ("0", 11), ("57", 20))) == "0", "0 is an answer, only a cheap one"
+
+
+@pytest.mark.parametrize("by", ["majority", "finish", "length", "confidence"])
+def test_weighted_winners_do_not_depend_on_the_arrival(by: WeighBy) -> None:
+    samples = [("a", 50, 0, -0.3), ("b", 20, 1, -0.4), ("b", 90, 2, -0.1), ("a", 30, 3, -0.2), ("c", 10, 4, -0.05)]
+    found = set()
+    for order in itertools.permutations(samples):
+        tally = Tally(weighting=Weighting(by=by))
+        for text, tokens, index, confidence in order:
+            tally = tally.add(answer(text), tokens=tokens, index=index, same=never, confidence=confidence)
+        found.add((winner(tally), tally.lead))
+    assert len(found) == 1
+
+
+def test_weightings_read_and_refuse() -> None:
+    assert parse_weighting(" length + damped ") == Weighting(by="length", damp_guesses=True)
+    assert parse_weighting("damped").text == "majority+damped"
+    for text in ("lenght", "length+finish", "", "majority+x"):
+        with pytest.raises(UsageError, match="unknown weighting"):
+            parse_weighting(text)
+    with pytest.raises(UsageError, match="did you mean 'length'"):
+        parse_weighting("lenght")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,13 @@ from trtkit.errors import InputError, UnsupportedError, UsageError
 from trtkit.recipe import Limits, Recipe
 from trtkit.runtime.load import OpenOptions, open_engine
 from trtkit.runtime.model import DecoderModel
+from trtkit.training.publish import token_order
 from trtkit.training.rows import read_rows
 from trtkit.training.run import TrainingPlan, train_head
 from trtkit.training.target import draft_batch
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +83,61 @@ def test_a_head_is_trained_published_and_measured(head_dir: Path) -> None:
 
 def test_the_rows_own_solutions_can_be_the_text(model_dir: Path, tmp_path: Path) -> None:
     report = train_head(_plan(model_dir, own=False, epochs=6.0), tmp_path, device=CPU)
+    assert report is not None
     # All solutions follow one pattern, so even this head learns most of it.
     assert report.hits[0].top1[0] > 0.3
+
+
+def test_training_goes_on_from_a_trained_head(model_dir: Path, head_dir: Path, tmp_path: Path) -> None:
+    report = train_head(_plan(model_dir, start_from=str(head_dir), epochs=0.1, rate=1e-6), tmp_path, device=CPU)
+    assert report is not None
+    first, again = (
+        load_drafter(directory, dtype=torch.float32, device=CPU).state_dict() for directory in (head_dir, tmp_path)
+    )
+    assert first.keys() == again.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(again[name], weight, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_head_that_one_does(model_dir: Path, tmp_path: Path) -> None:
+    """The command line under torchrun, gloo on the CPU: the same curve as one process with the same two parts."""
+    rows = save_problems(tmp_path / "rows.jsonl", 60)
+    arguments = [
+        "-m", "trtkit.cli", "train-drafter", "--model", str(model_dir), "--problems",
+        str(rows), "--rows", "60", "--exit-dim", "64", "--batch-tokens", "200", "--parts",
+        "2", "--epochs", "3", "--max-tokens", "140", "--device", "cpu", "--threads", "1", "--window", "64",
+    ]  # fmt: skip
+    alone = [sys.executable, *arguments, "--out", str(tmp_path / "one")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    shared = [sys.executable, *launcher, *arguments, "--out", str(tmp_path / "two")]
+    for command in (alone, shared):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("next:") == 1, "only the first process speaks"
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [line["update"] for line in one] == [line["update"] for line in two]
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+
+
+def test_an_update_that_cannot_be_shared_out_is_refused(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="over 2 processes"):
+        train_head(_plan(model_dir), tmp_path, device=CPU)
+
+
+def test_the_most_frequent_tokens_come_first() -> None:
+    samples = [
+        Sample(problem="a", tokens=(9, 9, 9, 4, 4, 2), prompt=3),
+        Sample(problem="b", tokens=(9, 7, 4, 2), prompt=1),
+    ]
+    assert token_order(samples, 10).tolist() == [4, 2, 7, 0, 1, 3, 5, 6, 8, 9]
 
 
 def test_another_training_in_the_same_place_is_refused(model_dir: Path, head_dir: Path) -> None:

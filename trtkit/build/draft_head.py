@@ -10,7 +10,7 @@ from trtkit.chat import Chat
 from trtkit.errors import CheckpointError, UnsupportedError
 from trtkit.files import digest_file, read_json
 from trtkit.model_spec import ModelSpec
-from trtkit.recipe import DRAFTER_DIR, TRAINING_FILE
+from trtkit.recipe import DRAFTER_DIR, TOKEN_ORDER_FILE, TRAINING_FILE
 
 __all__ = ["add_head", "check_head"]
 
@@ -49,7 +49,9 @@ def add_head(directory: Path, stage: Path) -> dict[str, str]:
     """Copy the head into the engine directory; digests of its files by their path in it."""
     target = stage / DRAFTER_DIR
     target.mkdir()
-    names = [name for name in (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE) if (directory / name).is_file()]
+    names = [
+        name for name in (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE, TOKEN_ORDER_FILE) if (directory / name).is_file()
+    ]
     for name in names:
         shutil.copyfile(directory / name, target / name)
     return {f"{DRAFTER_DIR}/{name}": digest_file(target / name) for name in names}

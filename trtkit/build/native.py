@@ -17,7 +17,7 @@ from trtkit.checkpoint.convert import check_alignment, convert
 from trtkit.checkpoint.hf import EMBEDDING, HfCheckpoint, check_finite, open_source, resolve_source
 from trtkit.checkpoint.quality import measure_quality
 from trtkit.checkpoint.unified import open_unified
-from trtkit.errors import InputError, OutputError, QualityError, UsageError
+from trtkit.errors import CheckpointError, InputError, OutputError, QualityError, UsageError
 from trtkit.files import staged_dir
 from trtkit.log import logger
 from trtkit.quant.calibrate import CalibrationOptions, Calibrator, DataFree, LayerwiseCalibrator
@@ -25,7 +25,7 @@ from trtkit.quant.modelopt import ModeloptCalibrator, require_modelopt
 from trtkit.recipe import ENGINE_FILE, EngineManifest, Quality, Recipe, write_manifest
 from trtkit.scheme import QuantScheme, scheme_named
 
-__all__ = ["build_native"]
+__all__ = ["build_native", "check_target"]
 
 
 def build_native(
@@ -53,7 +53,8 @@ def build_native(
     if max_kl is not None and not max_kl > 0:
         raise UsageError(f"--max-kl {max_kl}: must be a positive number")
     directory = resolve_source(recipe.model)
-    _check_target(out, directory, force)
+    check_target(out, directory, force)
+    before = _state(directory)
     source = open_source(directory)
     check_alignment(source.spec, scheme)
     if drafter is not None:
@@ -88,17 +89,35 @@ def build_native(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         )
         write_manifest(stage, manifest)
+        changed = [name for name, state in _state(directory).items() if before.get(name) != state]
+        if changed:
+            raise CheckpointError(
+                "the checkpoint changed while it was read; nothing was kept",
+                where=str(directory),
+                offenders=changed,
+                hint="wait until it is whole (a download may still be running), then build again",
+            )
     return manifest
 
 
-def _check_target(out: Path, source: Path, force: bool) -> None:
-    """``--force`` replaces engines, never other directories, and never the source."""
+def _state(directory: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file that a build reads: enough to notice that one was replaced."""
+    found = {}
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".safetensors", ".json"):
+            facts = path.stat()
+            found[path.name] = (facts.st_size, facts.st_mtime_ns)
+    return found
+
+
+def check_target(out: Path, source: Path, force: bool, mark: str = ENGINE_FILE) -> None:
+    """``--force`` replaces engines (directories with the file ``mark``), never others, and never the source."""
     target, origin = out.resolve(), source.resolve()
     if target == origin or target in origin.parents:
         raise UsageError("the output would replace the checkpoint it is built from", where=str(out))
-    if force and out.is_dir() and any(out.iterdir()) and not (out / ENGINE_FILE).is_file():
+    if force and out.is_dir() and any(out.iterdir()) and not (out / mark).is_file():
         raise OutputError(
-            "is not an engine directory, and --force replaces nothing else",
+            f"is not what --force may replace (no {mark})",
             where=str(out),
             hint="choose another --out",
         )

@@ -23,12 +23,13 @@ from trtkit.quant.group import quantize_group
 from trtkit.quant.tensor import FP8_MAX, LinearWeights
 from trtkit.scheme import QuantScheme
 
-__all__ = ["check_alignment", "convert"]
+__all__ = ["COMPANIONS", "check_alignment", "convert"]
 
-_COMPANIONS = (
+COMPANIONS = (
     "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "generation_config.json", "LICENSE*",
 )  # fmt: skip
+"""Files that belong to the model and go where its weights go."""
 
 
 def check_alignment(spec: ModelSpec, scheme: QuantScheme) -> None:
@@ -138,7 +139,7 @@ def _companions(source: HfCheckpoint, out: Path, scheme: QuantScheme, pre_scale:
         write_json(out / QUANT_FILE, quant)
     write_json(out / "config.json", unified_config(source.config, source.spec, quant))
     for path in sorted(source.directory.iterdir()):
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _COMPANIONS):
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
             shutil.copyfile(path, out / path.name)
     names = sorted(path.name for path in out.iterdir() if path.suffix != ".safetensors")
     return {name: digest_file(out / name) for name in names}

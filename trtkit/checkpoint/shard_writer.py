@@ -18,7 +18,7 @@ from trtkit.checkpoint.shards import CODES, INDEX, SINGLE, Layout, bytes_of
 from trtkit.errors import OutputError
 from trtkit.files import write_json
 
-__all__ = ["ShardWriter"]
+__all__ = ["ShardWriter", "check_space", "layout_bytes"]
 
 
 class ShardWriter:
@@ -28,13 +28,16 @@ class ShardWriter:
     ``staged_dir``, which cleans up.
     """
 
-    def __init__(self, directory: Path, layout: Layout, *, shard_bytes: int = 1_000_000_000) -> None:
+    def __init__(
+        self, directory: Path, layout: Layout, *, shard_bytes: float = 1_000_000_000, single: str = SINGLE
+    ) -> None:
+        """``single`` names the file when one is enough; ``shard_bytes`` of infinity makes it enough."""
         self._directory = directory
         self._layout = dict(layout)
         self._plan = _split(layout, shard_bytes)
         count = len(self._plan)
         self._files = (
-            [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+            [single] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         )
         self._order = iter([(shard, name) for shard, names in enumerate(self._plan) for name in names])
         self._stream: BinaryIO | None = None
@@ -42,14 +45,7 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         self.digests: dict[str, str] = {}
         """SHA-256 by file name, complete after :meth:`close`."""
-        needed = sum(_nbytes(*entry) for entry in layout.values())
-        free = shutil.disk_usage(directory).free
-        if needed > free:
-            raise OutputError(
-                f"the disk is too full: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
-                where=str(directory.parent),
-                hint="free some space, or choose another place with --out",
-            )
+        check_space(directory, layout_bytes(layout))
 
     def write(self, name: str, pieces: Tensor | Iterable[Tensor]) -> None:
         """Write the next tensor, whole or as flat pieces in order."""
@@ -116,11 +112,27 @@ class ShardWriter:
             self._hash = hashlib.sha256()
 
 
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of all tensors of the layout."""
+    return sum(_nbytes(*entry) for entry in layout.values())
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise :class:`OutputError` when the disk of ``directory`` cannot hold ``needed`` bytes more."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise OutputError(
+            f"the disk is too full: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+            where=str(directory.parent),
+            hint="free some space, or choose another place with --out",
+        )
+
+
 def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _split(layout: Layout, shard_bytes: int) -> list[list[str]]:
+def _split(layout: Layout, shard_bytes: float) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in layout.items():

@@ -69,11 +69,15 @@ class Shards:
         entry = self.entries[name]
         return _read(entry, entry.offset, entry.nbytes).view(entry.dtype).reshape(entry.shape)
 
-    def blocks(self, name: str, block_bytes: int = 1 << 26) -> Iterator[Tensor]:
-        """The tensor's values, flat, in pieces of at most ``block_bytes``."""
+    def blocks(
+        self, name: str, block_bytes: int = 1 << 26, *, first: int = 0, count: int | None = None
+    ) -> Iterator[Tensor]:
+        """The tensor's values, flat, in pieces of at most ``block_bytes``; only ``count`` of them from ``first`` on."""
         entry = self.entries[name]
-        for start in range(0, entry.nbytes, block_bytes):
-            size = min(block_bytes, entry.nbytes - start)
+        begin = first * entry.dtype.itemsize
+        end = entry.nbytes if count is None else min(entry.nbytes, begin + count * entry.dtype.itemsize)
+        for start in range(begin, end, block_bytes):
+            size = min(block_bytes, end - start)
             yield _read(entry, entry.offset + start, size).view(entry.dtype)
 
 

@@ -163,11 +163,15 @@ class UnifiedCheckpoint:
 
     def linear(self, layer: int, name: LinearName) -> LinearWeights:
         """One of the layer's four products, q, k, v (gate, up) stacked by rows."""
+        return concat_rows(self.parts(layer, name))
+
+    def parts(self, layer: int, name: LinearName) -> list[LinearWeights]:
+        """The linears of one product, apart, under the scales that they share."""
         parts = [self.part(layer, part) for part in LINEAR_PARTS[name]]
         if self.scheme.name == "fp8":
             parts = _share_scales(parts)
         self._check_shared(layer, name, parts)
-        return concat_rows(parts)
+        return parts
 
     def _check_shared(self, layer: int, name: LinearName, parts: list[LinearWeights]) -> None:
         """One product has one input: other writers' files may not agree on its scales."""

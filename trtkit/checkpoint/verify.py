@@ -10,12 +10,13 @@ from torch import Tensor
 
 from trtkit.checkpoint.hf import HfCheckpoint
 from trtkit.checkpoint.shards import raise_damaged
-from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
+from trtkit.checkpoint.trtllm_reader import open_checkpoint
+from trtkit.checkpoint.unified import UnifiedCheckpoint
 from trtkit.files import digest_file
 from trtkit.log import Progress
 from trtkit.quant.group import effective_weight
 from trtkit.quant.tensor import dequantize
-from trtkit.recipe import read_manifest
+from trtkit.recipe import ENGINE_FILE, read_manifest
 
 __all__ = ["TensorError", "relative_error", "tensor_errors", "verify_engine"]
 
@@ -29,24 +30,26 @@ class TensorError:
     """||W - Q|| / ||W||, Frobenius."""
 
 
-def verify_engine(directory: Path) -> int:
-    """Compare every file with the digest in engine.json; returns how many files were checked.
+def verify_engine(directory: Path, name: str = ENGINE_FILE) -> int:
+    """Compare every file with the digest in engine.json, or in the manifest ``name``; returns how many were checked.
 
     Raises :class:`CheckpointError` listing every missing, changed or damaged file, :class:`EngineError` when the
     directory is no engine.
     """
-    digests = read_manifest(directory).checkpoint_digest
+    manifest = read_manifest(directory, name)
+    digests = manifest.checkpoint_digest
     problems = []
     with Progress("verify", total=len(digests), unit="files") as progress:
-        for name, digest in digests.items():
-            path = directory / name
+        for file, digest in digests.items():
+            path = directory / file
             if not path.is_file():
-                problems.append(f"{name}: missing")
+                problems.append(f"{file}: missing")
             elif digest_file(path) != digest:
-                problems.append(f"{name}: its contents have changed since the build")
+                problems.append(f"{file}: its contents have changed since the build")
             progress.advance()
     raise_damaged(directory, problems, "the engine is not what was built")
-    open_unified(directory)
+    if manifest.backend == "torch":
+        open_checkpoint(directory)
     return len(digests)
 
 

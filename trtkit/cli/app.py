@@ -12,7 +12,20 @@ from typing import Annotated, cast
 import typer
 
 from trtkit import __version__
-from trtkit.cli import bench, build, doctor, inspect, plan, solve, train_drafter
+from trtkit.cli import (
+    bench,
+    build,
+    compile,
+    doctor,
+    export,
+    inspect,
+    plan,
+    report,
+    revote,
+    solve,
+    train_difficulty,
+    train_drafter,
+)
 from trtkit.errors import TrtkitError
 from trtkit.log import set_up_logging
 
@@ -23,6 +36,7 @@ _INTERRUPTED = 130
 _AFTER_INTERRUPT = {
     "solve": "what was solved is kept; the same command goes on from there",
     "build": "nothing half-made was kept; run the same command again",
+    "compile": "nothing half-made was kept; run the same command again",
 }
 # Newer typer brings its own copy of click, older typer uses the package: take the classes from typer itself.
 _UsageProblem = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
@@ -58,7 +72,9 @@ def _global_options(
     set_up_logging(verbose=verbose or debug, quiet=quiet)
 
 
-for _module in (build, train_drafter, solve, plan, doctor, inspect, bench):
+for _module in (
+    build, compile, export, train_drafter, train_difficulty, solve, revote, report, plan, doctor, inspect, bench,
+):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 
 

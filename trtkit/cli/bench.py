@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trtkit.cli.engines import chosen_engine
-from trtkit.cli.options import Device, Json, Threads, Tree, drafting_named
+from trtkit.bundled import PRACTICE, drafter_named
+from trtkit.cli.engines import BUILT, chosen_engine
+from trtkit.cli.options import Device, Json, Model, Out, Threads, Tree, drafting_named
 from trtkit.cli.output import facts, finish, gigabytes, notice, table
+
+if TYPE_CHECKING:
+    from trtkit.bench.engines import BenchOptions, Point
+    from trtkit.bench.machine import Machine
 
 
 def command(
@@ -25,22 +31,110 @@ def command(
         Path | None, typer.Option("--problems", help="JSONL whose prompts to use; default: random tokens.")
     ] = None,
     tree: Tree = "auto",
+    drafter: Annotated[
+        Path | None, typer.Option("--drafter", help="Draft head in place of the engine's own ('practice': bundled).")
+    ] = None,
+    draft_vocabulary: Annotated[
+        int | None, typer.Option("--draft-vocabulary", help="Draft only the N most frequent tokens.")
+    ] = None,
+    draft_precision: Annotated[
+        str, typer.Option("--draft-precision", help="Of the head's output layer: model or int8.")
+    ] = "model",
+    temperature: Annotated[float, typer.Option("--temperature", min=0, max=100, help="Of the sampling.")] = 1.0,
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Open each engine this often; plain and drafting take turns.")
+    ] = 1,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time of a step goes, in place of speeds.")
+    ] = False,
+    suite: Annotated[
+        bool, typer.Option("--suite", help="Build and measure every precision of --model; JSON and PNG in --out.")
+    ] = False,
+    model: Model = PRACTICE,
+    out: Out = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = True,
 ) -> None:
-    """Measure memory bandwidth, then prefill and decode speed of engines. The last line is one JSON document."""
-    engines = engine or [chosen_engine(None)]
+    """Measure memory bandwidth, then prefill and decode speed of engines, plain and with their draft heads.
 
-    from trtkit.bench import BenchOptions, measure
+    The last line is one JSON document.
+    """
+    engines = [] if suite else engine or [chosen_engine(None)]
+
+    from trtkit.bench.engines import BenchOptions, measure
+    from trtkit.runtime.draft_head import HeadOptions
 
     speculative, shape = drafting_named(tree)
     options = BenchOptions(
         batches=tuple(batch or (1, 8, 32)), prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats,
-        device=device, threads=threads, problems=problems, speculative=speculative, tree=shape,
+        rounds=rounds, device=device, threads=threads, problems=problems, temperature=temperature,
+        speculative=speculative, tree=shape, drafter=drafter_named(drafter),
+        head=HeadOptions(vocabulary=draft_vocabulary, precision=draft_precision),  # type: ignore[arg-type]
     )  # fmt: skip
-    result = measure(engines, options)
-    machine = result.machine
+    if profile:
+        _profile(engines, options, as_json=as_json)
+        return
+    if suite:
+        from trtkit.bench.suite import measure_suite
+
+        target = out or BUILT / f"suite-{Path(model).name.lower()}"
+        result = measure_suite(model, target, options)
+    else:
+        result = measure(engines, options)
+    _show_machine(result.machine)
+    notice("")
+    _show_points(result.points)
+    notice("")
+    notice("ceiling, decode and prefill in tok/s over all rows; ceiling = memory bandwidth / bytes per step.")
+    drafting = [point for point in result.points if point.drafter is not None]
+    if drafting:
+        notice("")
+        _show_drafting(drafting)
+    if suite:
+        notice("")
+        notice(f"files: {target}/suite.json, suite.png")
+    finish("trtkit solve problems.jsonl", result.document() if as_json else None)
+
+
+def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -> None:
+    from trtkit.bench.profile import KINDS, profile_engine
+
+    found = [profile_engine(directory, batch, options) for directory in engines for batch in options.batches]
+    headings = ("engine", "batch", "step", *KINDS)
+    table(
+        headings,
+        [
+            (
+                Path(step.engine).name,
+                str(step.batch),
+                f"{1e3 * step.step_seconds:.2f} ms",
+                *(f"{step.kinds[kind] / step.step_seconds:.0%}" for kind in KINDS),
+            )
+            for step in found
+        ],
+        right=headings[1:],
+    )
+    notice("")
+    phases = ("phases", "batch", "prefill", "draft", "verify", "accept")
+    table(
+        phases,
+        [
+            (
+                Path(step.engine).name,
+                str(step.batch),
+                *(f"{1e3 * step.phases.get(name, 0.0):.2f} ms" for name in phases[2:]),
+            )
+            for step in found
+        ],
+        right=phases[1:],
+    )
+    notice("")
+    notice("measured under a profiler, which takes time itself: read the shares")
+    finish("trtkit bench --engine DIR", {"profiles": [step.document() for step in found]} if as_json else None)
+
+
+def _show_machine(machine: Machine) -> None:
     facts(
         "machine",
         {
@@ -52,9 +146,11 @@ def command(
             "load": f"{machine.load_average:.1f}" + (" (busy: figures too low)" if machine.busy else ""),
         },
     )
-    notice("")
+
+
+def _show_points(points: Sequence[Point]) -> None:
     headings = ("engine", "precision", "drafter", "batch", "bytes/step", "ceiling", "decode", "of ceiling",
-                "tok/step", "prefill")  # fmt: skip
+                "speed-up", "prefill")  # fmt: skip
     table(
         headings,
         [
@@ -67,13 +163,33 @@ def command(
                 f"{point.ceiling_tokens_per_second:,.0f}",
                 f"{point.tokens_per_second:,.1f}",
                 f"{point.roofline_fraction:.1%}",
-                f"{point.tokens_per_step:.2f}",
+                "" if point.speedup is None else f"{point.speedup:.2f}x",
                 f"{point.prefill_tokens_per_second:,.0f}",
             )
-            for point in result.points
+            for point in points
         ],
         right=headings[3:],
     )
-    notice("")
-    notice("ceiling, decode and prefill in tok/s over all rows; ceiling = memory bandwidth / bytes per step.")
-    finish("trtkit solve problems.jsonl", result.document() if as_json else None)
+
+
+def _show_drafting(points: Sequence[Point]) -> None:
+    """How good the drafts are, and where a step's time goes."""
+    headings = ("drafting", "batch", "tok/step", "accepted at least 1, 2, ...", "draft", "verify", "accept")
+    table(
+        headings,
+        [
+            (
+                f"{Path(point.engine).name} {point.drafter}",
+                str(point.batch),
+                f"{point.tokens_per_step:.2f}",
+                " ".join(f"{share:.0%}" for share in point.accepted_by_depth),
+                *(f"{1e3 * point.phase_seconds.get(name, 0.0):.2f} ms" for name in headings[4:]),
+            )
+            for point in points
+        ],
+        right=(*headings[1:3], *headings[4:]),
+    )
+    # At a large batch the automatic choice may well be not to draft.
+    judged = [point.tokens_per_step for point in points if point.drafter != "auto" or point.batch == 1]
+    if judged and min(judged) < 1.5:
+        notice("warning: below 1.5 tokens per step a draft head rarely pays; measure it on problems of its kind")

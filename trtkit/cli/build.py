@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 
-from trtkit.bundled import PRACTICE
+from trtkit.bundled import PRACTICE, drafter_named
+from trtkit.cli.build_report import report_built
 from trtkit.cli.engines import BUILT
 from trtkit.cli.options import Json, Model, Out, tree_named
-from trtkit.cli.output import facts, finish
-from trtkit.errors import UnsupportedError, UsageError
+from trtkit.cli.output import finish, notice
+from trtkit.errors import UsageError
 from trtkit.files import nearest
-from trtkit.gpu import profile_named
+from trtkit.gpu import detect, profile_named
 from trtkit.plan import check_precision
 from trtkit.recipe import Limits, Recipe
 from trtkit.scheme import SCHEMES, KvDtype, scheme_named
@@ -30,7 +31,9 @@ def command(
     gpu: Annotated[
         str, typer.Option("--gpu", help="GPU that will run it (l4, l4x4, h100, ...); checked and recorded.")
     ] = "cpu",
-    backend: Annotated[str, typer.Option("--backend", help="torch.")] = "torch",
+    backend: Annotated[
+        str, typer.Option("--backend", help="torch, or tensorrt-llm (compiled; needs --gpu).")
+    ] = "torch",
     kv_dtype: Annotated[str, typer.Option("--kv-dtype", help="KV cache: model (16 bit), fp8 or int8.")] = "model",
     int4_method: Annotated[
         str, typer.Option("--int4-method", help="awq (activation-aware) or rtn (no data needed).")
@@ -39,9 +42,13 @@ def command(
         float, typer.Option("--smooth-alpha", min=0, max=1, help="int8-sq: SmoothQuant's alpha, 0..1.")
     ] = 0.5,
     drafter: Annotated[
-        Path | None, typer.Option("--drafter", help="Draft head (from train-drafter) to go with the engine.")
+        Path | None,
+        typer.Option("--drafter", help="Draft head (from train-drafter, or 'practice') to go with the engine."),
     ] = None,
     tree: Annotated[str, typer.Option("--tree", help="Draft tree, beams x length.")] = "1x3",
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="tensorrt-llm with --drafter: build for temperature 0 only.")
+    ] = False,
     calibrator: Annotated[str, typer.Option("--calibrator", help="trtkit or modelopt.")] = "trtkit",
     calibration: Annotated[
         Path | None,
@@ -55,49 +62,69 @@ def command(
         float | None,
         typer.Option("--max-kl", help="Fail, and keep nothing, when the mean KL to bf16 exceeds this."),
     ] = None,
+    prepare_only: Annotated[
+        bool,
+        typer.Option("--prepare-only", help="tensorrt-llm: write a bundle that `trtkit compile` finishes elsewhere."),
+    ] = False,
+    print_command: Annotated[
+        bool,
+        typer.Option("--print-command", help="tensorrt-llm: print the trtllm-build line and stop."),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="tensorrt-llm: ranks compiled at once; default: one per GPU."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
     as_json: Json = False,
 ) -> None:
     """Build an engine from a checkpoint: quantize, check the quality, write everything that solving needs."""
+    compiled, drafter = backend == "tensorrt-llm", drafter_named(drafter)
     _check_names(precision, backend, kv_dtype, int4_method, calibrator)
-    scheme = scheme_named(precision)
-    check_precision(scheme, profile_named(gpu))
+    elsewhere = {"--greedy": greedy, "--prepare-only": prepare_only, "--print-command": print_command}
+    if not compiled:
+        _refuse({**elsewhere, "--workers": workers is not None})
+    elif greedy and drafter is None:
+        raise UsageError("--greedy: only with --drafter", hint="a plain engine takes any temperature per request")
+    profile = profile_named(gpu)
+    if compiled and profile.is_cpu and not (prepare_only or print_command):
+        profile = detect()
+    check_precision(scheme_named(precision), profile)
     recipe = Recipe(
         model=model,
         precision=precision,
-        gpu=profile_named(gpu).name,
+        gpu=profile.name,
         kv_dtype=kv_dtype,  # type: ignore[arg-type]  # _check_names has seen the four of them
+        backend=backend,  # type: ignore[arg-type]
+        tensor_parallel=profile.count if compiled else 1,
         int4_method=int4_method,  # type: ignore[arg-type]
         calibrator=calibrator,  # type: ignore[arg-type]
         limits=Limits(batch=batch, prompt_tokens=min(prompt_tokens, total_tokens), total_tokens=total_tokens),
         smooth_alpha=smooth_alpha,
         tree=tree_named(tree) if drafter is not None else None,
+        greedy=greedy,
         calibration_rows=calibration_rows,
     )
-    target = out or BUILT / f"{_stem(model)}-{precision}"
+    if not compiled:
+        target = out or BUILT / f"{_stem(model)}-{precision}"
+        from trtkit.build.native import build_native
 
-    from trtkit.build.native import build_native
+        manifest = build_native(recipe, target, calibration=calibration, drafter=drafter, max_kl=max_kl, force=force)
+        return report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {target}", as_json)
 
-    manifest = build_native(recipe, target, calibration=calibration, drafter=drafter, max_kl=max_kl, force=force)
-    quality = manifest.quality
-    shown = {"directory": str(target), "precision": precision, "backend": manifest.backend}
-    document: dict[str, Any] = {
-        "engine_dir": str(target), "precision": precision, "backend": manifest.backend, "quality": None,
-    }  # fmt: skip
-    if quality is not None:
-        shown["mean KL to bf16"] = f"{quality.kl_mean:.3g} nats over {quality.tokens:,} tokens"
-        shown["top-1 agreement"] = f"{quality.top1_agreement:.2%}"
-        shown["perplexity"] = f"{quality.perplexity:.4g} (bf16: {quality.perplexity_bf16:.4g})"
-        if quality.worst_tensors:
-            name, error = quality.worst_tensors[0]
-            shown["worst tensor"] = f"{name}, relative error {error:.2%}"
-        document["quality"] = {
-            "tokens": quality.tokens, "kl_mean": quality.kl_mean, "top1_agreement": quality.top1_agreement,
-            "perplexity": quality.perplexity, "perplexity_bf16": quality.perplexity_bf16,
-            "worst_tensors": [list(pair) for pair in quality.worst_tensors],
-        }  # fmt: skip
-    facts("engine", shown)
-    finish(f"trtkit solve problems.jsonl --engine {target}", document if as_json else None)
+    from trtkit.build.bundle import Sources, build_trtllm, equivalent_command, prepare_bundle
+
+    sources = Sources(calibration=calibration, drafter=drafter, max_kl=max_kl)
+    target = out or BUILT / f"{_stem(model)}-{precision}-{recipe.gpu}{'-bundle' if prepare_only else ''}"
+    if print_command:
+        line = equivalent_command(recipe, sources, target)
+        notice(line)
+        return finish("drop --print-command to build it", {"command": line} if as_json else None)
+    if prepare_only:
+        manifest = prepare_bundle(recipe, target, sources, force=force)
+        return report_built("bundle", manifest, target, f"copy {target} to the GPU host, then: trtkit compile "
+                            f"{target.name}", as_json)  # fmt: skip
+    manifest = build_trtllm(recipe, target, sources, workers=workers, force=force)
+    return report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {target}", as_json)
 
 
 def _stem(model: str) -> str:
@@ -121,8 +148,9 @@ def _check_names(precision: str, backend: str, kv_dtype: str, int4_method: str, 
     ]
     if wrong:
         raise UsageError("options that make no sense", offenders=wrong, hint="see: trtkit build --help")
-    if backend == "tensorrt-llm":
-        raise UnsupportedError(
-            "the tensorrt-llm backend is not in this version",
-            hint="use --backend torch, which needs no TensorRT and runs on CPU and CUDA",
-        )
+
+
+def _refuse(given: Mapping[str, bool]) -> None:
+    wrong = [name for name, used in given.items() if used]
+    if wrong:
+        raise UsageError(f"{', '.join(wrong)}: only with --backend tensorrt-llm", hint="see: trtkit build --help")

@@ -13,6 +13,8 @@ from trtkit.errors import CheckpointError
 _NEXT = {
     "engine": "trtkit solve problems.jsonl --engine {path}",
     "checkpoint": "trtkit build --precision fp8 --model {path}",
+    "TensorRT-LLM checkpoint": "trtllm-build --checkpoint_dir {path} on the GPU host",
+    "bundle for trtkit compile": "trtkit compile {path}, on the GPU host",
     "run of trtkit solve": "less {path}/solutions.jsonl",
 }
 

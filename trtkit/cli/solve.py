@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trtkit.cli.engines import chosen_engine
 from trtkit.cli.options import Device, Json, Out, Threads, Tree, drafting_named
 from trtkit.cli.output import facts, finish, notice, show
+
+if TYPE_CHECKING:
+    from trtkit.solve.sandbox import SandboxOptions
+    from trtkit.solve.summary import Summary
 
 
 def command(
@@ -18,7 +23,7 @@ def command(
         Path | None, typer.Option("--engine", help="Engine directory; default: the latest in engines/built.")
     ] = None,
     out: Out = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Samples per problem.")] = 16,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Samples per problem.")] = 32,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", help="Longest sample; the engine's own limit may be lower.")
     ] = 16384,
@@ -32,24 +37,66 @@ def command(
     min_p: Annotated[
         float, typer.Option("--min-p", min=0, max=1, help="Drop tokens below this share of the best.")
     ] = 0.05,
+    switch_penalty: Annotated[
+        str | None,
+        typer.Option("--switch-penalty", help="ALPHA,BETA[,WORD...]: hold each thought for BETA tokens, e.g. 3,600."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same samples.")] = 0,
+    time_limit: Annotated[
+        str | None,
+        typer.Option("--time-limit", help="For everything, e.g. 90s, 10m, 5h. Past it, answers come at once."),
+    ] = None,
+    reserve: Annotated[
+        str | None, typer.Option("--reserve", help="Part of the time limit that is kept back; default: 1 %.")
+    ] = None,
+    difficulty: Annotated[
+        Path | None, typer.Option("--difficulty", help="From train-difficulty: harder problems get more of the clock.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="competition: sequential, stop rules, everything is answered.")
+    ] = None,
     order: Annotated[
-        str, typer.Option("--order", help="pooled (all in one batch) or sequential (one problem at a time).")
-    ] = "pooled",
+        str | None, typer.Option("--order", help="pooled (default, all in one batch) or sequential (one at a time).")
+    ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option("--stop", help="Rule beside 'unassailable', e.g. 'agree(4)'. Repeatable."),
+        typer.Option(
+            "--stop", help="Rules beside 'unassailable', e.g. 'beta(0.95)+stragglers(2)', or none. Repeatable."
+        ),
     ] = None,
     full_vote: Annotated[
         bool, typer.Option("--full-vote", help="Run every sample to its end, to measure pass@1.")
     ] = False,
     stop_at: Annotated[
-        str, typer.Option("--stop-at", help="A sample ends at: think (</think>) or eos (end of turn).")
+        str, typer.Option("--stop-at", help="A sample ends at: think (</think>), first-box or eos (end of turn).")
     ] = "think",
+    kill_loops: Annotated[
+        bool | None, typer.Option("--kill-loops/--no-kill-loops", help="End samples that go in circles; default: yes.")
+    ] = None,
+    force_close: Annotated[
+        bool | None,
+        typer.Option(
+            "--force-close/--no-force-close", help="Make samples answer whose budget or time is spent; default: yes."
+        ),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option("--weights", help="Votes weigh by: majority, finish or length; '+damped' for guesses.")
+    ] = "majority",
+    default_answer: Annotated[
+        str | None, typer.Option("--default-answer", help="What is answered where no sample gave an answer.")
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", help="Prompt variant; repeat to mix several over the samples."),
     ] = None,
+    tools: Annotated[
+        str | None, typer.Option("--tools", help="python: run the code that samples write, in a sandbox.")
+    ] = None,
+    tool_calls: Annotated[int, typer.Option("--tool-calls", min=1, help="Code blocks that a sample may have run.")] = 6,
+    tool_seconds: Annotated[float, typer.Option("--tool-seconds", min=0.1, help="Longest run of one block.")] = 2.0,
+    tools_unsafe: Annotated[
+        bool, typer.Option("--tools-unsafe", help="Run code even where it can reach the network or files.")
+    ] = False,
     answer_mode: Annotated[str, typer.Option("--answer-mode", help="auto or integer.")] = "auto",
     modulus: Annotated[int | None, typer.Option("--modulus", help="Reduce integer answers by it (AIMO: 1000).")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Most rows in flight.")] = None,
@@ -61,57 +108,134 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Solve problems by majority vote. Interrupt it at any time: the same command goes on from there."""
+    began = time.monotonic()
+
+    from trtkit.chat import VARIANTS, load_chat
+    from trtkit.errors import UsageError
+    from trtkit.log import logger
+    from trtkit.recipe import read_manifest
     from trtkit.runtime.api import SamplingParams
+    from trtkit.runtime.processors import read_switch_penalty
+    from trtkit.runtime.trtllm_sampling import notices_for
     from trtkit.solve.answers import AnswerMode
+    from trtkit.solve.clock import parse_duration
+    from trtkit.solve.difficulty import predict_tokens
     from trtkit.solve.options import SolveOptions
+    from trtkit.solve.policy import policy_named
+    from trtkit.solve.problems import read_problems
 
     directory = chosen_engine(engine)
     defaults = SolveOptions()
-    options = SolveOptions(
-        samples=samples,
-        max_tokens=max_tokens,
-        sampling=SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
-        variants=tuple(prompt) if prompt else defaults.variants,
-        seed=seed,
-        mode=AnswerMode(kind=answer_mode, modulus=modulus),  # type: ignore[arg-type]  # checked there
-        stop=tuple(stop or ()),
-        full_vote=full_vote,
-        stop_at=stop_at,  # type: ignore[arg-type]
-        order=order,  # type: ignore[arg-type]
-        outstanding=2 * batch if batch else defaults.outstanding,
-        save_text=save_text,
-    )
+    code = _tools_named(tools, calls=tool_calls, seconds=tool_seconds, unsafe=tools_unsafe)
+    fitting = tuple(name for name, variant in VARIANTS.items() if variant.tools == (code is not None))
+    variants = tuple(prompt) if prompt else fitting if code else defaults.variants
+    limit = parse_duration(time_limit) if time_limit else None
+    chosen: dict[str, Any] = dict(policy_named(policy, time_limit=limit)) if policy else {}
+    given = {"order": order, "stop": tuple(stop or ()) or None, "kill_loops": kill_loops, "force_close": force_close}
+    given["default_answer"] = default_answer
+    chosen |= {name: value for name, value in given.items() if value is not None}
+
+    def options(sampling: SamplingParams) -> SolveOptions:
+        return SolveOptions(
+            samples=samples,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            variants=variants,
+            seed=seed,
+            mode=AnswerMode(kind=answer_mode, modulus=modulus),  # type: ignore[arg-type]  # checked there
+            full_vote=full_vote,
+            stop_at=stop_at,  # type: ignore[arg-type]
+            weighting=weights,
+            outstanding=2 * batch if batch else defaults.outstanding,
+            time_limit=limit,
+            reserve=parse_duration(reserve) if reserve else None,
+            policy=policy,
+            tools=code,
+            save_text=save_text,
+            **chosen,
+        )
+
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    if difficulty is not None and limit is None:
+        raise UsageError("--difficulty scales the shares of a clock", hint="give it one, e.g. --time-limit 5h")
+    options(SamplingParams(**sampling))  # type: ignore[arg-type]  # refused before anything is read
+    manifest = read_manifest(directory)  # a wrong directory is told as such, before its tokenizer is missed
+    if manifest.recipe.greedy and not prompt:
+        variants = fitting
+    rows = read_problems(problems)
+    if difficulty is not None:
+        chosen["difficulty"] = predict_tokens(difficulty, rows)
+    chat = load_chat(directory)
+    switch = read_switch_penalty(switch_penalty, chat.encode, chat.decode) if switch_penalty else None
+    final = options(SamplingParams(**sampling, switch=switch))  # type: ignore[arg-type]
+    for text in notices_for(manifest, final.sampling):
+        logger.warning("note: %s", text)
     target = out or Path("runs") / f"{problems.stem}-{directory.resolve().name}"
 
-    from trtkit.chat import load_chat
-    from trtkit.log import logger
-    from trtkit.recipe import read_manifest
     from trtkit.runtime.load import OpenOptions, open_engine
     from trtkit.solve.display import observer_for, result_table
-    from trtkit.solve.problems import read_problems
     from trtkit.solve.run import Places, run_solve, sigterm_as_interrupt
 
-    read_manifest(directory)  # a wrong directory is told as such, before its tokenizer is missed
-    read_problems(problems)
     speculative, shape = drafting_named(tree)
     opening = OpenOptions(device=device, threads=threads, rows=batch, speculative=speculative, tree=shape)
     with sigterm_as_interrupt():
         outcome = run_solve(
             Places(problems=problems, engine=directory, out=target),
             lambda: open_engine(directory, opening),
-            load_chat(directory),
-            options,
+            chat,
+            final,
             observer=observer_for(quiet=not logger.isEnabledFor(20)),
             force_new=force_new,
+            began=began,
         )
-    summary = outcome.summary
     show(result_table(outcome.verdicts))
     notice("")
+    facts("summary", _shown(outcome.summary, target))
+    finish(f"trtkit inspect {target}", outcome.summary.document() if as_json else None)
+
+
+def _tools_named(name: str | None, *, calls: int, seconds: float, unsafe: bool) -> SandboxOptions | None:
+    """What ``--tools`` and its companions ask for; None without it."""
+    from trtkit.errors import UsageError
+    from trtkit.solve.sandbox import SandboxOptions
+
+    if name not in (None, "python"):
+        raise UsageError(f"unknown tools {name!r}", where="--tools", hint="python")
+    if name is None:
+        if unsafe:
+            raise UsageError("says how to run code, but no code is run", where="--tools-unsafe", hint="--tools python")
+        return None
+    return SandboxOptions(calls=calls, seconds=seconds, unsafe=unsafe)
+
+
+def _shown(summary: Summary, target: Path) -> dict[str, str]:
+    """The figures of a run, for people."""
     shown = {"answered": f"{summary.answered} of {summary.problems} problems"}
+    if summary.defaulted:
+        shown["answered"] += f", {summary.defaulted} with the default answer"
     if summary.accuracy is not None and summary.pass_at_1 is not None:
         shown["accuracy"] = f"{summary.accuracy:.1%} (maj@{summary.samples}; pass@1 {summary.pass_at_1:.1%})"
     shown["stopped early"] = f"{summary.stopped_early} problems"
+    if summary.time_limit is not None:
+        shown["stopped early"] += f", {summary.out_of_time} of them by the clock"
+        used = summary.seconds + summary.loading_seconds
+        shown["time"] = (
+            f"{used:.1f} of {summary.time_limit:.1f} s, {summary.loading_seconds:.1f} of them to start; "
+            f"a problem was given {summary.share_seconds or 0.0:.1f} s on average"
+        )
+    shown["samples"] = (
+        f"{summary.answers_per_problem:.1f} answers per problem; {summary.forced} made to answer, "
+        f"{summary.looped} ended in a loop, {summary.cancelled} cancelled"
+    )
     shown["tokens"] = f"{summary.tokens:,} in {summary.seconds:.1f} s: {summary.tokens_per_second:,.0f} tok/s"
+    engine = summary.engine
+    if engine is not None and engine.tokens_per_step is not None:
+        shown["engine"] = f"{engine.tokens_per_step:.2f} tokens per step, at most {engine.peak_rows} rows"
+        if engine.accepted_by_depth:
+            shares = ", ".join(f"{share:.0%}" for share in engine.accepted_by_depth)
+            shown["engine"] += f"; drafted tokens accepted by depth: {shares}"
+        if engine.phase_seconds:
+            phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in engine.phase_seconds.items())
+            shown["phases"] = phases
     shown["files"] = f"{target}/solutions.jsonl, journal.jsonl, run.json, summary.json"
-    facts("summary", shown)
-    finish(f"trtkit inspect {target}", summary.document() if as_json else None)
+    return shown

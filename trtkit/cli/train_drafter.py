@@ -35,11 +35,17 @@ def command(
     exit_dim: Annotated[
         int | None, typer.Option("--exit-dim", min=1, help="Width of the head; default: twice the hidden size.")
     ] = None,
+    start_from: Annotated[
+        Path | None, typer.Option("--start-from", help="Trained head to go on from; its shape is kept.")
+    ] = None,
     layers: Annotated[int, typer.Option("--layers", min=0, help="Residual blocks.")] = 2,
     rnn: Annotated[bool, typer.Option("--rnn/--no-rnn", help="Recurrent state, or a running sum.")] = True,
     depths: Annotated[int, typer.Option("--depths", min=1, help="Tokens to learn to draft.")] = 4,
     window: Annotated[int, typer.Option("--window", min=8, help="Tokens per solution that the loss sees.")] = 2048,
-    batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=8, help="Tokens per update.")] = 8192,
+    batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=8, help="Tokens per batch.")] = 8192,
+    parts: Annotated[
+        int, typer.Option("--parts", min=1, help="Batches per update; under torchrun shared out over the processes.")
+    ] = 1,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=8, help="Longest solution.")] = 4096,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
     device: Device = "auto",
@@ -63,11 +69,13 @@ def command(
         own=own,
         rows=rows,
         split=split,
+        start_from=None if start_from is None else str(start_from),
         exit_dim=exit_dim,
         layers=layers,
         rnn=rnn,
         window=window,
         tokens_per_part=batch_tokens,
+        parts=parts,
         epochs=epochs,
         rate=rate,
         objective=loss,  # type: ignore[arg-type]  # one of the two
@@ -78,6 +86,8 @@ def command(
     target = out or Path("engines/built") / f"{Path(model).name.lower()}-drafter"
     set_threads(threads)
     report = train_head(plan, target, device=device_named(device))
+    if report is None:  # another process of the same torchrun tells
+        return
     facts(
         "draft head",
         {

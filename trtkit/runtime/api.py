@@ -18,7 +18,7 @@ from typing import Protocol, Self
 
 from trtkit.errors import RequestError
 
-__all__ = ["Engine", "EngineStats", "FinishReason", "Request", "SamplingParams", "StepOutput"]
+__all__ = ["Engine", "EngineStats", "FinishReason", "Request", "SamplingParams", "StepOutput", "SwitchPenalty"]
 
 
 class FinishReason(StrEnum):
@@ -30,6 +30,29 @@ class FinishReason(StrEnum):
     """``max_tokens`` or the engine's total length was reached."""
     CANCELLED = "cancelled"
     """``cancel`` was called."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchPenalty:
+    """Holds a sample to its current thought: see :mod:`trtkit.runtime.processors`, which resolves words to tokens."""
+
+    alpha: float
+    """Taken from the logits of ``tokens``."""
+    beta: int
+    """For how many tokens from the beginning of a thought."""
+    tokens: tuple[int, ...]
+    """Ids that open another thought."""
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if not 0 <= self.alpha < float("inf"):
+            wrong.append(f"alpha {self.alpha}: must be 0 or positive, and finite")
+        if self.beta < 1:
+            wrong.append(f"beta {self.beta}: must be at least 1")
+        if not self.tokens or len(set(self.tokens)) < len(self.tokens):
+            wrong.append("tokens: must name at least one id, each once")
+        if wrong:
+            raise RequestError("switch penalty out of range", offenders=wrong)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +68,8 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    switch: SwitchPenalty | None = None
+    """Applied to the logits before everything above."""
 
     def __post_init__(self) -> None:
         wrong = []

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtkit.runtime.kv_cache import KvCache
+from trtkit.runtime.native.kernels import attend, attend_fits
 
 __all__ = ["Span", "VerifyBatch", "attend_prefill", "attend_verify"]
 
@@ -41,6 +42,8 @@ class VerifyBatch:
     """int64 (R * N,): where the nodes' keys and values go."""
     hidden_slots: Tensor
     """bool (R, N, S): True where a node must not look."""
+    native: bool = False
+    """Use the C++ kernel where the cache has its layout."""
 
 
 def attend_prefill(
@@ -74,6 +77,9 @@ def attend_verify(cache: KvCache, layer: int, batch: VerifyBatch, q: Tensor, k: 
     The g query heads of a KV head are folded into its query rows, so that each key is read once: one batched product
     of (g * N, D) x (D, S) per KV head and row.
     """
+    pools = cache.pools(layer)
+    if batch.native and attend_fits(pools[0], q.shape[2], cache.block_size, q.dtype):
+        return attend((q, k, v), pools, batch.blocks, batch.slots, batch.hidden_slots)
     cache.write(layer, batch.slots, k, v)
     keys, values = cache.read(layer, batch.blocks, batch.rows)
     kv_heads, rows, slots, head_dim = keys.shape

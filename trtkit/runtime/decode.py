@@ -25,6 +25,7 @@ from trtkit.decoder import Attend
 from trtkit.runtime.attention import Span, VerifyBatch, attend_prefill, attend_verify
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.processors import SwitchRows, penalise
 from trtkit.runtime.sampling import SamplingRows, pick
 from trtkit.runtime.scheduler import Row
 
@@ -141,7 +142,8 @@ def verify(model: DecoderModel, cache: KvCache, rows: Sequence[Row], at: Pending
     hidden_slots = (seen >= at.cached[:, None])[:, None, :].repeat(1, nodes, 1)
     hidden_slots.scatter_(2, places[:, None, :].expand(-1, nodes, -1), ~tree.mask)
     batch = VerifyBatch(
-        rows=count, nodes=nodes, blocks=table.flatten(), slots=slots.flatten(), hidden_slots=hidden_slots
+        rows=count, nodes=nodes, blocks=table.flatten(), slots=slots.flatten(), hidden_slots=hidden_slots,
+        native=model.native,
     )
 
     def attend(layer: int) -> Attend:
@@ -154,9 +156,21 @@ def verify(model: DecoderModel, cache: KvCache, rows: Sequence[Row], at: Pending
     )
 
 
-def accept(cache: KvCache, verified: Verified, tree: TokenTree, sampling: SamplingRows, at: Pending) -> AcceptedPath:
-    """Draw at every node, follow the tree, and move the path's keys and values next to what the row had."""
+def accept(
+    cache: KvCache,
+    verified: Verified,
+    tree: TokenTree,
+    sampling: SamplingRows,
+    at: Pending,
+    switch: Sequence[SwitchRows] = (),
+) -> AcceptedPath:
+    """Draw at every node, follow the tree, and move the path's keys and values next to what the row had.
+
+    ``switch`` changes the logits in place.
+    """
     count, nodes = tree.tokens.shape
+    if switch:
+        penalise(verified.logits, tree, switch)
     positions = at.cached[:, None] + 1 + tree.depth
     picks = pick(verified.logits.flatten(0, 1), sampling.repeat(nodes), positions.flatten()).view(count, nodes)
     path = follow(tree, picks)

@@ -86,6 +86,10 @@ class KvCache:
             codes = self._encode(fresh.transpose(0, 1), scale).contiguous()
             self._bytes(flat).index_copy_(1, slots, self._bytes(codes))
 
+    def pools(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of every block as they are stored: (kv_heads, blocks, block_size * D) each."""
+        return self._keys[layer], self._values[layer]
+
     def read(self, layer: int, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the listed blocks (R * B,), each (kv_heads, R, S, D) in the compute dtype."""
         shape = (self._kv_heads, rows, -1, self._head_dim)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import FP8_MAX, LinearWeights, dequantize
+from trtkit.runtime.native.kernels import activation_codes, loaded
 
 __all__ = ["Kernel", "runtime_linear"]
 
@@ -115,11 +116,15 @@ def _w8a8_onednn(weights: LinearWeights) -> Kernel:
     scale, zeros = weight.scale.float(), torch.zeros(weight.shape[0], dtype=torch.int32)
     bias = None if weights.bias is None else weights.bias.float()
     inverse, step_value = 1 / step, float(step)
+    native, inverse_value = loaded(), float(inverse)
     product = torch.ops.onednn.qlinear_pointwise
 
     def run(x: Tensor) -> Tensor:
         # Unsigned codes with zero point 128: signed ones have no kernel on CPUs without AMX (100x slower there).
-        codes = (x.float() * inverse).round_().add_(128).clamp_(0, 255).to(torch.uint8)
+        if native:
+            codes = activation_codes(x, inverse_value)
+        else:
+            codes = (x.float() * inverse).round_().add_(128).clamp_(0, 255).to(torch.uint8)
         out: Tensor = product(
             codes, step_value, 128, packed, scale, zeros, bias, 1.0, 0, torch.bfloat16, "none", [], ""
         )

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from drafter.checkpoint import DrafterError, load_drafter
 from drafter.config import TreeShape
-from trtkit.checkpoint.unified import open_unified
-from trtkit.errors import CapacityError, EngineError, UnsupportedError, UsageError
+from drafter.model import Drafter
+from trtkit.checkpoint.trtllm_parse import read_trtllm_config
+from trtkit.checkpoint.trtllm_reader import is_trtllm, merged_drafter, open_checkpoint
+from trtkit.errors import CapacityError, EngineError, UsageError
+from trtkit.files import digest_file
 from trtkit.model_spec import ModelSpec
-from trtkit.recipe import DRAFTER_DIR, EngineManifest, read_manifest
+from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, EngineManifest, Recipe, read_manifest
 from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
+from trtkit.runtime.draft_head import HeadOptions, open_head, with_kernels
 from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
+from trtkit.runtime.tree_memory import memory_file
 
 __all__ = ["OpenOptions", "compute_dtype", "device_named", "open_engine", "set_threads"]
 
@@ -44,21 +48,24 @@ class OpenOptions:
     """Use the engine's draft head if it has one. The tokens are the same either way."""
     tree: TreeShape | None = None
     """The draft tree; None lets the engine take the fastest one, or none, at each batch size."""
+    head: HeadOptions = field(default_factory=HeadOptions)
+    """How to run the draft head."""
+    drafter: Path | None = None
+    """A draft head in place of the engine's own, or for an engine without one."""
 
 
 def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
-    """Open an engine directory. Raises :class:`EngineError`, :class:`CapacityError` or :class:`UnsupportedError`."""
+    """Open an engine directory, or a bare TensorRT-LLM checkpoint on the torch runtime.
+
+    Raises :class:`EngineError`, :class:`CapacityError` or :class:`UsageError`.
+    """
     options = options or OpenOptions()
-    manifest = read_manifest(directory)
-    if manifest.backend != "torch":
-        raise UnsupportedError(
-            f"this engine is for the {manifest.backend} backend, which this version does not run",
-            where=str(directory),
-            hint="build one with --backend torch",
-        )
+    manifest = _manifest(directory)
+    if manifest.backend == "tensorrt-llm":
+        return _open_trtllm(directory, manifest, options)
     device = device_named(options.device)
     set_threads(options.threads)
-    checkpoint = open_unified(directory)
+    checkpoint = open_checkpoint(directory)
     if checkpoint.scheme.name != manifest.recipe.precision:
         raise EngineError(
             f"engine.json says {manifest.recipe.precision}, the weights are {checkpoint.scheme.name}",
@@ -68,29 +75,70 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
     dtype = _DTYPES[_known(options.dtype)] if options.dtype else compute_dtype(checkpoint.spec, device)
     total = min(manifest.recipe.limits.total_tokens, checkpoint.spec.max_positions)
     trees: tuple[TreeShape | None, ...] = (None,)
-    if options.speculative and manifest.recipe.tree is not None:
+    if options.speculative and (manifest.recipe.tree is not None or options.drafter is not None):
         trees = DEFAULT_TREES if options.tree is None else (options.tree,)
     reach = total + TreeChooser(trees).max_nodes
     model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=reach)
-    drafting = None if trees == (None,) else _drafting(directory / DRAFTER_DIR, model, trees)
+    drafting = None
+    if trees != (None,):
+        head = _head(directory, checkpoint.spec, options, device=device, dtype=dtype)
+        identity = directory / (ENGINE_FILE if (directory / ENGINE_FILE).is_file() else "config.json")
+        memory = memory_file(digest_file(identity), device, f"{options.head} {dtype} {options.drafter}")
+        drafting = Drafting(head=head, trees=trees, memory=memory)
     limits = _limits(manifest, checkpoint.spec, options, model, total_tokens=total, reach=reach)
     return TorchEngine(model, limits, drafting)
 
 
-def _drafting(directory: Path, model: DecoderModel, trees: tuple[TreeShape | None, ...]) -> Drafting:
-    try:
-        head = load_drafter(directory, dtype=model.dtype, device=model.device)
-    except DrafterError as problem:
-        raise EngineError(str(problem), hint="build the engine again with --drafter, or without a tree") from None
-    spec = model.spec
-    if (head.config.hidden_size, head.config.vocab_size) != (spec.hidden, spec.vocab):
-        raise EngineError(
-            f"the draft head is for hidden size {head.config.hidden_size} and vocabulary {head.config.vocab_size}, "
-            f"the model has {spec.hidden} and {spec.vocab}",
-            where=str(directory),
-            hint="train a head for this model",
-        )
-    return Drafting(head=head, trees=trees)
+def _head(
+    directory: Path, spec: ModelSpec, options: OpenOptions, *, device: torch.device, dtype: torch.dtype
+) -> Drafter:
+    """The head asked for, the engine directory's, or the one in the rank files of a TensorRT-LLM checkpoint."""
+    if options.drafter is not None:
+        return open_head(options.drafter, spec, options.head, device=device, dtype=dtype)
+    merged = None
+    if is_trtllm(directory) and not (directory / DRAFTER_DIR).is_dir():
+        merged = merged_drafter(directory, dtype=dtype, device=device)
+    if merged is None:
+        return open_head(directory / DRAFTER_DIR, spec, options.head, device=device, dtype=dtype)
+    if options.head.vocabulary is not None:
+        raise UsageError("a head in rank files does not say which tokens are frequent", where=str(directory))
+    return with_kernels(merged, options.head.precision, device=device, dtype=dtype)
+
+
+def _manifest(directory: Path) -> EngineManifest:
+    """engine.json; a bare TensorRT-LLM checkpoint says enough itself, apart from the limits, which are the defaults."""
+    if (directory / ENGINE_FILE).is_file() or not is_trtllm(directory):
+        return read_manifest(directory)
+    config = read_trtllm_config(directory)
+    recipe = Recipe(
+        model=str(directory), precision=config.scheme.name, kv_dtype=config.scheme.kv_dtype, tree=config.tree,
+        tensor_parallel=config.options.tensor_parallel,
+    )  # fmt: skip
+    return EngineManifest(
+        recipe=recipe, backend="torch", versions={}, checkpoint_digest={}, quality=None, created="unknown"
+    )
+
+
+def _open_trtllm(directory: Path, manifest: EngineManifest, options: OpenOptions) -> Engine:
+    """Refuse what a compiled engine has baked in, then open it."""
+    from trtkit.runtime.trtllm_engine import ExecutorOptions, open_compiled
+
+    tree, wrong = manifest.recipe.tree, []
+    if not options.device.startswith(("auto", "cuda")) or ":" in options.device:
+        wrong.append(f"device {options.device}: it runs on the first {manifest.recipe.tensor_parallel} GPU(s)")
+    if options.dtype is not None:
+        wrong.append(f"dtype {options.dtype}: it computes in what it was built with")
+    if tree is not None and not options.speculative:
+        wrong.append("no draft tree: its drafter cannot be switched off")
+    if options.tree is not None and options.tree != tree:
+        wrong.append(f"draft tree {options.tree}: it was built with {tree or 'none'}")
+    if options.head != HeadOptions() or options.drafter is not None:
+        wrong.append("draft head options: its drafter is compiled in")
+    if wrong:
+        raise UsageError("a tensorrt-llm engine cannot be opened like that", where=str(directory), offenders=wrong)
+    return open_compiled(
+        directory, ExecutorOptions(rows=options.rows, kv_memory_fraction=options.kv_memory_fraction or 0.9)
+    )
 
 
 def set_threads(threads: int | None) -> None:

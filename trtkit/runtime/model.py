@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtkit.checkpoint.unified import UnifiedCheckpoint
-from trtkit.decoder import Attend, LinearName, Norms, Rope, decoder_layer, rms_norm, rope_at
+from trtkit.decoder import Attend, LinearName, Norms, PlainPointwise, Pointwise, Rope, decoder_layer, rope_at
 from trtkit.quant.tensor import LinearWeights, dense
 from trtkit.runtime.linear import Kernel, runtime_linear
+from trtkit.runtime.native.kernels import NativePointwise, open_kernels
 
 __all__ = ["DecoderModel"]
 
@@ -41,6 +42,9 @@ class DecoderModel:
         self.spec = checkpoint.spec
         self.device = device
         self.dtype = dtype
+        self.native = open_kernels(self.spec.parameters, device, dtype)
+        """Whether everything but the products runs on the C++ kernels."""
+        self._pointwise: Pointwise = NativePointwise() if self.native else PlainPointwise()
         self._layers = [self._load_layer(checkpoint, index) for index in range(self.spec.layers)]
         self._embedding = checkpoint.embedding().to(device=device, dtype=dtype)
         self._final_norm = checkpoint.final_norm().to(device).float()
@@ -76,8 +80,8 @@ class DecoderModel:
         hidden = self.embed(tokens)
         rope = Rope(self._rope.cos[positions], self._rope.sin[positions])
         for index, layer in enumerate(self._layers):
-            hidden = decoder_layer(self.spec, layer.norms, hidden, rope, layer.linear, attend(index))
-        return rms_norm(hidden, self._final_norm, self.spec.norm_eps)
+            hidden = decoder_layer(self.spec, layer.norms, hidden, rope, layer.linear, attend(index), self._pointwise)
+        return self._pointwise.norm(hidden, self._final_norm, self.spec.norm_eps)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings: ids (...) -> (..., H)."""

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from trtkit.runtime.api import SamplingParams
+from trtkit.runtime.native.kernels import draw_tokens, loaded
 
-__all__ = ["SamplingRows", "invert_cdf", "pick", "sampling_rows", "sampling_weights", "uniforms"]
+__all__ = ["SamplingRows", "invert_cdf", "pick", "pick_plain", "sampling_rows", "sampling_weights", "uniforms"]
 
 _CDF_BLOCK = 128
 
@@ -68,6 +69,8 @@ class SamplingRows:
     any_top_k: bool
     any_top_p: bool
     any_min_p: bool
+    any_switch: bool
+    """A row has a switch penalty, which ``accept`` applies: it depends on the path to a node."""
 
     def repeat(self, nodes: int) -> SamplingRows:
         """The same parameters for ``nodes`` consecutive picks of each row."""
@@ -80,7 +83,7 @@ class SamplingRows:
 
 
 _TENSORS = ("seeds", "temperature", "top_k", "top_p", "min_p", "cold")
-_FLAGS = ("greedy", "any_greedy", "any_top_k", "any_top_p", "any_min_p")
+_FLAGS = ("greedy", "any_greedy", "any_top_k", "any_top_p", "any_min_p", "any_switch")
 
 
 def sampling_rows(params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device) -> SamplingRows:
@@ -103,6 +106,7 @@ def sampling_rows(params: Sequence[SamplingParams], seeds: Sequence[int], device
         any_top_k=any(param.top_k > 0 for param in params),
         any_top_p=any(param.top_p < 1 for param in params),
         any_min_p=any(param.min_p > 0 for param in params),
+        any_switch=any(param.switch is not None for param in params),
     )
 
 
@@ -185,6 +189,14 @@ def _most_likely(logits: Tensor) -> Tensor:
 
 def pick(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     """Draw one token for each row of logits (M, V) at its position (M,): int64 (M,)."""
+    if loaded() and logits.device.type == "cpu" and not (rows.any_top_k or rows.any_top_p or rows.any_min_p):
+        picks = draw_tokens(logits, rows.temperature, rows.cold, uniforms(rows.seeds, positions))
+        return picks if bool((picks >= 0).all()) else torch.where(picks >= 0, picks, pick_plain(logits, rows, positions))
+    return pick_plain(logits, rows, positions)
+
+
+def pick_plain(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
+    """``pick`` in plain torch: the definition, also where the C++ kernels are loaded."""
     if rows.greedy:
         return _most_likely(logits)
     drawn = invert_cdf(sampling_weights(logits, rows), uniforms(rows.seeds, positions))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -23,9 +24,11 @@ from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
 from trtkit.runtime.blocks import BlockAllocator
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.processors import switch_rows
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row, Schedule, Scheduler
 from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
+from trtkit.runtime.tree_memory import recall, remember
 from trtkit.scheme import KvDtype
 
 __all__ = ["Drafting", "TorchEngine", "TorchLimits"]
@@ -55,6 +58,8 @@ class Drafting:
 
     head: Drafter
     trees: tuple[TreeShape | None, ...] = DEFAULT_TREES
+    memory: Path | None = None
+    """File that keeps the measured step times from run to run."""
 
 
 class TorchEngine:
@@ -68,6 +73,9 @@ class TorchEngine:
         self._limits = limits
         self._drafting = drafting
         self._chooser = TreeChooser((None,) if drafting is None else drafting.trees)
+        self._memory = None if drafting is None or len(drafting.trees) == 1 else drafting.memory
+        if self._memory is not None:
+            recall(self._memory, self._chooser)
         self._nodes = self._chooser.max_nodes
         # The hidden state that drew a row's pending token, by slot. A fresh row has none yet: its first draft is a
         # poor one, which costs a little speed and nothing else.
@@ -112,6 +120,8 @@ class TorchEngine:
         outside = [token for token in request.prompt if not self._known(token)]
         if outside:
             wrong.append(f"token id {outside[0]} lies outside the vocabulary of {self._model.spec.vocab}")
+        if request.sampling.switch and not all(map(self._known, request.sampling.switch.tokens)):
+            wrong.append(f"a switch token lies outside the vocabulary of {self._model.spec.vocab}")
         if request.max_tokens < 1:
             wrong.append(f"max_tokens {request.max_tokens}: must be at least 1")
         if len(request.prompt) >= longest:
@@ -191,7 +201,9 @@ class TorchEngine:
         with self._phase("verify"):
             verified = decode.verify(model, cache, rows, at, tree)
         with self._phase("accept"):
-            path = decode.accept(cache, verified, tree, self._sampling_of(rows), at)
+            sampling = self._sampling_of(rows)
+            switch = switch_rows(rows, model.device) if sampling.any_switch else ()
+            path = decode.accept(cache, verified, tree, sampling, at, switch)
             if self._drafting is not None:
                 last = path.nodes.gather(1, path.length[:, None] - 1).squeeze(1)
                 line = torch.arange(len(rows), device=model.device)
@@ -282,6 +294,9 @@ class TorchEngine:
 
     def close(self) -> None:
         """Free the cache and the weights."""
+        if self._memory is not None:
+            remember(self._memory, self._chooser)
+            self._memory = None
         del self._cache, self._model, self._contexts, self._drafting
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -9,9 +9,10 @@ not depend on the choice, only their speed does.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from drafter.config import TreeShape
 
@@ -35,6 +36,8 @@ _REMEMBERED = 15
 """Step times kept for each option and batch size. Their median is the estimate: a busy neighbour is not a slow tree."""
 _BLEND = 0.05
 """Weight of the newest acceptance."""
+_TRUSTED = 20
+"""Steps that a recalled acceptance counts for: other problems may be drafted better or worse."""
 
 
 @dataclass(slots=True)
@@ -78,7 +81,7 @@ class TreeChooser:
             trials = _TRIALS if rates[option] >= _WORTH_A_LOOK * rates[best] else _TRIALS - 1
             if len(self._times(size, option)) < trials:
                 return option
-        if step % _LOOK_EVERY:
+        if step == 0 or step % _LOOK_EVERY:
             return best
         looks = step // _LOOK_EVERY
         close = [o for o in self.options if o != best and (rates[o] >= _WORTH_A_LOOK * rates[best] or looks % 8 == 0)]
@@ -93,6 +96,26 @@ class TreeChooser:
         """Estimated tokens per second and row; 0 before the first measurement."""
         times = self._times(_bucket(rows), option)
         return self._tokens[option].value / median(times) if times else 0.0
+
+    def learned(self) -> dict[str, Any]:
+        """Everything measured so far, as plain data for :meth:`recall`."""
+        return {
+            "seconds": [[size, str(option), list(times)] for (size, option), times in self._seconds.items() if times],
+            "tokens": [[str(option), kept.value, kept.count] for option, kept in self._tokens.items() if kept.count],
+        }
+
+    def recall(self, learned: Mapping[str, Any]) -> None:
+        """Begin with what an earlier run on this machine measured; options that are not offered now are skipped.
+
+        New measurements replace it step by step, so a machine that has become slower is noticed.
+        """
+        named = {str(option): option for option in self.options}
+        for size, name, times in learned["seconds"]:
+            if name in named:
+                self._times(int(size), named[name]).extend(float(seconds) for seconds in times)
+        for name, value, count in learned["tokens"]:
+            if name in named:
+                self._tokens[named[name]] = _Acceptance(float(value), min(int(count), _TRUSTED))
 
     def _times(self, size: int, option: TreeShape | None) -> deque[float]:
         return self._seconds.setdefault((size, option), deque(maxlen=_REMEMBERED))

@@ -163,13 +163,15 @@ def result_table(verdicts: Sequence[Verdict], *, most: int = 40) -> Table:
         solution = verdict.solution
         leader = solution.tally.leader
         note = solution.error or (f"stopped by {solution.stopped_early}" if solution.stopped_early else "")
+        if solution.defaulted:
+            note += ", default answer" if note else "default answer"
         table.add_row(
             Text(_short(solution.problem_id)),
-            Text(_short(leader.answer.key) if leader else "-"),
+            Text(_short(solution.answer.key) if solution.answer else "-"),
             Text(f"{leader.count} of {solution.tally.finished}" if leader else f"0 of {solution.tally.finished}"),
             Text({True: "yes", False: "no", None: ""}[verdict.correct]),
             Text(f"{solution.tokens:,}"),
-            Text(f"{solution.seconds:.1f}"),
+            Text(_time(solution)),
             Text(note + ("tie" if not note and solution.tally.tied else "")),
         )
     if len(verdicts) > most:
@@ -188,6 +190,13 @@ def _said(solution: Solution) -> str:
         rule = f", {solution.stopped_early}" if solution.stopped_early else ""
         said = f"{_short(leader.answer.key)} ({leader.count} of {finished} votes{rule})"
     return f"{said}, {solution.tokens:,} tokens, {format_seconds(solution.seconds)}"
+
+
+def _time(solution: Solution) -> str:
+    """``4.1`` seconds, or ``4.1 of 7.0`` under a clock."""
+    if solution.share_seconds is None or solution.used_seconds is None:
+        return f"{solution.seconds:.1f}"
+    return f"{solution.used_seconds:.1f} of {solution.share_seconds:.1f}"
 
 
 def _votes(tally: Tally) -> str:

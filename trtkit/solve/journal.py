@@ -1,7 +1,8 @@
 """The append-only journal of a run: what is in it survives ``kill -9``, and the next run goes on from there.
 
 One JSON object per line: ``session`` when a process starts, ``attempt`` when a sample ends, ``solution``
-when a problem is settled. ``clock`` is seconds since that session began.
+when a problem is settled, ``stats`` with the engine's counters when a process ends. ``clock`` is seconds since that
+session began. Fields that were added later are optional, so older journals can be read.
 """
 
 from __future__ import annotations
@@ -15,25 +16,24 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from trtkit.errors import InputError, OutputError
 from trtkit.files import append_jsonl
 from trtkit.log import logger
-from trtkit.runtime.api import FinishReason
+from trtkit.runtime.api import EngineStats
+from trtkit.solve.journal_rows import (
+    Settled,
+    attempt_row,
+    engine_row,
+    read_attempt,
+    read_engine,
+    read_settled,
+    solution_row,
+)
 from trtkit.solve.records import Attempt, Solution
 
 __all__ = ["History", "Journal", "Settled", "read_history"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
-    """What the journal says of a problem that needs no more samples; its votes follow from its attempts."""
-
-    tokens: int
-    seconds: float
-    stopped_early: str | None
-    error: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,15 @@ class History:
     settled: dict[str, Settled]
     seconds: float
     """Time spent by all sessions, up to the last thing that each wrote."""
+    loading_seconds: float = 0.0
+    """Time that they spent on opening the engine."""
+    engines: tuple[EngineStats, ...] = ()
+    """Counters of the engine, one entry per session that came to an end."""
+
+    @property
+    def spent_seconds(self) -> float:
+        """What counts against a time limit."""
+        return self.seconds + self.loading_seconds
 
 
 class Journal:
@@ -58,33 +67,49 @@ class Journal:
         self._path = path
         self._clock = clock
         self._began: float | None = None
+        self._loading = 0.0
         self._lock = _lock(path)
         try:
             if fresh:
                 _remove(path)
             self.history = read_history(path)
+            self.engine: EngineStats | None = None
         except BaseException:
             self.close()
             raise
 
-    def begin(self) -> None:
-        """Start this session's clock. Nothing is written before, so that a refused run leaves no trace."""
+    def begin(self, loading_seconds: float = 0.0) -> None:
+        """Start this session's clock, after ``loading_seconds`` of opening the engine.
+
+        Nothing is written before, so that a refused run leaves no trace.
+        """
         _mend(self._path)
-        self._began = self._clock()
-        append_jsonl(self._path, [{"kind": "session", "started": datetime.now(UTC).isoformat(timespec="seconds")}])
+        self._began, self._loading = self._clock(), loading_seconds
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        append_jsonl(self._path, [{"kind": "session", "started": started, "loading": round(loading_seconds, 3)}])
 
     @property
     def seconds(self) -> float:
         """Time spent on this run by all sessions so far."""
         return self.history.seconds + self._elapsed()
 
+    @property
+    def loading_seconds(self) -> float:
+        """Time that all sessions so far spent on opening the engine."""
+        return self.history.loading_seconds + self._loading
+
     def record(self, attempts: Sequence[Attempt], solutions: Sequence[Solution]) -> None:
         """Append what just finished, on the disk when this returns. Raises :class:`OutputError`."""
         clock = round(self._elapsed(), 3)
-        rows = [{**_attempt_row(attempt), "clock": clock} for attempt in attempts]
-        rows += [{**_solution_row(solution), "clock": clock} for solution in solutions]
+        rows = [{**attempt_row(attempt), "clock": clock} for attempt in attempts]
+        rows += [{**solution_row(solution), "clock": clock} for solution in solutions]
         if rows:
             append_jsonl(self._path, rows)
+
+    def record_engine(self, stats: EngineStats) -> None:
+        """Append the engine's counters, when nothing more is to come from it. Raises :class:`OutputError`."""
+        self.engine = stats
+        append_jsonl(self._path, [{**engine_row(stats), "clock": round(self._elapsed(), 3)}])
 
     def _elapsed(self) -> float:
         return 0.0 if self._began is None else self._clock() - self._began
@@ -111,24 +136,34 @@ def read_history(path: Path) -> History:
     """
     attempts: dict[str, dict[int, Attempt]] = {}
     settled: dict[str, Settled] = {}
-    seconds = session = 0.0
+    engines: list[EngineStats] = []
+    seconds = session = loading = 0.0
     for number, line in enumerate(_lines(path), start=1):
         try:
             row = json.loads(line.decode("utf-8"))
             kind = row["kind"]
             if kind == "attempt":
-                attempt = _read_attempt(row)
+                attempt = read_attempt(row)
                 attempts.setdefault(attempt.problem_id, {}).setdefault(attempt.index, attempt)
             elif kind == "solution":
-                settled[str(row["problem"])] = _read_settled(row)
+                settled[str(row["problem"])] = read_settled(row)
+            elif kind == "stats":
+                engines.append(read_engine(row))
             if kind == "session":
                 seconds, session = seconds + session, 0.0
+                loading += float(row.get("loading", 0.0))
             else:
                 session = max(session, float(row["clock"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             logger.warning("%s:%d: not a whole record, skipped", path, number)
     whole = {problem: tuple(by_index.values()) for problem, by_index in attempts.items()}
-    return History(attempts=whole, settled=settled, seconds=seconds + session)
+    return History(
+        attempts=whole,
+        settled=settled,
+        seconds=seconds + session,
+        loading_seconds=loading,
+        engines=tuple(engines),
+    )
 
 
 def _remove(path: Path) -> None:
@@ -184,52 +219,3 @@ def _lock(path: Path) -> IO[str]:
                 hint="wait for it, or choose another place with --out",
             ) from None
     return stream
-
-
-def _attempt_row(attempt: Attempt) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "kind": "attempt",
-        "problem": attempt.problem_id,
-        "index": attempt.index,
-        "variant": attempt.variant,
-        "tokens": attempt.tokens,
-        "finish": attempt.finish.value,
-        "box": attempt.box,
-        "seconds": round(attempt.seconds, 3),
-    }
-    return row if attempt.text is None else {**row, "text": attempt.text}
-
-
-def _read_attempt(row: dict[str, Any]) -> Attempt:
-    return Attempt(
-        problem_id=str(row["problem"]),
-        index=int(row["index"]),
-        variant=str(row["variant"]),
-        tokens=int(row["tokens"]),
-        finish=FinishReason(row["finish"]),
-        box=None if row["box"] is None else str(row["box"]),
-        seconds=float(row["seconds"]),
-        text=row.get("text"),
-    )
-
-
-def _solution_row(solution: Solution) -> dict[str, Any]:
-    return {
-        "kind": "solution",
-        "problem": solution.problem_id,
-        "answer": solution.answer.key if solution.answer else None,
-        "votes": [[vote.answer.key, vote.count] for vote in solution.tally.ranked],
-        "tokens": solution.tokens,
-        "seconds": round(solution.seconds, 3),
-        "stopped_early": solution.stopped_early,
-        "error": solution.error,
-    }
-
-
-def _read_settled(row: dict[str, Any]) -> Settled:
-    return Settled(
-        tokens=int(row["tokens"]),
-        seconds=float(row["seconds"]),
-        stopped_early=None if row["stopped_early"] is None else str(row["stopped_early"]),
-        error=None if row["error"] is None else str(row["error"]),
-    )

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from trtkit.chat import variant_named
 from trtkit.errors import TrtkitError, UsageError
 from trtkit.runtime.api import SamplingParams
-from trtkit.solve.answers import AnswerMode
+from trtkit.solve.answers import Answer, AnswerMode, read_answer
+from trtkit.solve.clock import TimeBudget
+from trtkit.solve.sandbox import SandboxOptions
 from trtkit.solve.stopping import UNASSAILABLE, StopRule, parse_rules
+from trtkit.solve.vote import Weighting, parse_weighting
 
-__all__ = ["Order", "SolveOptions"]
+__all__ = ["DEFAULT_STOP", "NO_RULE", "Order", "SolveOptions", "StopAt"]
 
 Order: TypeAlias = Literal["pooled", "sequential"]
+StopAt: TypeAlias = Literal["think", "eos", "first-box"]
+
+DEFAULT_STOP = ("certificate(0.05)",)
+"""See docs/solver.md for what it saves."""
+NO_RULE = "none"
+"""As the only stop rule: none but ``unassailable``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,18 +40,37 @@ class SolveOptions:
     """Prompt variants; the samples of a problem take them in turns."""
     seed: int = 0
     mode: AnswerMode = field(default_factory=AnswerMode)
-    stop: tuple[str, ...] = ()
-    """Stop rules beside ``unassailable``, which is always on, e.g. ``("agree(4)",)``."""
+    stop: tuple[str, ...] = DEFAULT_STOP
+    """Stop rules beside ``unassailable``, which is always on. ``()`` or ``("none",)``: no other."""
     full_vote: bool = False
-    """Run every sample to its end and use no stop rule: for measuring, because samples that finish early are not a fair
-    draw of all samples."""
-    stop_at: Literal["think", "eos"] = "think"
-    """Where a sample ends: at ``</think>``, or at the end of the turn, for models that box after it."""
+    """Run every sample to its own end: no stop rule, no loop kill, no forced answer. For measuring, because samples
+    that finish early are not a fair draw of all samples."""
+    stop_at: StopAt = "think"
+    """Where a sample ends: at ``</think>``; at the end of the turn, for models that box after it; or at the first
+    complete answer, if that comes before ``</think>``."""
+    kill_loops: bool = True
+    """End samples that go in circles (:func:`trtkit.solve.ends.is_looping`)."""
+    force_close: bool = True
+    """Make a sample whose budget or time is spent write an answer: its thought is ended and a box opened."""
+    weighting: str = "majority"
+    """How votes weigh; see :func:`trtkit.solve.vote.parse_weighting`."""
     order: Order = "pooled"
     """``pooled``: samples of several problems share the batch. ``sequential``: one problem at a time."""
     outstanding: int = 128
     """Pooled: the next problem is submitted while fewer samples than this are unfinished. About twice the
     engine's batch keeps it full; samples of a settled problem that are still queued then cost nothing."""
+    time_limit: float | None = None
+    """Seconds for everything, from the start of the program, earlier sessions of the run included."""
+    reserve: float | None = None
+    """Seconds of it kept back; 1 % by default."""
+    difficulty: Mapping[str, float] | None = None
+    """Expected tokens by problem id: scales the shares of a time limit."""
+    tools: SandboxOptions | None = None
+    """Run the Python code that samples write, and let them read what it prints; None: code is just text."""
+    default_answer: str | None = None
+    """What is answered where no sample gave an answer."""
+    policy: str | None = None
+    """Name of the set of options that these came from; for the record."""
     save_text: bool = False
     """Keep each sample's text in the journal."""
 
@@ -51,33 +80,79 @@ class SolveOptions:
             for name, least in (("samples", 1), ("max_tokens", 1), ("seed", 0), ("outstanding", 1))
             if getattr(self, name) < least
         ]
-        if self.order not in ("pooled", "sequential"):
-            wrong.append(f"order {self.order!r}: must be pooled or sequential")
-        if self.stop_at not in ("think", "eos"):
-            wrong.append(f"stop_at {self.stop_at!r}: must be think or eos")
-        if self.full_vote and self.stop:
+        for name, known in (("order", get_args(Order)), ("stop_at", get_args(StopAt))):
+            if getattr(self, name) not in known:
+                wrong.append(f"{name} {getattr(self, name)!r}: must be {' or '.join(known)}")
+        if self.full_vote and self._stop_texts and self.stop != DEFAULT_STOP:
             wrong.append(f"stop {' '.join(self.stop)}: a full vote uses no stop rule")
+        if self.full_vote and self.time_limit is not None:
+            wrong.append("time limit: a full vote runs every sample to its end")
         if not self.variants:
             wrong.append("variants: name at least one prompt variant")
-        for check, values in ((variant_named, self.variants), (lambda text: parse_rules([text]), self.stop)):
+        wrong += self._unreadable()
+        if wrong:
+            raise UsageError("options that make no sense", offenders=wrong)
+
+    def _unreadable(self) -> list[str]:
+        """Complaints about texts and times that other modules understand."""
+        wrong: list[str] = []
+        limit = self.time_limit
+        checks: list[tuple[Any, tuple[Any, ...]]] = [
+            (variant_named, self.variants),
+            (lambda text: parse_rules([text]), self._stop_texts),
+            (parse_weighting, (self.weighting,)),
+            (lambda reserve: TimeBudget.of(limit or 0.0, 1, reserve), () if limit is None else (self.reserve,)),
+        ]
+        for check, values in checks:
             for value in values:
                 try:
                     check(value)
                 except TrtkitError as problem:
                     wrong.append(f"{problem.message} ({problem.hint})")
-        if wrong:
-            raise UsageError("options that make no sense", offenders=wrong)
+        if self.weighting.partition("+")[0].strip() == "confidence":
+            wrong.append("weighting confidence: no engine gives log-probabilities so far; use another one")
+        if limit is None and self.reserve is not None:
+            wrong.append(f"reserve {self.reserve:g} s: only with a time limit")
+        if self.default_answer is not None and self.fallback is None:
+            wrong.append(f"default answer {self.default_answer!r}: not an answer in answer mode {self.mode.kind}")
+        return wrong
+
+    @property
+    def _stop_texts(self) -> tuple[str, ...]:
+        return () if self.stop == (NO_RULE,) else self.stop
 
     @property
     def rules(self) -> tuple[StopRule, ...]:
         """The stop rules in force."""
         if self.full_vote:
             return ()
-        return tuple({rule.text: rule for rule in (*parse_rules(self.stop), UNASSAILABLE)}.values())
+        return tuple({rule.text: rule for rule in (*parse_rules(self._stop_texts), UNASSAILABLE)}.values())
+
+    @property
+    def votes(self) -> Weighting:
+        """How votes weigh."""
+        return parse_weighting(self.weighting)
+
+    @property
+    def fallback(self) -> Answer | None:
+        """The default answer."""
+        return read_answer(self.default_answer, self.mode)
+
+    @property
+    def kills_loops(self) -> bool:
+        """Loop kill is in force."""
+        return self.kill_loops and not self.full_vote
+
+    @property
+    def forces(self) -> bool:
+        """Forced answers are in force."""
+        return self.force_close and not self.full_vote
 
     def to_data(self) -> dict[str, Any]:
         """Plain data for ``run.json``, with the stop rules in their canonical spelling."""
         data = asdict(self)
         data["variants"] = list(self.variants)
         data["stop"] = [rule.text for rule in self.rules]
+        data["weighting"] = self.votes.text
+        data["kill_loops"], data["force_close"] = self.kills_loops, self.forces
         return data

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 
 from trtkit.runtime.api import FinishReason
 from trtkit.solve.answers import Answer, AnswerMode, read_answer
+from trtkit.solve.ends import Ending
 from trtkit.solve.vote import Same, Tally
 
-__all__ = ["Attempt", "Solution", "count_attempts"]
+__all__ = ["DEADLINE", "TIME_LIMIT", "Attempt", "Solution", "count_attempts"]
+
+DEADLINE, TIME_LIMIT = "deadline", "time limit"
+"""``Solution.stopped_early`` where the clock ended a problem: its share of the time was spent, or nothing was left to
+begin with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +33,14 @@ class Attempt:
     """From submitting the problem to the end of this sample."""
     text: str | None = None
     """Only with ``save_text``."""
+    ending: Ending | None = None
+    """Why it ended; None in journals of older versions."""
+    forced: bool = False
+    """Its thought was ended for it and the box opened, because its budget or its time was spent."""
+    confidence: float | None = None
+    """Mean log-probability of its last tokens, where the engine gives it. No engine does so far."""
+    tool_calls: int = 0
+    """Code blocks that were run for it."""
 
     def answer(self, mode: AnswerMode) -> Answer | None:
         """What it votes for."""
@@ -46,20 +59,40 @@ class Solution:
     """All tokens generated for it, those of cancelled samples included."""
     seconds: float
     stopped_early: str | None = None
-    """The stop rule that ended it while samples were outstanding."""
+    """What ended it while samples were outstanding: a stop rule, ``DEADLINE`` or ``TIME_LIMIT``."""
     error: str | None = None
     """Why the engine refused it."""
+    share_seconds: float | None = None
+    """The time that it was given; None without a time limit."""
+    used_seconds: float | None = None
+    """What it used of that: all of ``seconds``, unless it shared the batch with other problems."""
+    bank_seconds: float | None = None
+    """What was in the time bank when it was settled; None without a time limit."""
+    cancelled: int = 0
+    """Samples that were not run to their end."""
+    fallback: Answer | None = None
+    """What is answered when no sample gave an answer."""
 
     @property
     def answer(self) -> Answer | None:
-        """The majority answer."""
-        return self.tally.leader.answer if self.tally.leader else None
+        """The winning answer, else the fallback."""
+        return self.tally.leader.answer if self.tally.leader else self.fallback
+
+    @property
+    def defaulted(self) -> bool:
+        """The answer is the fallback."""
+        return self.tally.leader is None and self.fallback is not None
 
 
 def count_attempts(attempts: Iterable[Attempt], mode: AnswerMode, same: Same, tally: Tally | None = None) -> Tally:
     """``tally`` (empty by default) with ``attempts`` added in the order given."""
     tally = tally or Tally()
     for attempt in attempts:
-        answer = attempt.answer(mode)
-        tally = tally.add(answer, tokens=attempt.tokens, index=attempt.index, same=same)
+        tally = tally.add(
+            attempt.answer(mode),
+            tokens=attempt.tokens,
+            index=attempt.index,
+            same=same,
+            confidence=attempt.confidence,
+        )
     return tally

@@ -1,9 +1,10 @@
 """One run of ``trtkit solve``: a problems file, an engine, and a run directory that can be interrupted and
 resumed.
 
-    run.json          what was asked: versions, digests of the problems file and of engine.json, arguments,
-    seed journal.jsonl     every sample and problem as it finished (append-only) solutions.jsonl   one line
-    per problem, in the order of the problems file summary.json      the figures
+    run.json          what was asked: versions, digests of the problems file and of engine.json, arguments
+    journal.jsonl     every sample and problem as it finished (append-only)
+    solutions.jsonl   one line per problem, in the order of the problems file
+    summary.json      the figures
 
 How to call it::
 
@@ -30,6 +31,7 @@ import json
 import platform
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,13 +47,17 @@ from trtkit.log import logger
 from trtkit.recipe import ENGINE_FILE
 from trtkit.runtime.api import Engine
 from trtkit.solve.answers import AnswerMode, read_answer
+from trtkit.solve.contest import earlier_solutions
+from trtkit.solve.engine_figures import engine_figures
 from trtkit.solve.grading import Grader
 from trtkit.solve.journal import Journal
+from trtkit.solve.late import answer_late, out_of_time
 from trtkit.solve.observer import Observer
 from trtkit.solve.options import SolveOptions
 from trtkit.solve.problems import Problem, read_problems
 from trtkit.solve.records import Solution
-from trtkit.solve.solver import Solver, earlier_solutions
+from trtkit.solve.sandbox import open_sandbox
+from trtkit.solve.solver import Solver
 from trtkit.solve.summary import Summary, Verdict, judge, solution_row, summarise
 
 __all__ = ["Outcome", "Places", "run_solve", "sigterm_as_interrupt"]
@@ -62,6 +68,13 @@ SOLUTIONS_FILE = "solutions.jsonl"
 SUMMARY_FILE = "summary.json"
 _FREE = ("problems.path", "engine.path", "arguments.outstanding")
 """What a resumed run may have different: where things lie, and how full the batch is kept (memory may be scarcer)."""
+_ADDED = {
+    "arguments.kill_loops": "false",
+    "arguments.force_close": "false",
+    "arguments.weighting": '"majority"',
+}
+"""What older versions did, which did not have these arguments: so their runs can be gone on with. Arguments that are
+null now need no entry."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "math-verify", "tensorrt-llm")
 
 
@@ -93,14 +106,17 @@ def run_solve(
     *,
     observer: Observer | None = None,
     force_new: bool = False,
+    began: float | None = None,
 ) -> Outcome:
     """Solve the problems, or go on with a run that was interrupted.
 
-    ``force_new`` throws away what the run directory holds of an earlier run. Raises :class:`InputError` for
+    A time limit counts from ``began`` (``time.monotonic()``; by default from this call), so pass the start of the
+    program. ``force_new`` throws away what the run directory holds of an earlier run. Raises :class:`InputError` for
     the problems file, :class:`UsageError` when the directory holds a run with other arguments, problems or
     engine (listing every difference), :class:`OutputError` when it cannot be written or another process is
     working in it.
     """
+    began = time.monotonic() if began is None else began
     problems = read_problems(places.problems)
     _check_golds(problems, options.mode, places.problems)
     identity = _identity(places, options)
@@ -108,12 +124,19 @@ def run_solve(
         _claim(places.out, identity, force_new=force_new)
         solutions: dict[str, Solution] = {}
         try:
-            solutions = earlier_solutions(problems, journal, options, grader)
+            solutions = earlier_solutions(problems, journal, options, grader.same)
+            starting = time.monotonic() - began
+            if len(solutions) < len(problems) and out_of_time(options, journal.history.spent_seconds + starting):
+                logger.warning(
+                    "the time limit was over before the engine could be opened; answering from what is there"
+                )
+                late = answer_late(problems, solutions, journal, options, grader.same, loading_seconds=starting)
+                solutions |= late
             if len(solutions) < len(problems):
-                with open_engine() as engine:
+                with open_sandbox(options.tools) as sandbox, open_engine() as engine:
                     solver = Solver(engine, chat, options, grader, journal, observer)
                     try:
-                        solver.solve(problems)
+                        solver.solve(problems, loading_seconds=time.monotonic() - began, sandbox=sandbox)
                     finally:
                         solutions = solver.solutions
         except KeyboardInterrupt:
@@ -124,9 +147,21 @@ def run_solve(
                 len(problems),
             )
             raise
-        seconds = journal.seconds
+        seconds, loading = journal.seconds, journal.loading_seconds
+        stats = [*journal.history.engines, *([journal.engine] if journal.engine else [])]
         verdicts = _write_solutions(places.out, problems, solutions, options.mode, grader)
-    summary = summarise(verdicts, samples=options.samples, seconds=seconds, run_dir=places.out)
+    figures = engine_figures(stats) if stats else None
+    if figures is not None and figures.warning:
+        logger.warning("%s", figures.warning)
+    summary = summarise(
+        verdicts,
+        samples=options.samples,
+        seconds=seconds,
+        run_dir=places.out,
+        time_limit=options.time_limit,
+        loading_seconds=loading,
+        engine=figures,
+    )
     write_json(places.out / SUMMARY_FILE, summary.document())
     return Outcome(summary=summary, verdicts=tuple(verdicts))
 
@@ -186,12 +221,12 @@ def _claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
         _remove(out / name for name in (RUN_FILE, SOLUTIONS_FILE, SUMMARY_FILE))
     elif path.exists():
         found = read_json(path, InputError)
-        wanted, there = _flat(identity), _flat(found)
+        wanted, there = _flat(identity), _ADDED | _flat(found)
         names = [name for name in {**there, **wanted} if name.split(".")[0] in identity]
         differences = [
             f"{name}: {there.get(name, 'not there')} in that run, {wanted.get(name, 'not there')} now"
             for name in names
-            if there.get(name) != wanted.get(name) and name not in _FREE
+            if there.get(name, "null") != wanted.get(name, "null") and name not in _FREE
         ]
         if differences:
             raise UsageError(

@@ -1,59 +1,39 @@
 """The loop: N samples per problem in one in-flight batch, votes counted as they arrive, siblings cancelled
 when settled.
 
-What a sample says depends on its seed alone, so its answer is the same in any order, batch and session.
-Which samples are counted when a stop rule ends a problem does depend on their arrival.
+What a sample says depends on its seed alone, so its answer is the same in any order, batch and session, unless a time
+limit cuts it short. Which samples are counted when a stop rule ends a problem does depend on their arrival.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-from trtkit.chat import THINK_END, Chat
-from trtkit.errors import EngineError, RequestError
-from trtkit.runtime.api import Engine, FinishReason, Request, StepOutput
-from trtkit.solve.answers import extract_box
+from trtkit.chat import Chat
+from trtkit.errors import EngineError, OutputError
+from trtkit.runtime.api import Engine, FinishReason, StepOutput
+from trtkit.solve.clock import Clock, TimeBudget
+from trtkit.solve.code_rows import CodeRows
+from trtkit.solve.contest import Contest, Sample, earlier_solutions, force_answer
+from trtkit.solve.ends import End, Ending, EndRules
 from trtkit.solve.grading import Grader
 from trtkit.solve.journal import Journal
 from trtkit.solve.observer import Observer
 from trtkit.solve.options import SolveOptions
 from trtkit.solve.problems import Problem
-from trtkit.solve.prompts import sample_seed, variant_of
-from trtkit.solve.records import Attempt, Solution, count_attempts
-from trtkit.solve.stop_text import end_of_text
-from trtkit.solve.stopping import StopRule, first_to_hold
-from trtkit.solve.vote import Tally
+from trtkit.solve.records import DEADLINE, TIME_LIMIT, Attempt, Solution, count_attempts
+from trtkit.solve.sandbox import Sandbox
+from trtkit.solve.stopping import first_to_hold
 
-__all__ = ["Solver", "earlier_solutions"]
+__all__ = ["Solver"]
 
-_CHARACTERS_PER_TOKEN = 32
-"""No tokenizer packs text denser on average. Longer text is refused without tokenizing megabytes."""
-
-
-@dataclass(slots=True)
-class _Sample:
-    """A sample that is running or queued in the engine."""
-
-    contest: _Contest
-    index: int
-    variant: str
-    tokens: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Contest:
-    """A problem that is open: its votes so far and its unfinished samples by request id."""
-
-    problem: Problem
-    began: float
-    earlier_seconds: float
-    attempts: list[Attempt]
-    tally: Tally
-    samples: dict[str, _Sample] = field(default_factory=dict)
-    dropped_tokens: int = 0
+_CLOSING_STEPS = 20
+"""Steps kept free before a deadline, for samples that are made to answer: about as many as an answer has tokens."""
+_CLOSING_PART = 0.3
+"""But no more than this part of a problem's time."""
 
 
 class Solver:
@@ -82,27 +62,40 @@ class Solver:
         self._grader = grader
         self._journal = journal
         self._observer = observer or Observer()
-        self._clock = clock
-        single = len(chat.think_end) == 1
-        at_think = options.stop_at == "think"
-        self._stop_ids = tuple(dict.fromkeys((*(chat.think_end if single and at_think else ()), *chat.eos_ids)))
-        self._match_text = at_think and not single
+        self._now = clock
+        self._ends = EndRules(
+            chat,
+            options.mode,
+            at_think=options.stop_at != "eos",
+            at_box=options.stop_at == "first-box",
+            loops=options.kills_loops,
+        )
         self._rules = options.rules
-        self._contests: dict[str, _Contest] = {}
-        self._samples: dict[str, _Sample] = {}
+        self._code: CodeRows | None = None
+        self._bank: Clock | None = None
+        self._stepped_at = 0.0
+        self._step_seconds = 0.0
+        self._contests: dict[str, Contest] = {}
+        self._samples: dict[str, Sample] = {}
         self._solutions: dict[str, Solution] = {}
 
-    def solve(self, problems: Sequence[Problem]) -> list[Solution]:
-        """The solutions in the order of ``problems``.
+    def solve(
+        self, problems: Sequence[Problem], *, loading_seconds: float = 0.0, sandbox: Sandbox | None = None
+    ) -> list[Solution]:
+        """The solutions in the order of ``problems``. Options with ``tools`` need a ``sandbox``.
 
-        A problem that the engine refuses (prompt too long) gets a solution with an ``error``; the others go
-        on. Raises :class:`EngineError` when the engine loses a request, and whatever the engine raises in a
-        step.
+        ``loading_seconds`` were spent on opening the engine; they count against a time limit. A problem that the engine
+        refuses (prompt too long) gets a solution with an ``error``; the others go on. Raises :class:`EngineError` when
+        the engine loses a request, and whatever the engine raises in a step.
         """
-        self._solutions = earlier_solutions(problems, self._journal, self._options, self._grader)
+        if self._options.tools is not None:
+            assert sandbox is not None
+            self._code = CodeRows(sandbox, self._engine, self._chat, self._ends, self._options.max_tokens)
+        self._solutions = earlier_solutions(problems, self._journal, self._options, self._grader.same)
         waiting = deque(problem for problem in problems if problem.id not in self._solutions)
         if self._journal is not None:
-            self._journal.begin()
+            self._journal.begin(loading_seconds)
+        self._start_clock(len(problems), len(waiting), loading_seconds)
         self._observer.began(problems, list(self._solutions.values()), self._options.samples)
         try:
             while True:
@@ -114,6 +107,9 @@ class Solver:
             for request_id in self._samples:
                 self._engine.cancel(request_id)
             self._observer.ended()
+            if self._journal is not None:
+                with contextlib.suppress(OutputError):  # figures only; what went wrong before must stay visible
+                    self._journal.record_engine(self._engine.stats())
         while self._engine.has_work:  # the cancelled siblings' last outputs, so that the engine is left clean
             self._engine.step()
         return [self._solutions[problem.id] for problem in problems]
@@ -123,104 +119,108 @@ class Solver:
         """What is settled so far, by problem id: complete after :meth:`solve`, else partial."""
         return dict(self._solutions)
 
+    def _start_clock(self, problems: int, waiting: int, loading_seconds: float) -> None:
+        options, now = self._options, self._now()
+        self._stepped_at = now
+        if options.time_limit is None:
+            return
+        earlier = self._journal.history.spent_seconds if self._journal else 0.0
+        self._bank = Clock(
+            TimeBudget.of(options.time_limit, problems, options.reserve),
+            now=now,
+            spent=earlier + loading_seconds,
+            problems=waiting,
+            difficulty=options.difficulty,
+        )
+
     def _feed(self, waiting: deque[Problem]) -> None:
         most = 1 if self._options.order == "sequential" else self._options.outstanding
         while waiting and len(self._samples) < most:
             self._open(waiting.popleft())
 
     def _open(self, problem: Problem) -> None:
-        earlier = self._journal.history.attempts.get(problem.id, ()) if self._journal else ()
-        contest = _Contest(
-            problem=problem,
-            began=self._clock(),
-            earlier_seconds=max((attempt.seconds for attempt in earlier), default=0.0),
-            attempts=list(earlier),
-            tally=count_attempts(earlier, self._options.mode, self._grader.same),
-        )
+        now = self._now()
+        contest = Contest.begin(problem, self._options, self._grader.same, self._journal, now)
         self._contests[problem.id] = contest
         self._observer.opened(problem, contest.tally)
-        done = {attempt.index for attempt in earlier}
-        missing = [index for index in range(self._options.samples) if index not in done]
+        missing = contest.missing(self._options.samples)
         rule = first_to_hold(self._rules, contest.tally, len(missing)) if missing else None
-        error = None
-        if missing and rule is None:
-            error = self._submit(contest, missing)
-        if not contest.samples:
-            self._settle(contest, rule, error)
-
-    def _submit(self, contest: _Contest, missing: Sequence[int]) -> str | None:
-        """Submit the samples; the reason if the engine refuses the problem (then none is left running)."""
-        problem, options = contest.problem, self._options
-        longest = _CHARACTERS_PER_TOKEN * self._engine.max_total_tokens
-        if len(problem.text) > longest:
-            return f"the problem text has {len(problem.text):,} characters, more than fit into any prompt"
-        prompts: dict[str, tuple[int, ...]] = {}
-        for index in missing:
-            variant = variant_of(options.variants, index)
-            if variant.name not in prompts:
-                prompts[variant.name] = self._chat.prompt(problem.text, variant)
-            request = Request(
-                id=f"{problem.id}/{index}",
-                prompt=prompts[variant.name],
-                sampling=options.sampling,
-                stop_ids=self._stop_ids,
-                max_tokens=options.max_tokens,
-                seed=sample_seed(options.seed, problem.id, index),
-            )
-            try:
-                self._engine.submit(request)
-            except RequestError as refusal:
-                self._cancel(contest)
-                return refusal.message
-            sample = _Sample(contest=contest, index=index, variant=variant.name)
-            contest.samples[request.id] = self._samples[request.id] = sample
-        return None
+        stopped, error = rule.text if rule else None, None
+        if self._bank is not None:
+            contest.share_seconds = self._bank.open(problem.id, now, used=contest.earlier_seconds)
+            if missing and stopped is None and self._bank.left_for(problem.id, now) <= 0:
+                stopped = TIME_LIMIT
+        if missing and stopped is None:
+            error = contest.submit(self._engine, self._chat, self._options, self._ends, missing)
+            self._samples.update(contest.samples)
+        else:
+            contest.cancelled = len(missing)
+        if error is not None or not contest.samples:
+            self._settle(contest, stopped, error)
 
     def _step(self) -> None:
-        outputs = self._engine.step()
         finished: dict[str, list[Attempt]] = {}
+        rows: Counter[str] = Counter()
+        ended = self._resume_code()
+        outputs = self._engine.step()
+        now = self._now()
+        seconds, self._stepped_at = now - self._stepped_at, now
+        # Smoothed over a few steps: what the next ones will take.
+        self._step_seconds += (seconds - self._step_seconds) * (0.2 if self._step_seconds else 1.0)
         new_tokens = 0
         for output in outputs:
             sample = self._samples.get(output.request_id)
             if sample is None:  # cancelled by us
                 continue
             new_tokens += len(output.tokens)
-            attempt = self._extend(sample, output)
+            rows[sample.contest.problem.id] += 1
+            ended.append(self._extend(sample, output))
+        waiting = self._code.waiting if self._code is not None else []
+        rows.update(self._samples[request_id].contest.problem.id for request_id in waiting)
+        for attempt in ended:
             if attempt is not None:
                 finished.setdefault(attempt.problem_id, []).append(attempt)
-        if not outputs and not self._engine.has_work:
+        if not (outputs or finished or waiting or self._engine.has_work):
             lost = ", ".join(list(self._samples)[:5])
             raise EngineError(f"the engine lost {len(self._samples)} request(s): {lost}")
         self._observer.stepped(new_tokens, len(self._samples))
+        if self._bank is not None:
+            self._bank.charge(seconds, rows)  # before problems are settled and their accounts closed
         if finished:
             self._count(finished)
+        if self._bank is not None:
+            self._keep_time(self._bank, now)
 
-    def _extend(self, sample: _Sample, output: StepOutput) -> Attempt | None:
+    def _resume_code(self) -> list[Attempt | None]:
+        """Let samples go on whose code has ended; those that had no room left for that end here."""
+        ended: list[Attempt | None] = []
+        for sample in self._code.resume(self._samples) if self._code is not None else ():
+            length = len(sample.stream.tokens)
+            ended.append(self._finish(sample, End(ending=Ending.LENGTH, finish=FinishReason.LENGTH, length=length)))
+        return ended
+
+    def _extend(self, sample: Sample, output: StepOutput) -> Attempt | None:
         """Add new tokens to a sample; the finished attempt if that ended it."""
-        seen = len(sample.tokens)
-        sample.tokens.extend(output.tokens)
-        finish = output.finish
-        if self._match_text:
-            end = end_of_text(sample.tokens, seen, THINK_END, self._chat.decode)
-            if end is not None:
-                del sample.tokens[end:]
-                finish = FinishReason.STOP
-                self._engine.cancel(output.request_id)
-        if finish is None:
+        end = self._ends.add(sample.stream, output.tokens, output.finish)
+        if self._code is not None and self._code.take(sample, output, end):
             return None
-        contest = sample.contest
-        del self._samples[output.request_id], contest.samples[output.request_id]
-        text = self._chat.decode(sample.tokens)
-        return Attempt(
-            problem_id=contest.problem.id,
-            index=sample.index,
-            variant=sample.variant,
-            tokens=len(sample.tokens),
-            finish=finish,
-            box=extract_box(text),
-            seconds=contest.earlier_seconds + self._clock() - contest.began,
-            text=text if self._options.save_text else None,
-        )
+        return None if end is None else self._finish(sample, end)
+
+    def _finish(self, sample: Sample, end: End) -> Attempt | None:
+        """A sample has come to its end: make it answer if it has to, else the attempt."""
+        wants = end.ending is Ending.LENGTH and self._options.forces and self._ends.answer(sample.stream) is None
+        if wants and not sample.stream.forced and self._force(sample, Ending.LENGTH, running=False):
+            return None
+        return self._end(sample, end.ending, end.finish)
+
+    def _force(self, sample: Sample, ending: Ending, *, running: bool) -> bool:
+        return force_answer(self._engine, self._ends, sample, ending, running=running)
+
+    def _end(self, sample: Sample, ending: Ending, finish: FinishReason) -> Attempt:
+        """The attempt that a sample came to, wherever the engine is with it."""
+        self._let_go(sample)
+        text = self._ends.text(sample.stream)
+        return sample.attempt(text, ending, finish, self._now(), keep_text=self._options.save_text)
 
     def _count(self, finished: dict[str, list[Attempt]]) -> None:
         """Write down what ended in this step, then count it and settle the problems that it decides."""
@@ -237,53 +237,61 @@ class Solver:
             outstanding = len(contest.samples)
             rule = first_to_hold(self._rules, contest.tally, outstanding) if outstanding else None
             if rule is not None or not outstanding:
-                self._settle(contest, rule, None)
+                late = DEADLINE if contest.closing else None
+                self._settle(contest, rule.text if rule else late, None)
 
-    def _settle(self, contest: _Contest, rule: StopRule | None, error: str | None) -> None:
-        self._cancel(contest)
-        solution = Solution(
-            problem_id=contest.problem.id,
-            tally=contest.tally,
-            attempts=tuple(contest.attempts),
-            tokens=sum(attempt.tokens for attempt in contest.attempts) + contest.dropped_tokens,
-            seconds=contest.earlier_seconds + self._clock() - contest.began,
-            stopped_early=rule.text if rule else None,
-            error=error,
-        )
+    def _keep_time(self, bank: Clock, now: float) -> None:
+        """Settle problems whose time is up; shortly before that, make their samples answer."""
+        for problem_id, contest in list(self._contests.items()):
+            left = bank.left_for(problem_id, now)
+            reserve = min(_CLOSING_STEPS * self._step_seconds, _CLOSING_PART * (contest.share_seconds or 0.0))
+            if not contest.closing and left <= (reserve if self._options.forces else 0.0):
+                self._close(contest)
+            if left <= 0 and problem_id in self._contests:
+                self._settle(contest, DEADLINE, None)
+
+    def _close(self, contest: Contest) -> None:
+        """Let samples with an answer vote with it; of the others, make those answer that have begun."""
+        contest.closing = True
+        ended: list[Attempt] = []
+        for sample in list(contest.samples.values()):
+            if sample.stream.forced:
+                continue
+            if self._ends.answer(sample.stream) is not None:
+                ended.append(self._end(sample, Ending.DEADLINE, FinishReason.CANCELLED))
+                continue
+            resting = self._code is not None and self._code.forget(sample.request_id)
+            if not sample.stream.tokens or not (
+                self._options.forces and self._force(sample, Ending.DEADLINE, running=not resting)
+            ):
+                self._drop(sample)
+        if ended:
+            self._count({contest.problem.id: ended})
+        elif not contest.samples:
+            self._settle(contest, DEADLINE, None)
+
+    def _drop(self, sample: Sample) -> None:
+        sample.contest.dropped_tokens += sample.stream.generated
+        sample.contest.cancelled += 1
+        self._let_go(sample)
+
+    def _let_go(self, sample: Sample) -> None:
+        """Nobody works for this sample any more."""
+        self._engine.cancel(sample.request_id)
+        if self._code is not None:
+            self._code.forget(sample.request_id)
+        del self._samples[sample.request_id], sample.contest.samples[sample.request_id]
+
+    def _settle(self, contest: Contest, stopped: str | None, error: str | None) -> None:
+        for sample in list(contest.samples.values()):
+            self._drop(sample)
+        now = self._now()
+        if self._bank is not None:
+            contest.used_seconds = self._bank.close(contest.problem.id)
+            contest.bank_seconds = self._bank.bank(now)
+        solution = contest.solution(self._options, now, stopped, error)
         if self._journal is not None:
             self._journal.record([], [solution])
         self._solutions[solution.problem_id] = solution
         del self._contests[solution.problem_id]
         self._observer.solved(contest.problem, solution)
-
-    def _cancel(self, contest: _Contest) -> None:
-        for request_id, sample in contest.samples.items():
-            self._engine.cancel(request_id)
-            contest.dropped_tokens += len(sample.tokens)
-            del self._samples[request_id]
-        contest.samples.clear()
-
-
-def earlier_solutions(
-    problems: Sequence[Problem], journal: Journal | None, options: SolveOptions, grader: Grader
-) -> dict[str, Solution]:
-    """What the journal's earlier sessions settled, counted again from their attempts."""
-    if journal is None:
-        return {}
-    history = journal.history
-    solutions = {}
-    for problem in problems:
-        settled = history.settled.get(problem.id)
-        if settled is None:
-            continue
-        attempts = history.attempts.get(problem.id, ())
-        solutions[problem.id] = Solution(
-            problem_id=problem.id,
-            tally=count_attempts(attempts, options.mode, grader.same),
-            attempts=attempts,
-            tokens=settled.tokens,
-            seconds=settled.seconds,
-            stopped_early=settled.stopped_early,
-            error=settled.error,
-        )
-    return solutions

@@ -10,31 +10,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from drafter.checkpoint import save_drafter
+from drafter.checkpoint import load_drafter
 from drafter.config import DrafterConfig, TreeShape
 from drafter.data import Sample, Window, pack, split_by_problem, windows
 from drafter.loss import DraftBatch, Objective
 from drafter.model import Drafter
-from drafter.train import METRICS_FILE, NonFiniteLossError, Report, TrainConfig, train
+from drafter.train import NonFiniteLossError, Report, TrainConfig, train
+from trtkit.build.draft_head import check_head
 from trtkit.chat import Chat, load_chat, variant_named
 from trtkit.checkpoint.hf import resolve_source
 from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import InputError, QualityError, UsageError
-from trtkit.files import append_jsonl, read_json, read_jsonl, staged_dir, write_json, write_text
-from trtkit.log import Progress, logger
-from trtkit.recipe import TRAINING_FILE
+from trtkit.files import append_jsonl, read_json, read_jsonl, write_json
+from trtkit.log import Progress
 from trtkit.runtime.api import SamplingParams
 from trtkit.runtime.load import compute_dtype
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 from trtkit.training.evaluate import DepthHits, TreeResult, hits_by_depth, measure_tree
+from trtkit.training.processes import Processes, processes
+from trtkit.training.publish import publish, token_order
 from trtkit.training.rows import read_rows
 from trtkit.training.target import draft_batch, own_answers, written_answers
 
@@ -58,6 +61,8 @@ class TrainingPlan:
     split: str = "cot"
     held_out: float = 0.05
     variants: tuple[str, ...] = ("solve", "reason")
+    start_from: str | None = None
+    """A trained head to go on from; its shape is taken over."""
     exit_dim: int | None = None
     """None: twice the hidden size, as published."""
     layers: int = 2
@@ -66,9 +71,12 @@ class TrainingPlan:
     tokens_per_part: int = 8192
     """Tokens that the target runs over for one batch."""
     parts: int = 1
+    """Batches of one update, shared out over the processes."""
     epochs: float = 1.0
     rate: float = 1e-3
     objective: Objective = "ce"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the arithmetic; the weights stay float32."""
     depths: int = 4
     seed: int = 0
     max_tokens: int = 4096
@@ -88,30 +96,42 @@ class HeadReport:
     trees: tuple[TreeResult, ...]
 
 
-def train_head(plan: TrainingPlan, out: Path, *, device: torch.device) -> HeadReport:
+def train_head(plan: TrainingPlan, out: Path, *, device: torch.device) -> HeadReport | None:
     """Train, save and measure a head. The same call continues an interrupted one.
 
+    Under ``torchrun`` every process makes this call; the first one writes and returns the report, the others None.
     Raises :class:`InputError` for unusable rows, :class:`UsageError` when ``out`` holds another training,
     :class:`QualityError` when the loss is not finite (the last saved state stays in ``out/work``).
     """
+    with processes(device, plan.parts) as among:
+        return _train_head(plan, out, among)
+
+
+def _train_head(plan: TrainingPlan, out: Path, among: Processes) -> HeadReport | None:
     directory = resolve_source(plan.model)
     chat = load_chat(directory)
     checkpoint = open_unified(directory)
-    dtype = compute_dtype(checkpoint.spec, device)
-    model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=checkpoint.spec.max_positions + 64)
+    dtype = compute_dtype(checkpoint.spec, among.device)
+    model = DecoderModel(checkpoint, device=among.device, dtype=dtype, max_tokens=checkpoint.spec.max_positions + 64)
     work = out / WORK
-    _claim(work, plan)
-    samples = _samples(plan, work, chat, model)
+    if among.first:
+        _claim(work, plan)
+        samples = _samples(plan, work, chat, model)
+    among.meet()
+    if not among.first:
+        samples = _samples(plan, work, chat, model)
     kept, held = split_by_problem(samples, plan.held_out)
     if not kept or not held:
         raise InputError(
             f"{len(samples)} usable solutions are too few to train and to hold some out", hint="pass more rows"
         )
-    lm_head = checkpoint.lm_head().to(device=device, dtype=torch.float32)
-    drafter = _fresh_head(plan, model, lm_head)
+    lm_head = checkpoint.lm_head().to(device=among.device, dtype=torch.float32)
+    drafter = _fresh_head(plan, model, lm_head, chat)
     batches = _Batches(plan, kept, model)
     config = _train_config(plan, batches.per_epoch)
-    _train(drafter, batches, config, work, lm_head if plan.objective == "kd" else None)
+    _train(drafter, batches, config, work, lm_head if plan.objective == "kd" else None, shown=among.first)
+    if not among.first:
+        return None
     drafter.requires_grad_(False).eval()
     report = HeadReport(
         updates=config.updates,
@@ -120,7 +140,13 @@ def train_head(plan: TrainingPlan, out: Path, *, device: torch.device) -> HeadRe
         hits=tuple(hits_by_depth(drafter, model, held[:_EVALUATED], depths=plan.depths, tokens=plan.tokens_per_part)),
         trees=tuple(_measured(plan, drafter, model, chat, held)),
     )
-    _publish(plan, out, chat, drafter, report)
+    training = {
+        "version": 1,
+        "plan": json.loads(json.dumps(asdict(plan))),
+        "chat_template_sha256": chat.template_digest,
+        "report": asdict(report),
+    }
+    publish(out, work, drafter, token_order(kept, drafter.config.vocab_size), training)
     return report
 
 
@@ -172,8 +198,13 @@ def _engine(model: DecoderModel, drafting: Drafting | None, total_tokens: int) -
     return TorchEngine(model, limits, drafting)
 
 
-def _fresh_head(plan: TrainingPlan, model: DecoderModel, lm_head: Tensor) -> Drafter:
+def _fresh_head(plan: TrainingPlan, model: DecoderModel, lm_head: Tensor, chat: Chat) -> Drafter:
     spec = model.spec
+    if plan.start_from is not None:
+        check_head(Path(plan.start_from), spec, chat)
+        return (
+            load_drafter(Path(plan.start_from), dtype=torch.float32, device=model.device).requires_grad_(True).train()
+        )
     config = DrafterConfig(
         hidden_size=spec.hidden,
         vocab_size=spec.vocab,
@@ -197,6 +228,7 @@ def _train_config(plan: TrainingPlan, groups_per_epoch: int) -> TrainConfig:
         peak_rate=plan.rate,
         depth_weights=tuple(0.8**depth for depth in range(plan.depths)),
         objective=plan.objective,
+        dtype=plan.dtype,
     )
 
 
@@ -233,10 +265,13 @@ def _train(
     config: TrainConfig,
     work: Path,
     lm_head: Tensor | None,
+    *,
+    shown: bool,
 ) -> None:
-    with Progress("train", total=config.updates, unit="updates") as progress:
+    with Progress("train", total=config.updates, unit="updates") if shown else nullcontext() as progress:
 
         def show(report: Report) -> None:
+            assert progress is not None, "only the first process reports"
             hits = " ".join(f"{share:.0%}" for share in report.top1)
             progress.advance(report.update - progress.done, note=f"loss {report.loss:.3f}, top-1 by depth {hits}")
 
@@ -260,46 +295,3 @@ def _measured(
                 yield measure_tree(
                     engine, prompts, tree=tree, temperature=temperature, stop_ids=chat.eos_ids, max_tokens=longest
                 )
-
-
-def _publish(plan: TrainingPlan, out: Path, chat: Chat, drafter: Drafter, report: HeadReport) -> None:
-    work = out / WORK
-    with staged_dir(work / "head", replace=True) as stage:
-        save_drafter(drafter, stage, dtype=torch.bfloat16)
-        write_json(
-            stage / TRAINING_FILE,
-            {
-                "version": 1,
-                "plan": json.loads(json.dumps(asdict(plan))),
-                "chat_template_sha256": chat.template_digest,
-                "report": asdict(report),
-            },
-        )
-    for path in (work / "head").iterdir():
-        path.replace(out / path.name)
-    (work / "head").rmdir()
-    metrics = (work / METRICS_FILE).read_text(encoding="utf-8")
-    write_text(out / METRICS_FILE, metrics)
-    _plot([json.loads(line) for line in metrics.splitlines()], out / "curve.png")
-
-
-def _plot(reports: Sequence[dict[str, Any]], path: Path) -> None:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        logger.info("no curve.png: matplotlib is not installed (pip install 'trtkit[report]')")
-        return
-    updates = [report["update"] for report in reports]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for depth in range(len(reports[0]["by_depth"])):
-        left.plot(updates, [report["by_depth"][depth] for report in reports], label=f"depth {depth + 1}")
-        (line,) = right.plot(updates, [report["top1"][depth] for report in reports], label=f"depth {depth + 1}")
-        right.plot(updates, [report["top5"][depth] for report in reports], color=line.get_color(), linestyle=":")
-    left.set(xlabel="update", ylabel="loss (nats)", title="Loss by depth")
-    right.set(xlabel="update", ylabel="share right", ylim=(0, 1), title="Hits by depth: top-1, dotted top-5")
-    left.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trtkit.cli.app import run
+
+RULES = ["--rules", "full", "--rules", "agree(2)", "--rules", "beta(0.9)+stragglers(2)"]
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> Path:
+    """Six problems with eight samples each: five right, two wrong, one that never ends."""
+    path = tmp_path / "traces.jsonl"
+    rows: list[dict[str, Any]] = []
+    for number in range(6):
+        boxes = ["7", "8", "7", "7", "9", "7", "7"]
+        samples = [f"thinking \\boxed{{{box}}}</think>" for box in boxes] + ["again " * 400]
+        tokens = [50 + 10 * ((number + index) % 7) for index in range(7)] + [800]
+        rows.append({"question": f"problem {number}", "target": 7, "outs": samples, "n": tokens})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+FIELDS = ["--fields", "text=outs,gold=target,problem=question,tokens=n"]
+
+
+def revote(*arguments: str) -> int:
+    return run(["--quiet", "revote", *arguments])
+
+
+def test_json_and_table(traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert revote(str(traces), *FIELDS, *RULES, "--samples", "4,8", "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    document = json.loads(lines[-1])
+    assert lines[-2].startswith("next: trtkit solve problems.jsonl --samples 8 --stop '")
+    assert list(document) == ["rules", "problems", "traces", "closed", "boxed", "looped"]
+    assert [document[name] for name in list(document)[1:]] == [6, 48, 42, 42, 6]
+    assert [(row["rule"], row["samples"]) for row in document["rules"]] == [
+        (rule, count) for count in (4, 8) for rule in ("full", "agree(2)", "beta(0.9)+stragglers(2)")
+    ]
+    for row in document["rules"]:
+        assert list(row) == ["rule", "samples", "accuracy", "accuracy_low", "accuracy_high", "tokens", "wall"]
+        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+    full, agree, straggler = document["rules"][3:]
+    rows = [json.loads(line) for line in traces.read_text().splitlines()]
+    assert (full["accuracy"], full["tokens"], full["wall"]) == (1.0, sum(sum(row["n"]) for row in rows), 6 * 800)
+    assert agree["tokens"] < full["tokens"]
+    assert straggler["wall"] < 6 * 120
+    table = "\n".join(lines[:-2])
+    assert "48 traces of 6 problems: closed 42 (88%), boxed 42 (88%), looped 6 (12%)" in table
+    assert "against full" in table
+
+
+def test_answers_say_what_each_rule_would_have_said(
+    traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "answers.jsonl"
+    assert revote(str(traces), *FIELDS, *RULES, "--samples", "8", "--draws", "1", "--answers", str(out)) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 18
+    [row] = [row for row in rows if row["problem"] == "problem 0" and row["rule"] == "agree(2)"]
+    # By length 7, 8, 7, 7, 9, 7: the first two differ; then three votes ahead, two to come.
+    assert row["gold"] == "7"
+    assert row["votes"] == [["7", 4], ["8", 1], ["9", 1]]
+    assert (row["finished"], row["wall"], row["tokens"]) == (6, 100, 50 + 60 + 70 + 80 + 90 + 100 + 100 + 100)
+    assert row["stopped_early"] == "unassailable"
+    assert row["correct"] is True
+
+
+def test_recorded_order_without_times_is_refused(traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert revote(str(traces), *FIELDS, "--finish-order", "recorded") == 1
+    assert "--fields seconds=" in capsys.readouterr().err
+
+
+def test_png(traces: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figures" / "trade.png"
+    assert revote(str(traces), *FIELDS, *RULES, "--samples", "2,8", "--draws", "3", "--png", str(out)) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_it_says_so_before_it_works(
+    traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert revote(str(tmp_path / "not read yet.jsonl"), "--png", str(tmp_path / "x.png")) == 1
+    captured = capsys.readouterr()
+    assert "pip install 'trtkit[report]'" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--rules", "agre(2)"], 2, "did you mean 'agree'"),
+        (["--samples", "8,x"], 2, "--samples 8,16,32"),
+        (["--samples", "0"], 2, "--samples"),
+        (["--samples", "16"], 1, "the most that any has is 8"),
+        (["--finish-order", "random"], 2, "must be length or recorded"),
+        (["--stop-at", "never"], 2, "must be think or eos"),
+        (["--weights", "lengthy"], 2, "did you mean 'length'"),
+        (["--modulus", "1000"], 2, "needs the answer mode integer"),
+        (["--fields", "gold=nothing"], 1, "gold=nothing: no row has it"),
+    ],
+)
+def test_wrong_usage(
+    traces: Path, arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert revote(str(traces), *FIELDS, *arguments) == code
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+
+
+def test_no_traces_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert revote(str(tmp_path / "missing.jsonl")) == 1
+    assert "no such file" in capsys.readouterr().err
+    assert revote(str(tmp_path)) == 1
+    assert "no journal.jsonl" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""A cheaper head drafts worse, never differently: trimmed vocabulary, int8 output layer, the runtime's kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from drafter.beam import beam_search
+from drafter.checkpoint import save_drafter
+from drafter.config import DrafterConfig, TreeShape
+from drafter.model import Drafter
+from tests.engines import random_prompts, request, run_all, tiny_engine_dir
+from trtkit.errors import EngineError, UsageError
+from trtkit.model_spec import read_model_spec
+from trtkit.recipe import DRAFTER_DIR, TOKEN_ORDER_FILE
+from trtkit.runtime.draft_head import HeadOptions, open_head, with_kernels
+from trtkit.runtime.load import OpenOptions, open_engine
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine with a random head; token 319 is the most frequent, 0 the rarest."""
+    directory = tiny_engine_dir(tmp_path_factory.mktemp("engine"), recipe={"tree": TreeShape(beams=2, length=3)})
+    spec = read_model_spec(directory)
+    torch.manual_seed(3)
+    head = Drafter(DrafterConfig(hidden_size=spec.hidden, vocab_size=spec.vocab, exit_dim=64))
+    (directory / DRAFTER_DIR).mkdir()
+    save_drafter(head, directory / DRAFTER_DIR, dtype=torch.float32)
+    order = torch.arange(spec.vocab, dtype=torch.int32).flip(0).contiguous()
+    save_file({"by_frequency": order}, directory / DRAFTER_DIR / TOKEN_ORDER_FILE)
+    return directory
+
+
+def _head(directory: Path, dtype: torch.dtype = torch.float32, **options: object) -> Drafter:
+    spec = read_model_spec(directory)
+    return open_head(
+        directory / DRAFTER_DIR, spec, HeadOptions(**options), device=CPU, dtype=dtype  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [TreeShape(beams=1, length=4), TreeShape(beams=3, length=2)])
+def test_a_trimmed_head_ranks_the_kept_tokens_as_the_whole_one_does(directory: Path, shape: TreeShape) -> None:
+    whole, trimmed = _head(directory), _head(directory, vocabulary=40)
+    context, token = torch.randn(6, whole.config.hidden_size), torch.arange(6)
+    table = torch.randn(320, whole.config.hidden_size)
+    full, _ = whole.step(context, torch.zeros_like(context), table[token])
+    kept, _ = trimmed.step(context, torch.zeros_like(context), table[token])
+    ids = torch.arange(319, 279, -1)
+    torch.testing.assert_close(kept, full[:, ids])
+    drafted = beam_search(trimmed, lambda ids: table[ids], context, token, shape)
+    assert drafted.shape == (6, shape.beams, shape.length)
+    assert int(drafted.min()) >= 280
+    best = ids[full[:, ids].argmax(dim=1)]
+    assert drafted[:, 0, 0].tolist() == best.tolist() or shape.beams > 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"vocabulary": 12}, {"precision": "int8"}, {"vocabulary": 64, "precision": "int8"}]
+)
+def test_the_tokens_are_those_of_plain_decoding(directory: Path, options: dict[str, object]) -> None:
+    requests = [request(str(i), p, seed=i, max_tokens=24) for i, p in enumerate(random_prompts(1, [5, 20, 33]))]
+    opening = OpenOptions(device="cpu", dtype="float32", speculative=False)
+    with open_engine(directory, opening) as engine:
+        plain, _ = run_all(engine, requests)
+    opening = OpenOptions(
+        device="cpu", dtype="float32", tree=TreeShape(beams=2, length=3), head=HeadOptions(**options)  # type: ignore[arg-type]
+    )  # fmt: skip
+    with open_engine(directory, opening) as engine:
+        drafted, _ = run_all(engine, requests)
+        assert engine.stats().steps <= 24
+    assert drafted == plain
+
+
+@pytest.mark.parametrize("precision", ["model", "int8"])
+def test_kernels_change_the_speed_and_not_the_logits(precision: str) -> None:
+    torch.manual_seed(0)
+    head = Drafter(DrafterConfig(hidden_size=64, vocab_size=96, exit_dim=32)).bfloat16().requires_grad_(False)
+    context, state, embedding = (torch.randn(3, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    expected, expected_state = head.step(context, state, embedding)
+    fast = with_kernels(head, precision, device=CPU, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    logits, next_state = fast.step(context, state, embedding)
+    torch.testing.assert_close(next_state, expected_state)
+    spread = float(expected.float().std())
+    assert float((logits - expected).abs().max()) < (0.02 if precision == "model" else 0.06) * spread * 4
+
+
+def test_what_cannot_be_trimmed_says_so(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="draft vocabulary 0"):
+        HeadOptions(vocabulary=0)
+    with pytest.raises(UsageError, match="must be model or int8"):
+        HeadOptions(precision="int3")  # type: ignore[arg-type]
+    head = tmp_path / DRAFTER_DIR
+    head.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (head / name).write_bytes((directory / DRAFTER_DIR / name).read_bytes())
+    spec = read_model_spec(directory)
+    with pytest.raises(UsageError, match=TOKEN_ORDER_FILE):
+        open_head(head, spec, HeadOptions(vocabulary=10), device=CPU, dtype=torch.float32)
+    save_file({"by_frequency": torch.zeros(320, dtype=torch.int32)}, head / TOKEN_ORDER_FILE)
+    with pytest.raises(EngineError, match="every one of 320 tokens"):
+        open_head(head, spec, HeadOptions(vocabulary=10), device=CPU, dtype=torch.float32)

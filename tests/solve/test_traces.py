@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.solve.scripted import run, write_engine, write_problems
+from trtkit.errors import InputError, UsageError
+from trtkit.solve.answers import AnswerMode
+from trtkit.solve.options import SolveOptions
+from trtkit.solve.run import Places
+from trtkit.solve.trace_files import parse_fields, read_trace_file
+from trtkit.solve.traces import looks_like_journal, loops, merge, read_run, trace_of_text
+
+PUBLIC = Path(__file__).resolve().parents[3] / "shared" / "data" / "traces" / "r1distill_math.jsonl"
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_one_sample_per_row_grouped_by_problem(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "t.jsonl",
+        {"problem": "a?", "gold": "7", "text": "so \\boxed{7}</think>", "tokens": 5},
+        {"problem": "b?", "gold": 8, "text": "no idea", "tokens": 6},
+        {"problem": "a?", "gold": "7", "text": "\\boxed{1}, no, \\boxed{ 2 }", "tokens": 0},
+    )
+    found = read_trace_file(path)
+    assert [(p.id, p.gold, len(p.traces)) for p in found.problems] == [("a?", "7", 2), ("b?", "8", 1)]
+    first, second = found.problems[0].traces
+    assert (first.box, first.tokens, first.closed, first.index) == ("7", 5, True, 0)
+    assert (second.box, second.tokens, second.closed, second.index) == ("2", 1, False, 1)
+    assert (found.count, found.number("closed"), found.number("boxed"), found.number("looped")) == (3, 1, 2, 0)
+    assert not found.estimated
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"q": 3, "a": 7.0, "outs": ["\\boxed{7}", "none"], "n": [4, 9]}, "text=outs,tokens=n"),
+        ({"q": 3, "a": "7", "outs": [{"t": "\\boxed{7}", "n": 4}, {"t": "none", "n": 9}]}, "text=outs.t,tokens=outs.n"),
+        ({"q": 3, "a": "7", "o": {"u": {"t": ["\\boxed{7}", "none"], "n": [4, 9]}}}, "text=o.u.t,tokens=o.u.n"),
+        ({"q": 3, "a": "7", "a.b": ["\\boxed{7}", "none"], "n": [4, 9]}, "text=a.b,tokens=n"),
+    ],
+)
+def test_a_list_of_samples_in_each_row(row: dict[str, Any], fields: str, tmp_path: Path) -> None:
+    found = read_trace_file(write(tmp_path / "t.jsonl", row), parse_fields([fields, "gold=a, problem=q"]))
+    [problem] = found.problems
+    assert (problem.id, problem.gold) == ("3", "7")
+    assert [(trace.box, trace.tokens) for trace in problem.traces] == [("7", 4), (None, 9)]
+
+
+def test_usual_names_are_found_and_tokens_estimated(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"id": "x", "expected_answer": "1", "generation": "x" * 300})
+    found = read_trace_file(path)
+    assert found.problems[0].gold == "1"
+    assert found.problems[0].traces[0].tokens == 100
+    assert found.estimated
+
+
+def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "t.jsonl",
+        {"problem": "a", "gold": "1", "text": "fine"},
+        {"problem": "a", "gold": "2", "text": "fine"},
+        {"problem": "b", "gold": "2", "text": [{"t": "deeper"}]},
+        {"problem": "c", "gold": "2", "text": ["x", "y"], "tokens": [3]},
+        {"problem": " ", "gold": "2", "text": "x"},
+        {"problem": ["d"], "gold": "2", "text": []},
+    )
+    with pytest.raises(InputError) as caught:
+        read_trace_file(path)
+    text = str(caught.value)
+    for said in (
+        ":2: gold answer '2', but '1'", ":3: 'text' must be text", "e.g. text.text", ":4: tokens: expected 2 number",
+        ":5: no 'problem'", ":6: 'text' must be text or a list of texts, found an empty list",
+        ":6: problem: must be text",
+    ):  # fmt: skip
+        assert said in text, said
+
+
+def test_columns_that_are_not_there_are_told_with_those_that_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"says": "x", "key": 1})
+    with pytest.raises(InputError) as caught:
+        read_trace_file(path, {"gold": "right"})
+    text = str(caught.value)
+    for said in (
+        "no column for 'text'",
+        "no column for 'problem'",
+        "gold=right: no row has it",
+        "columns are: says, key",
+    ):
+        assert said in text
+    with pytest.raises(InputError, match="holds no trace"):
+        read_trace_file(write(tmp_path / "empty.jsonl"))
+
+
+def test_fields_are_checked() -> None:
+    assert parse_fields(["text=a.b , gold=c", "problem=d"]) == {"text": "a.b", "gold": "c", "problem": "d"}
+    with pytest.raises(UsageError) as caught:
+        parse_fields(["txt=a,gold"])
+    assert "did you mean 'text'" in str(caught.value)
+    assert "'gold': write NAME=COLUMN" in str(caught.value)
+
+
+def test_cutting_at_the_end_of_the_thought() -> None:
+    text = "hm \\boxed{1} " + "x" * 87 + "</think>" + "so \\boxed{2}" + " " * 96
+    whole, cut = (trace_of_text(text, 0, tokens=50, stop_at=where) for where in ("eos", "think"))  # type: ignore[arg-type]
+    assert (whole.box, whole.tokens) == ("2", 50)
+    assert (cut.box, cut.tokens) == ("1", 25)
+    assert whole.closed
+    assert cut.closed
+
+
+def test_loops() -> None:
+    start = "".join(f"step {number} is new; " for number in range(300))
+    phrase = "But wait, let me check that once more from the beginning, because it may be wrong. " * 3
+    assert not loops(start)
+    assert not loops(start + phrase[:300])
+    assert loops(start + phrase * 20)
+    assert loops("ab" * 1000)
+    assert not loops("ab" * 350), "too short to be checked"
+    numbers = "".join(f"case {number} gives nothing. " for number in range(500))
+    assert not loops(numbers), "alike, but not the same"
+
+
+def full_run(tmp_path: Path, **options: Any) -> Path:
+    problems, engine = write_problems(tmp_path / "p.jsonl", 4), write_engine(tmp_path / "engine")
+    out = tmp_path / "run"
+    run(Places(problems=problems, engine=engine, out=out), SolveOptions(samples=5, **options))
+    return out
+
+
+def test_a_run_is_read_with_golds_and_answer_mode(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mode = AnswerMode(kind="integer", modulus=5)
+    out = full_run(tmp_path, full_vote=True, save_text=True, mode=mode)
+    with caplog.at_level(logging.WARNING, "trtkit"):
+        found = read_run(out)
+    assert not caplog.records
+    assert {problem.id for problem in found.problems} == {"p0", "p1", "p2", "p3"}
+    assert found.count == 20
+    assert {problem.gold for problem in found.problems} == {"7"}
+    assert found.mode == mode
+    assert all([trace.index for trace in problem.traces] == [0, 1, 2, 3, 4] for problem in found.problems)
+    rows = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    attempts = [row for row in rows if row["kind"] == "attempt"]
+    assert found.number("boxed") == sum(row["box"] is not None for row in attempts)
+    assert found.number("closed") == sum(row["finish"] == "stop" for row in attempts)
+    assert {trace.tokens for problem in found.problems for trace in problem.traces} == {
+        row["tokens"] for row in attempts
+    }
+    assert read_run(out / "journal.jsonl") == found
+
+    (tmp_path / "p.jsonl").unlink()  # then the solutions say it
+    assert read_run(out) == found
+    (out / "solutions.jsonl").unlink()
+    assert {problem.gold for problem in read_run(out).problems} == {None}
+    other = write_problems(tmp_path / "other.jsonl", 3)
+    assert [p.gold for p in sorted(read_run(out, problems=other).problems, key=lambda p: p.id)] == ["7"] * 3 + [None]
+
+
+def test_a_run_with_stop_rules_is_no_fair_draw(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = full_run(tmp_path)
+    with caplog.at_level(logging.WARNING, "trtkit"):
+        read_run(out)
+    assert "no fair draw" in caplog.text
+
+
+def test_an_interrupted_run_gives_its_finished_problems(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = full_run(tmp_path, full_vote=True)
+    journal = out / "journal.jsonl"
+    lines = journal.read_text("utf-8").splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if '"kind": "solution"' in line)
+    journal.write_text("".join(lines[: first + 1]), "utf-8")
+    with caplog.at_level(logging.WARNING, "trtkit"):
+        found = read_run(out)
+    assert [problem.id for problem in found.problems] == [json.loads(lines[first])["problem"]]
+    assert "unfinished problem(s) left out" in caplog.text
+    journal.write_text("".join(lines[:first]), "utf-8")
+    with pytest.raises(InputError, match="no finished problem"):
+        read_run(out)
+
+
+def test_a_journal_is_told_from_traces(tmp_path: Path) -> None:
+    out = full_run(tmp_path, full_vote=True)
+    assert looks_like_journal(out / "journal.jsonl")
+    assert not looks_like_journal(write(tmp_path / "t.jsonl", {"problem": "a", "text": "b"}))
+    assert not looks_like_journal(tmp_path / "missing.jsonl")
+    with pytest.raises(InputError, match=r"no journal\.jsonl"):
+        read_run(tmp_path)
+
+
+def test_several_files_are_put_together(tmp_path: Path) -> None:
+    one = read_trace_file(write(tmp_path / "1.jsonl", {"problem": "a", "gold": "7", "text": "\\boxed{7}", "tokens": 3}))
+    two = read_trace_file(write(tmp_path / "2.jsonl", {"problem": "a", "gold": "7", "text": "\\boxed{8}"}))
+    both = merge([one, two])
+    [problem] = both.problems
+    assert [(trace.index, trace.box) for trace in problem.traces] == [(0, "7"), (1, "8")]
+    assert both.estimated
+    bad = read_trace_file(write(tmp_path / "3.jsonl", {"problem": "a", "gold": "9", "text": "\\boxed{8}"}))
+    with pytest.raises(InputError, match="different gold answers"):
+        merge([one, bad])
+
+
+@pytest.mark.skipif(not PUBLIC.is_file(), reason="no public data beside the repository")
+def test_public_traces() -> None:
+    found = read_trace_file(PUBLIC)
+    texts = [json.loads(line)["text"] for line in PUBLIC.read_text("utf-8").splitlines()]
+    assert (len(found.problems), found.count) == (100, 200)
+    assert {len(problem.traces) for problem in found.problems} == {2}
+    assert found.number("closed") == sum("</think>" in text for text in texts) == 177
+    assert found.number("boxed") == 178
+    looping = 0
+    for text in texts:  # the rule again, by walking through the text
+        ends = range(800, len(text) + 1, 800)
+        looping += any(_seen(text[:end], text[end - 200 : end]) >= 3 for end in ends)
+    assert found.number("looped") == looping > 0
+
+
+def _seen(text: str, part: str) -> int:
+    """How often ``part`` stands in ``text``, without overlap."""
+    count = place = 0
+    while (place := text.find(part, place)) >= 0:
+        count, place = count + 1, place + len(part)
+    return count

@@ -1,0 +1,174 @@
+"""A difficulty regressor end to end on a tiny ModernBERT: learns what the text says, refused when that is nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny_modernbert import practice_texts, save_tiny_modernbert, tokens_needed
+from trtkit.difficulty import HeldOut, Labelled, Units, load_regressor
+from trtkit.errors import CheckpointError, InputError, OutputError, QualityError
+from trtkit.solve.difficulty import predict_tokens
+from trtkit.solve.problems import Problem
+from trtkit.training.difficulty import (
+    DifficultyPlan,
+    DifficultyReport,
+    merge_labels,
+    read_labels,
+    split,
+    train_difficulty,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_modernbert(tmp_path_factory.mktemp("base"))
+
+
+def _labels(tokens: Sequence[float] | None = None) -> list[Labelled]:
+    texts = practice_texts()
+    wanted = tokens or [tokens_needed(text) for text in texts]
+    return [Labelled(problem=text, tokens=count) for text, count in zip(texts, wanted, strict=True)]
+
+
+def _train(base: Path, labels: Sequence[Labelled], out: Path, *, epochs: float = 8, seed: int = 0) -> DifficultyReport:
+    plan = DifficultyPlan(model=str(base), epochs=epochs, rate=1e-3, seed=seed)
+    return train_difficulty(plan, labels, out, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DifficultyReport]:
+    out = tmp_path_factory.mktemp("trained") / "difficulty"
+    return out, _train(base, _labels(), out)
+
+
+def test_it_learns_what_the_text_says(trained: tuple[Path, DifficultyReport]) -> None:
+    out, report = trained
+    assert report.usable
+    assert report.held_out.error < 0.4 * report.held_out.error_of_mean
+    assert report.held_out.rank_correlation > 0.8
+    assert report.held_out.off_by_tokens < report.held_out.mean_off_by_tokens
+    assert {"config.json", "model.safetensors", "tokenizer.json", "difficulty.json", "metrics.jsonl"} <= {
+        path.name for path in out.iterdir()
+    }
+    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_saved_predictions_are_the_reported_ones(trained: tuple[Path, DifficultyReport]) -> None:
+    """The figures of the report, computed again from the saved directory and the problems that were held out."""
+    out, report = trained
+    kept, held = split(_labels(), 0.2, seed=0)
+    guesses = predict_tokens(out, [Problem(id=str(i), text=label.problem) for i, label in enumerate(held)])
+    assert list(guesses) == [str(i) for i in range(len(held))]
+    factor = load_regressor(out).units.factor
+    logs = np.log([label.tokens for label in held])
+    errors = (np.log(list(guesses.values())) - np.log(factor) - logs) ** 2
+    assert np.isclose(errors.mean(), report.held_out.error, rtol=1e-4)
+    of_mean = (np.mean(np.log([label.tokens for label in kept])) - logs) ** 2
+    assert np.isclose(of_mean.mean(), report.held_out.error_of_mean)
+    assert np.isclose((of_mean - errors).std(ddof=1) / len(held) ** 0.5, report.held_out.gain_error, rtol=1e-3)
+    assert np.isclose(np.mean(list(guesses.values())), np.mean([label.tokens for label in held]), rtol=1e-4)
+
+
+def test_a_problems_guess_does_not_depend_on_the_others(trained: tuple[Path, DifficultyReport]) -> None:
+    """Neither padding nor the sorting by length may show."""
+    texts = practice_texts()[:40]
+    together = load_regressor(trained[0]).predict(texts)
+    alone = [load_regressor(trained[0]).predict([text])[0] for text in texts[:4]]
+    assert together[:4] == pytest.approx(alone, rel=1e-4)
+    assert load_regressor(trained[0]).predict([]) == []
+
+
+def test_the_same_seed_gives_the_same_network(
+    base: Path, trained: tuple[Path, DifficultyReport], tmp_path: Path
+) -> None:
+    first = _train(base, _labels(), tmp_path / "a", epochs=1)
+    random.random(), torch.rand(3)
+    second = _train(base, list(reversed(_labels())), tmp_path / "b", epochs=1)  # the order of the rows is no part of it
+    other = _train(base, _labels(), tmp_path / "c", epochs=1, seed=1)
+    assert first == second != other
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_labels_that_the_text_does_not_tell_are_refused(base: Path, tmp_path: Path) -> None:
+    shuffled = [tokens_needed(text) for text in practice_texts()]
+    random.Random(1).shuffle(shuffled)
+    report = _train(base, _labels(shuffled), tmp_path / "d", epochs=3)
+    assert not report.usable
+    assert json.loads((tmp_path / "d" / "difficulty.json").read_text())["usable"] is False
+    with pytest.raises(QualityError, match="no better than guessing the mean"):
+        load_regressor(tmp_path / "d")
+    with pytest.raises(QualityError):
+        predict_tokens(tmp_path / "d", [Problem(id="1", text="Compute gcd(4, 6).")])
+
+
+def test_a_lucky_draw_is_not_enough() -> None:
+    """A gain within its own standard error may be chance."""
+
+    def held(gain: float) -> HeldOut:
+        return HeldOut(
+            problems=20, error=1 - gain, error_of_mean=1.0, gain_error=0.1, rank_correlation=0.2, off_by_tokens=1.0,
+            mean_off_by_tokens=1.0,
+        )  # fmt: skip
+
+    assert [held(gain).usable for gain in (-0.5, 0.0, 0.09, 0.11)] == [False, False, False, True]
+
+
+def test_units_invert() -> None:
+    units = Units(centre=8.0, spread=0.5, factor=1.25)
+    assert units.tokens(units.target(4321.0)) == pytest.approx(1.25 * 4321.0)
+    assert units.tokens(1e9) < 1e6
+
+
+def test_problems_are_split_by_text() -> None:
+    labels = _labels()
+    kept, held = split(labels, 0.25, seed=3)
+    assert len(held) == round(0.25 * len(labels))
+    assert not {label.problem for label in kept} & {label.problem for label in held}
+    again = split(random.Random(0).sample(labels, len(labels)), 0.25, seed=3)
+    assert {label.problem for label in again[1]} == {label.problem for label in held}
+    merged = merge_labels(
+        [Labelled(problem="a", tokens=10, samples=3), Labelled(problem="b", tokens=1), Labelled(problem="a", tokens=50)]
+    )
+    assert merged == [Labelled(problem="a", tokens=20, samples=4), Labelled(problem="b", tokens=1)]
+
+
+def test_what_cannot_be_is_refused(base: Path, trained: tuple[Path, DifficultyReport], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="too few"):
+        _train(base, _labels()[:15], tmp_path / "x")
+    with pytest.raises(InputError, match="same number of tokens"):
+        _train(base, _labels([7.0] * len(practice_texts())), tmp_path / "x")
+    with pytest.raises(OutputError, match="already exists"):
+        _train(base, _labels(), trained[0])
+    with pytest.raises(CheckpointError, match=r"no difficulty\.json"):
+        load_regressor(base)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="text classifier"):
+        _train(broken, _labels(), tmp_path / "x")
+    (broken / "difficulty.json").write_text('{"version": 1, "units": {}}')
+    with pytest.raises(CheckpointError, match="incomplete"):
+        load_regressor(broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_rows_are_read_and_every_bad_one_is_named(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"problem": "1+1?", "tokens": 12}\n\n{"problem": "2+2?", "tokens": 1.5}\n')
+    assert read_labels(rows) == [Labelled(problem="1+1?", tokens=12.0), Labelled(problem="2+2?", tokens=1.5)]
+    rows.write_text('{"problem": " ", "tokens": 1}\n{"problem": "a", "tokens": 0}\n{"problem": "b", "tokens": "9"}\n')
+    with pytest.raises(InputError) as caught:
+        read_labels(rows)
+    assert len(caught.value.offenders) == 3

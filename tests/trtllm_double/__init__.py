@@ -1,0 +1,1 @@
+"""A strict double of the parts of TensorRT-LLM that trtkit calls."""

@@ -1,0 +1,1 @@
+"""Speed on the machine at hand: the roofline card, engines at several batch sizes, plain against speculative."""

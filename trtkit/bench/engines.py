@@ -1,0 +1,249 @@
+"""``measure``: how fast engines decode, and how close they come to the roofline of this machine.
+
+Everything goes through the ``Engine`` protocol. A figure is the median of several repeats after a warm-up; the ceiling
+is the memory bandwidth measured in the same process, divided by the bytes that a decode step must read. An engine with
+a draft head is measured plain and speculative, in turns, so that a drifting machine favours neither.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafter.config import TreeShape
+from trtkit.bench.machine import Machine, measure_machine
+from trtkit.chat import VARIANTS, load_chat
+from trtkit.errors import RequestError, UsageError
+from trtkit.log import logger
+from trtkit.model_spec import read_model_spec
+from trtkit.plan import step_bytes
+from trtkit.recipe import read_manifest
+from trtkit.runtime.api import Engine, EngineStats, Request, SamplingParams
+from trtkit.runtime.draft_head import HeadOptions
+from trtkit.runtime.load import OpenOptions, open_engine
+from trtkit.scheme import scheme_named
+from trtkit.solve.problems import read_problems
+
+__all__ = ["BenchOptions", "BenchResult", "Point", "measure", "prompts_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What is measured."""
+
+    batches: tuple[int, ...] = (1, 8, 32)
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    """Timed tokens per row and repeat."""
+    repeats: int = 3
+    rounds: int = 1
+    """How often each engine is opened; plain and speculative take turns."""
+    device: str = "auto"
+    threads: int | None = None
+    problems: Path | None = None
+    """Problems to ask. A draft head is only as good as on text of its kind, so measure it on some."""
+    temperature: float = 1.0
+    speculative: bool = True
+    """Measure engines with a draft head speculatively too."""
+    tree: TreeShape | None = None
+    """None: the engine's choice at each batch size."""
+    drafter: Path | None = None
+    """A draft head in place of the engines' own."""
+    head: HeadOptions = field(default_factory=HeadOptions)
+
+    def __post_init__(self) -> None:
+        fields = ("prompt_tokens", "new_tokens", "repeats", "rounds")
+        wrong = [f"{name} {getattr(self, name)}: must be at least 1" for name in fields if getattr(self, name) < 1]
+        wrong += [f"batch {batch}: must be at least 1" for batch in self.batches if batch < 1]
+        if not self.batches:
+            wrong.append("name at least one batch size")
+        if self.threads is not None and self.threads < 1:
+            wrong.append(f"threads {self.threads}: must be at least 1")
+        if wrong:
+            raise UsageError("options that make no sense", offenders=wrong)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One engine at one batch size, plain or with its draft head."""
+
+    engine: str
+    precision: str
+    drafter: str | None
+    """``auto`` or the tree; None for plain decoding."""
+    batch: int
+    tokens_per_second: float
+    """Decoding, all rows together; median of the repeats."""
+    prefill_tokens_per_second: float
+    tokens_per_step: float
+    accepted_by_depth: tuple[float, ...]
+    """Shares of row-steps in which at least 1, 2, ... drafted tokens were accepted."""
+    phase_seconds: dict[str, float]
+    """Mean time of a step in draft, verify and accept."""
+    speedup: float | None
+    """Against plain decoding of the same engine at the same batch."""
+    step_bytes: float
+    ceiling_tokens_per_second: float
+    roofline_fraction: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchResult:
+    """The card and all points."""
+
+    machine: Machine
+    points: tuple[Point, ...]
+
+    def document(self) -> dict[str, Any]:
+        """The stable JSON document of ``trtkit bench``."""
+        return {"machine": asdict(self.machine), "points": [asdict(point) for point in self.points]}
+
+
+def measure(engines: Sequence[Path], options: BenchOptions) -> BenchResult:
+    """Measure this machine, then every engine directory at every batch size."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    for directory in engines:  # a wrong path must not surface after minutes of measuring
+        read_manifest(directory)
+    machine = measure_machine(options.device)
+    points = [
+        point
+        for directory in engines
+        for batch in options.batches
+        for point in _points(directory, batch, options, machine)
+    ]
+    return BenchResult(machine=machine, points=tuple(points))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timing:
+    prefill_tokens_per_second: float
+    tokens_per_second: float
+    tokens_per_step: float
+    accepted_by_depth: tuple[float, ...]
+    phase_seconds: dict[str, float]
+
+
+def _points(directory: Path, batch: int, options: BenchOptions, machine: Machine) -> Iterator[Point]:
+    """Plain, and speculative where there is a head."""
+    has_head = options.drafter is not None or read_manifest(directory).recipe.tree is not None
+    kinds = (False, True) if has_head and options.speculative else (False,)
+    timings: dict[bool, list[_Timing]] = {kind: [] for kind in kinds}
+    for _ in range(options.rounds):
+        for speculative in kinds:
+            logger.info("measuring %s at batch %d%s", directory, batch, ", drafting" if speculative else "")
+            timings[speculative] += _timed(directory, batch, options, speculative)
+            gc.collect()
+    plain = _median(timings[False], "tokens_per_second")
+    for speculative in kinds:
+        yield _point(directory, batch, options, machine, timings[speculative], plain if speculative else None)
+
+
+def _timed(directory: Path, batch: int, options: BenchOptions, speculative: bool) -> list[_Timing]:
+    opening = OpenOptions(
+        device=options.device, threads=options.threads, rows=batch, speculative=speculative,
+        tree=options.tree if speculative else None, drafter=options.drafter if speculative else None,
+        head=options.head,
+    )  # fmt: skip
+    prompts = prompts_of(directory, read_model_spec(directory).vocab, options)
+    with open_engine(directory, opening) as engine:
+        asked = max(map(len, prompts))
+        if asked + options.new_tokens + 1 > engine.max_total_tokens:
+            raise UsageError(
+                f"{asked} prompt and {options.new_tokens} new tokens exceed the engine's {engine.max_total_tokens}",
+                hint="lower --prompt-tokens or --new-tokens",
+            )
+        # The first one warms up.
+        return [_once(engine, prompts, batch, options, repeat) for repeat in range(options.repeats + 1)][1:]
+
+
+def _point(
+    directory: Path, batch: int, options: BenchOptions, machine: Machine, timings: Sequence[_Timing],
+    plain: float | None,
+) -> Point:  # fmt: skip
+    """``plain``: the speed to compare with; None for plain decoding itself."""
+    recipe, spec = read_manifest(directory).recipe, read_model_spec(directory)
+    prompts = prompts_of(directory, spec.vocab, options)
+    speed, step = _median(timings, "tokens_per_second"), _median(timings, "tokens_per_step")
+    read = step_bytes(
+        spec, scheme_named(recipe.precision), rows=batch,
+        context=statistics.mean(map(len, prompts)) + options.new_tokens / 2, kv_dtype=recipe.kv_dtype,
+    )  # fmt: skip
+    ceiling = batch * step * machine.read_bytes_per_second / read
+    drafter = None if plain is None else "auto" if options.tree is None else str(options.tree)
+    last = timings[-1]
+    return Point(
+        engine=str(directory), precision=recipe.precision, drafter=drafter, batch=batch, tokens_per_second=speed,
+        prefill_tokens_per_second=_median(timings, "prefill_tokens_per_second"), tokens_per_step=step,
+        accepted_by_depth=last.accepted_by_depth, phase_seconds=last.phase_seconds,
+        speedup=None if plain is None else speed / plain, step_bytes=read, ceiling_tokens_per_second=ceiling,
+        roofline_fraction=speed / ceiling,
+    )  # fmt: skip
+
+
+def _median(timings: Sequence[_Timing], name: str) -> float:
+    return float(statistics.median(getattr(timing, name) for timing in timings))
+
+
+def prompts_of(directory: Path, vocab: int, options: BenchOptions) -> list[tuple[int, ...]]:
+    """Prompts to take in turns: those of the problems, or random tokens."""
+    if options.problems is None:
+        source = random.Random(0)
+        return [tuple(source.randrange(vocab) for _ in range(options.prompt_tokens)) for _ in range(256)]
+    chat = load_chat(directory)
+    return [chat.prompt(problem.text, VARIANTS["solve"]) for problem in read_problems(options.problems)]
+
+
+def _once(
+    engine: Engine, prompts: Sequence[tuple[int, ...]], batch: int, options: BenchOptions, repeat: int
+) -> _Timing:
+    """Prefill ``batch`` prompts, then decode them all to the end without stop ids."""
+    sampling = SamplingParams(temperature=options.temperature)
+    for row in range(batch):
+        prompt = prompts[(repeat * batch + row) % len(prompts)]
+        engine.submit(
+            Request(
+                id=f"bench-{repeat}-{row}", prompt=prompt, sampling=sampling, max_tokens=options.new_tokens + 1,
+                seed=row,
+            )
+        )  # fmt: skip
+    before = engine.stats()
+    running: set[str] = set()
+    begin = time.perf_counter()
+    while engine.has_work and len(running) < batch:
+        running.update(output.request_id for output in engine.step() if output.tokens)
+    first_seconds = time.perf_counter() - begin
+    filled = engine.stats()
+    begin = time.perf_counter()
+    while engine.has_work:
+        if any(output.finish is None and not output.tokens for output in engine.step()):
+            raise RequestError("the engine made a step without a token")
+    return _timing(before, filled, engine.stats(), first_seconds, time.perf_counter() - begin)
+
+
+def _timing(
+    before: EngineStats, filled: EngineStats, after: EngineStats, first_seconds: float, seconds: float
+) -> _Timing:
+    """From the counters before, when every row ran, and at the end."""
+    tokens, row_steps = after.new_tokens - filled.new_tokens, after.row_steps - filled.row_steps
+    steps = max(after.steps - filled.steps, 1)
+    # Backends that do not split their time give the whole first steps, decoding included.
+    prefill_seconds = filled.seconds.get("prefill", 0.0) - before.seconds.get("prefill", 0.0) or first_seconds
+    accepted = zip(after.accepted_by_depth, filled.accepted_by_depth, strict=True)
+    return _Timing(
+        prefill_tokens_per_second=(filled.prefill_tokens - before.prefill_tokens) / max(prefill_seconds, 1e-9),
+        tokens_per_second=tokens / max(seconds, 1e-9),
+        tokens_per_step=tokens / row_steps if row_steps else 1.0,
+        accepted_by_depth=tuple((late - early) / max(row_steps, 1) for late, early in accepted),
+        phase_seconds={
+            name: (total - filled.seconds[name]) / steps for name, total in after.seconds.items() if name != "prefill"
+        },
+    )

@@ -1,0 +1,160 @@
+"""Export for TensorRT-LLM's PyTorch backend (the only one after 1.2): the "unified HF" layout as its loader reads it.
+
+The native layout is nearly that. What differs, after the loader's source (``tensorrt_llm/_torch/modules/linear.py``):
+
+- engine.json, the draft head and what else belongs to trtkit stay behind: that backend has no ReDrafter.
+- int4: it reads ``pre_quant_scale`` of o_proj and down_proj, where it must be there, and ignores those of q, k, v, gate
+  and up. ModelOpt folds these into the norm in front, and so does this export; a missing one is written as ones.
+- int8 (W8A16): codes and scales are taken as they are, but the product leaves the bias out: refused where there is one.
+- int8-sq and an int8 KV cache do not exist there.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trtkit.checkpoint.convert import COMPANIONS
+from trtkit.checkpoint.hf import MODEL_DTYPES, read_config
+from trtkit.checkpoint.shard_writer import ShardWriter
+from trtkit.checkpoint.shards import Layout
+from trtkit.checkpoint.unified import (
+    QUANT_FILE,
+    UnifiedCheckpoint,
+    open_unified,
+    quant_config,
+    unified_config,
+    unified_layout,
+)
+from trtkit.errors import CheckpointError, UnsupportedError, UsageError
+from trtkit.files import digest_file, staged_dir, write_json
+from trtkit.log import Progress
+from trtkit.model_spec import ModelSpec
+from trtkit.scheme import QuantScheme
+
+__all__ = ["SPECULATIVE_MODES", "check_unified_hf", "write_unified_hf"]
+
+SPECULATIVE_MODES = ("MTP", "Eagle3", "NGram", "DraftTarget", "PARD", "DFlash", "suffix automaton", "user-provided")
+"""What TensorRT-LLM's PyTorch backend can draft with."""
+
+_BEHIND_NORM = {
+    "self_attn.q_proj": "input_layernorm",
+    "self_attn.k_proj": "input_layernorm",
+    "self_attn.v_proj": "input_layernorm",
+    "mlp.gate_proj": "post_attention_layernorm",
+    "mlp.up_proj": "post_attention_layernorm",
+}
+_FOLDED = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}
+"""Norm -> the linear whose pre_quant_scale goes into it; its neighbours share that scale."""
+
+
+def check_unified_hf(spec: ModelSpec, scheme: QuantScheme) -> None:
+    """Refuse what the PyTorch backend cannot run: :class:`UnsupportedError` listing every reason."""
+    wrong = []
+    if scheme.name == "int8-sq":
+        wrong.append("int8-sq (W8A8_SQ_PER_CHANNEL): that backend has no such linear")
+    if scheme.name == "int8" and spec.qkv_bias:
+        wrong.append("int8 (W8A16) with a qkv bias: that backend's weight-only product leaves the bias out")
+    if scheme.kv_dtype == "int8":
+        wrong.append("an int8 KV cache: that backend knows fp8 and the model's dtype")
+    if wrong:
+        raise UnsupportedError(
+            "TensorRT-LLM's PyTorch backend cannot run this checkpoint",
+            offenders=wrong,
+            hint="build with --precision fp8 or int4, or export --format trtllm for TensorRT-LLM 1.0 to 1.2",
+        )
+
+
+def write_unified_hf(engine_dir: Path, out: Path, *, replace: bool = False) -> dict[str, str]:
+    """Write the native checkpoint in ``engine_dir`` for the PyTorch backend; returns SHA-256 by file name.
+
+    ``out`` appears whole or not at all. Raises :class:`UnsupportedError`, :class:`CheckpointError` and
+    :class:`OutputError`, all but a filled disk before anything is written.
+    """
+    source = open_unified(engine_dir)
+    check_unified_hf(source.spec, source.scheme)
+    if out.resolve() == engine_dir.resolve() or out.resolve() in engine_dir.resolve().parents:
+        raise UsageError("the output would replace the checkpoint it is made from", where=str(out))
+    _check_folding(source)
+    layout = _layout(source)
+    with staged_dir(out, replace=replace) as stage:
+        writer = ShardWriter(stage, layout)
+        try:
+            with Progress("export", total=len(layout), unit="tensors") as progress:
+                for name in layout:
+                    writer.write(name, _pieces(source, name))
+                    progress.advance()
+            digests = writer.close()
+        finally:
+            writer.abandon()
+        _companions(source, stage)
+        names = sorted(path.name for path in stage.iterdir() if path.name not in digests)
+        digests |= {name: digest_file(stage / name) for name in names}
+    return digests
+
+
+def _layout(source: UnifiedCheckpoint) -> Layout:
+    """The native tensors, but pre_quant_scale where the loader wants it."""
+    spec, scheme = source.spec, source.scheme
+    layout = dict(unified_layout(spec, scheme, pre_scale=scheme.name in ("int8-sq", "int4")))
+    return {name: entry for name, entry in layout.items() if _folded_into(name) is None}
+
+
+def _folded_into(name: str) -> str | None:
+    """The norm that takes up this pre_quant_scale; None for every other tensor."""
+    linear, _, suffix = name.rpartition(".")
+    if suffix != "pre_quant_scale":
+        return None
+    prefix, part = linear.split(".", 3)[:3], linear.split(".", 3)[3]
+    return ".".join([*prefix, _BEHIND_NORM[part]]) if part in _BEHIND_NORM else None
+
+
+def _pieces(source: UnifiedCheckpoint, name: str) -> Iterator[Tensor]:
+    shards, dtype = source.shards, MODEL_DTYPES[source.spec.dtype]
+    stem = name.removesuffix(".weight")
+    part = _FOLDED.get(stem.rpartition(".")[2])
+    scale = f"{stem.rpartition('.')[0]}.{part}.pre_quant_scale" if part else ""
+    if scale in shards:
+        yield (shards.tensor(name).float() * shards.tensor(scale).float()).to(dtype)
+    elif name.endswith(".pre_quant_scale") and name not in shards:
+        weight = shards.entries[name.removesuffix("pre_quant_scale") + "weight"]
+        yield torch.ones(weight.shape[1], dtype=dtype)
+    else:
+        floating = shards.entries[name].dtype in MODEL_DTYPES.values()
+        wanted = torch.float32 if name.endswith(("weight_scale", "input_scale", "k_scale", "v_scale")) else dtype
+        yield from (block.to(wanted) if floating else block for block in shards.blocks(name))
+
+
+def _check_folding(source: UnifiedCheckpoint) -> None:
+    """One norm can take up one scale: the linears behind it must share theirs."""
+    if source.scheme.name != "int4":
+        return
+    for layer in range(source.spec.layers):
+        for product in ("qkv", "gate_up"):
+            source.parts(layer, product)
+    names = [name for name in source.shards.entries if name.endswith("pre_quant_scale")]
+    wrong = [name for name in names if not bool((source.shards.tensor(name).float() > 0).all())]
+    if wrong:
+        raise CheckpointError(
+            "scales that no kernel can use", where=str(source.directory), offenders=wrong[:20],
+            hint="build the checkpoint again",
+        )  # fmt: skip
+
+
+def _companions(source: UnifiedCheckpoint, stage: Path) -> None:
+    """config.json, the quantization file, the tokenizer: nothing of trtkit's own."""
+    quant = None
+    if source.scheme.quant_algo is not None or source.scheme.kv_dtype != "model":
+        quant = quant_config(source.scheme, pre_scale=True)
+        write_json(stage / QUANT_FILE, quant)
+    config = read_config(source.directory)
+    config.pop("quantization_config", None)
+    write_json(stage / "config.json", unified_config(config, source.spec, quant))
+    for path in sorted(source.directory.iterdir()):
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
+            shutil.copyfile(path, stage / path.name)

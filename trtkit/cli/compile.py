@@ -1,0 +1,29 @@
+"""``trtkit compile``: a prepared bundle to a TensorRT-LLM engine, on the GPU host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtkit.cli.build_report import report_built
+from trtkit.cli.engines import BUILT
+from trtkit.cli.options import Json, Out
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(help="Directory from `trtkit build --prepare-only`.")],
+    out: Out = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Ranks compiled at a time; default: one per GPU.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a bundle with TensorRT-LLM for this machine's GPU. The bundle stays as it is."""
+    from trtkit.build.bundle import compile_bundle
+
+    target = out or BUILT / bundle.resolve().name.removesuffix("-bundle")
+    manifest = compile_bundle(bundle, target, workers=workers, force=force)
+    report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {target}", as_json)

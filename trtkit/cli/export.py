@@ -1,0 +1,156 @@
+"""``trtkit export``: a built engine's weights in the formats of TensorRT-LLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trtkit.checkpoint.trtllm_config import TrtllmOptions
+from trtkit.cli.options import Json, tree_named
+from trtkit.cli.output import facts, finish, gigabytes, notice
+from trtkit.errors import OutputError, UsageError
+from trtkit.files import nearest
+from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, read_manifest
+
+_FORMATS = ("unified-hf", "trtllm")
+_DTYPES = ("bfloat16", "float16")
+
+
+def command(
+    directory: Annotated[Path, typer.Argument(help="Engine directory, or a checkpoint in the same layout.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write; it appears whole or not at all.")],
+    format_name: Annotated[
+        str,
+        typer.Option(
+            "--format", help="trtllm (rank files for TensorRT-LLM 1.0 to 1.2) or unified-hf (its PyTorch backend)."
+        ),
+    ],
+    tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="trtllm: GPUs that share each layer.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option("--pp", min=1, help="trtllm: groups of layers in a row.")] = 1,
+    drafter: Annotated[
+        str, typer.Option("--drafter", help="trtllm: auto (the engine's own head), none, or a directory.")
+    ] = "auto",
+    tree: Annotated[
+        str | None, typer.Option("--tree", help="trtllm: draft tree, beams x length; default: the engine's.")
+    ] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="trtllm: ReDrafter for temperature 0 only.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="trtllm: bfloat16 or float16; default: the checkpoint's.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write an engine's weights for TensorRT-LLM: the same codes and scales in its layout."""
+    if format_name not in _FORMATS:
+        raise UsageError(
+            f"--format {format_name!r}{nearest(format_name, _FORMATS)}", hint=f"one of: {', '.join(_FORMATS)}"
+        )
+    _check_target(out, force=force)
+    if format_name == "trtllm":
+        document = _trtllm(directory, out, _options(directory, drafter, tree, dtype, tensor_parallel, pipeline_parallel,
+                                                    greedy=greedy), force=force)  # fmt: skip
+        advice = f"trtllm-build --checkpoint_dir {out} --output_dir ENGINE, on the GPU host"
+    else:
+        given = {"--tp": tensor_parallel > 1, "--pp": pipeline_parallel > 1, "--greedy": greedy,
+                 "--drafter": drafter not in ("auto", "none"), "--tree": tree, "--dtype": dtype}  # fmt: skip
+        if any(given.values()):
+            raise UsageError(
+                "options of --format trtllm only",
+                offenders=[name for name, was in given.items() if was],
+                hint="the PyTorch backend splits the weights when it loads them, and has no ReDrafter",
+            )
+        document = _unified(directory, out, force=force)
+        advice = f"trtllm-serve {out}, on the GPU host"
+    finish(advice, document if as_json else None)
+
+
+def _options(
+    directory: Path, drafter: str, tree: str | None, dtype: str | None, tensor: int, pipeline: int, *, greedy: bool
+) -> TrtllmOptions:
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype!r}{nearest(dtype, _DTYPES)}", hint=f"one of: {', '.join(_DTYPES)}")
+    head = None
+    if drafter == "auto":
+        head = directory / DRAFTER_DIR if (directory / DRAFTER_DIR).is_dir() else None
+    elif drafter != "none":
+        head = Path(drafter)
+    shape = None
+    if head is not None and tree is not None:
+        shape = tree_named(tree)
+    elif head is not None:
+        shape = read_manifest(directory).recipe.tree if (directory / ENGINE_FILE).is_file() else None
+        if shape is None:
+            raise UsageError("a ReDrafter engine has its draft tree built in", hint="pass --tree, e.g. --tree 1x3")
+    elif tree is not None or greedy:
+        raise UsageError("--tree and --greedy need a draft head", hint="pass --drafter DIR")
+    return TrtllmOptions(
+        tensor_parallel=tensor, pipeline_parallel=pipeline, drafter=head, tree=shape, greedy=greedy,
+        dtype=dtype,  # type: ignore[arg-type]  # checked against _DTYPES
+    )  # fmt: skip
+
+
+def _trtllm(directory: Path, out: Path, options: TrtllmOptions, *, force: bool) -> dict[str, Any]:
+    from trtkit.checkpoint.trtllm import trtllm_notes, write_trtllm_checkpoint
+    from trtkit.checkpoint.trtllm_parse import read_trtllm_config
+    from trtkit.checkpoint.unified import open_unified
+
+    digests = write_trtllm_checkpoint(directory, out, options, replace=force)
+    written, source = read_trtllm_config(out), open_unified(directory)
+    notes = trtllm_notes(source.spec, source.scheme, options)
+    tree = f"ReDrafter {written.tree}{', greedy' if written.greedy else ''}" if written.head else "none"
+    facts(
+        "TensorRT-LLM checkpoint",
+        {
+            "directory": str(out),
+            "precision": f"{written.scheme.name} ({written.scheme.quant_algo}), KV cache {written.scheme.kv_dtype}",
+            "ranks": f"{options.world_size}, {_size(out)} in all",
+            "drafter": tree,
+        },
+    )
+    for note in notes:
+        notice(f"note: {note}")
+    return {
+        "directory": str(out), "format": "trtllm", "precision": written.scheme.name, "ranks": options.world_size,
+        "tensor_parallel": options.tensor_parallel, "pipeline_parallel": options.pipeline_parallel,
+        "tree": str(written.tree) if written.tree else None, "notes": list(notes), "digests": digests,
+    }  # fmt: skip
+
+
+def _unified(directory: Path, out: Path, *, force: bool) -> dict[str, Any]:
+    from trtkit.checkpoint.unified import open_unified
+    from trtkit.checkpoint.unified_export import SPECULATIVE_MODES, write_unified_hf
+
+    digests = write_unified_hf(directory, out, replace=force)
+    scheme = open_unified(out).scheme
+    modes = ", ".join(SPECULATIVE_MODES)
+    facts(
+        "unified HF checkpoint",
+        {
+            "directory": str(out),
+            "precision": f"{scheme.name} ({scheme.quant_algo}), KV cache {scheme.kv_dtype}",
+            "size": _size(out),
+            "speculative": f"{modes}; no ReDrafter",
+        },
+    )
+    if (directory / DRAFTER_DIR).is_dir():
+        notice("note: the engine's ReDrafter head stays behind, that backend cannot load it")
+    return {
+        "directory": str(out), "format": "unified-hf", "precision": scheme.name,
+        "speculative_modes": list(SPECULATIVE_MODES), "digests": digests,
+    }  # fmt: skip
+
+
+def _size(directory: Path) -> str:
+    return gigabytes(sum(path.stat().st_size for path in directory.glob("*.safetensors")))
+
+
+def _check_target(out: Path, *, force: bool) -> None:
+    """``--force`` replaces checkpoints without an engine.json, never other directories."""
+    if not force or not out.is_dir() or not any(out.iterdir()):
+        return
+    if (out / ENGINE_FILE).is_file() or not (out / "config.json").is_file():
+        raise OutputError(
+            "is not an export, and --force replaces nothing else", where=str(out), hint="choose another --out"
+        )

@@ -1,0 +1,111 @@
+"""A draft head made ready to draft: the runtime's kernels, a trimmed vocabulary, an 8-bit output layer.
+
+At 14B the published head has 1.8B weights, most of them in its own output layer, and all are read at every drafted
+position. Drafting only the most frequent tokens, or from int8 codes, makes that cheaper and drafts a little worse; the
+emitted tokens are the same, because the target decides on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from drafter.checkpoint import DrafterError, load_drafter
+from drafter.model import Drafter
+from trtkit.errors import EngineError, UsageError
+from trtkit.model_spec import ModelSpec
+from trtkit.quant.tensor import LinearWeights, dense, quantize_int8
+from trtkit.recipe import TOKEN_ORDER_FILE
+from trtkit.runtime.linear import Kernel, runtime_linear
+
+__all__ = ["DraftPrecision", "HeadOptions", "open_head", "with_kernels"]
+
+DraftPrecision: TypeAlias = Literal["model", "int8"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadOptions:
+    """How to run a draft head."""
+
+    vocabulary: int | None = None
+    """Draft only the N tokens that were most frequent in the head's training text."""
+    precision: DraftPrecision = "model"
+    """Of the output layer: the model's dtype, or int8 codes with a scale per token."""
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if self.vocabulary is not None and self.vocabulary < 1:
+            wrong.append(f"draft vocabulary {self.vocabulary}: must be at least 1")
+        if self.precision not in ("model", "int8"):
+            wrong.append(f"draft precision {self.precision!r}: must be model or int8")
+        if wrong:
+            raise UsageError("options that make no sense", offenders=wrong)
+
+
+def open_head(
+    directory: Path, spec: ModelSpec, options: HeadOptions, *, device: torch.device, dtype: torch.dtype
+) -> Drafter:
+    """The head in ``directory``, ready to draft for a model of ``spec``.
+
+    Raises :class:`EngineError` when it cannot be read or belongs to another model, :class:`UsageError` when the
+    vocabulary cannot be trimmed.
+    """
+    try:
+        head = load_drafter(directory, dtype=dtype, device=device)
+    except DrafterError as problem:
+        raise EngineError(str(problem), hint="build the engine again with --drafter, or without a tree") from None
+    if (head.config.hidden_size, head.config.vocab_size) != (spec.hidden, spec.vocab):
+        raise EngineError(
+            f"the draft head is for hidden size {head.config.hidden_size} and vocabulary {head.config.vocab_size}, "
+            f"the model has {spec.hidden} and {spec.vocab}",
+            where=str(directory),
+            hint="train a head for this model",
+        )
+    if options.vocabulary is not None and options.vocabulary < spec.vocab:
+        head.trim(_most_frequent(directory, options.vocabulary, spec.vocab).to(device))
+    return with_kernels(head, options.precision, device=device, dtype=dtype)
+
+
+def _most_frequent(directory: Path, count: int, vocab: int) -> Tensor:
+    path = directory / TOKEN_ORDER_FILE
+    if not path.is_file():
+        raise UsageError(
+            f"the head has no {TOKEN_ORDER_FILE}, so nobody knows its most frequent tokens",
+            where=str(directory),
+            hint="train it with `trtkit train-drafter`, or draft the whole vocabulary",
+        )
+    order = load_file(path)["by_frequency"].long()
+    if sorted(order.tolist()) != list(range(vocab)):
+        raise EngineError(f"does not list every one of {vocab} tokens once", where=str(path))
+    return order[:count]
+
+
+class _KernelLinear(nn.Module):
+    """A linear layer behind one of the runtime's kernels."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self._kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._kernel(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+def with_kernels(
+    head: Drafter, precision: DraftPrecision = "model", *, device: torch.device, dtype: torch.dtype
+) -> Drafter:
+    """``head`` with every linear layer behind the runtime's kernel for this device. The head itself is changed."""
+    for parent in (head, head.blocks):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear):
+                matrix, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+                coded = precision == "int8" and layer is head.output
+                weight = quantize_int8(matrix.cpu(), steps=128) if coded else dense(matrix)
+                kernel = runtime_linear(LinearWeights(weight=weight, bias=bias), device=device, dtype=dtype)
+                setattr(parent, name, _KernelLinear(kernel))
+    return head

@@ -1,0 +1,86 @@
+"""Typed calls of the C++ kernels, in the shapes of their pure-torch references.
+
+``open_kernels`` decides once per model; everything else expects that it said yes.
+Letters: T tokens, R rows, N nodes, S slots, H hidden, D head_dim, V vocab, I intermediate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trtkit.decoder import Norms, Rope
+from trtkit.model_spec import ModelSpec
+from trtkit.runtime.native import loader
+
+__all__ = ["NativePointwise", "activation_codes", "attend", "attend_fits", "draw_tokens", "loaded", "open_kernels"]
+
+_loaded = False
+
+
+def open_kernels(parameters: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Load the kernels where a model of that size profits from them; compiles on the first use on a machine."""
+    global _loaded
+    if not loader.wanted(parameters, device, dtype) or not loader.load():
+        return False
+    _loaded = True
+    return True
+
+
+def loaded() -> bool:
+    """Whether some model of this process opened the kernels: enough where they give the same bits as torch."""
+    return _loaded
+
+
+class NativePointwise:
+    """:class:`trtkit.decoder.Pointwise` in one pass each. ``add_norm`` and ``heads`` work in place."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As ``rms_norm``."""
+        out: Tensor = torch.ops.trtkit_cpu.add_norm(x, None, weight, eps)
+        return out
+
+    def add_norm(self, hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(hidden + delta, its norm); the sum is written over ``hidden``."""
+        return hidden, torch.ops.trtkit_cpu.add_norm(hidden, delta, weight, eps)
+
+    def heads(self, spec: ModelSpec, norms: Norms, qkv: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k (turned) and v as views of ``qkv`` (T, (heads + 2 kv_heads) * D), which is overwritten."""
+        torch.ops.trtkit_cpu.rotate(qkv, rope.cos, rope.sin, spec.heads, spec.kv_heads, norms.q, norms.k, spec.norm_eps)
+        parts = qkv.view(qkv.shape[0], -1, spec.head_dim)
+        q, k, v = torch.split(parts, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
+        return q, k, v
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up: (T, 2 I) -> (T, I)."""
+        out: Tensor = torch.ops.trtkit_cpu.gated(gate_up)
+        return out
+
+
+def attend_fits(pool: Tensor, head_dim: int, block_size: int, dtype: torch.dtype) -> bool:
+    """The kernel reads keys in the compute dtype, 16 at a time."""
+    return pool.dtype == dtype and head_dim % 16 == 0 and block_size % 16 == 0
+
+
+def attend(
+    qkv: tuple[Tensor, Tensor, Tensor], pools: tuple[Tensor, Tensor], table: Tensor, slots: Tensor, hidden: Tensor
+) -> Tensor:
+    """Write k and v to ``slots`` (R * N,) and attend over the block table (R * B,), without a copy of the cache.
+
+    q (R * N, heads, D), k and v (R * N, kv_heads, D); pools (kv_heads, blocks, block_size * D); hidden (R, N, S) is
+    True where a node must not look. Returns (R * N, heads * D).
+    """
+    out: Tensor = torch.ops.trtkit_cpu.attend(*qkv, *pools, table, slots, hidden)
+    return out
+
+
+def draw_tokens(logits: Tensor, temperature: Tensor, cold: Tensor, uniform: Tensor) -> Tensor:
+    """int64 (M,): the tokens of ``pick`` without cuts, bit for bit; -1 for a row of logits that are not all numbers."""
+    out: Tensor = torch.ops.trtkit_cpu.pick(logits.contiguous(), temperature, cold, uniform)
+    return out
+
+
+def activation_codes(x: Tensor, inverse: float) -> Tensor:
+    """round(x * inverse) + 128, clamped to 0..255, as uint8: the codes of W8A8, exactly."""
+    out: Tensor = torch.ops.trtkit_cpu.codes(x.contiguous(), inverse)
+    return out

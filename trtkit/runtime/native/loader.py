@@ -1,0 +1,99 @@
+"""Compile ``kernels.cpp`` once per machine and load it; without a compiler nothing happens.
+
+The library lies in the folder that torch keeps for compiled extensions, under a name made of the source, the flags, the
+CPU and the torch version. The compiler is called directly: one source file needs no ninja, and no lock of a killed
+build can block the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from trtkit.log import logger
+
+__all__ = ["COMPILE_SECONDS", "SWITCH", "WORTHWHILE_PARAMETERS", "load", "wanted"]
+
+SWITCH = "TRTKIT_NATIVE"
+"""Environment variable: 0 never compiles or loads, 1 does so for the smallest model."""
+WORTHWHILE_PARAMETERS = 100_000_000
+"""Below, a model runs in pure torch: a first run would compile for longer than it computes."""
+COMPILE_SECONDS = 10
+"""What the compiler takes on one free core, for the log."""
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+# No link to an OpenMP library: the symbols are those of the one that torch has loaded, and so are the threads.
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
+          "-DAT_PARALLEL_OPENMP=1")  # fmt: skip
+_TIMEOUT_SECONDS = 600
+
+
+def wanted(parameters: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a model of that size on that device should run on the kernels."""
+    switch = os.environ.get(SWITCH, "")
+    if switch == "0" or device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
+        return False
+    return switch == "1" or parameters >= WORTHWHILE_PARAMETERS
+
+
+@functools.cache
+def load() -> bool:
+    """Compile if need be, and register ``torch.ops.trtkit_cpu``. False, with a debug log, where that cannot be."""
+    try:
+        torch.ops.load_library(_library())
+    except (OSError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.debug("no CPU kernels: %s", str(error.__cause__ or error).strip()[:2000])
+        return False
+    return True
+
+
+def _library() -> Path:
+    """The compiled library. Raises :class:`RuntimeError` where it cannot be made here."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        raise RuntimeError("the CPU has neither AVX2 nor AVX512")
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    identity = "\0".join((_SOURCE.read_text(encoding="utf-8"), *_FLAGS, torch.__version__, _cpu(), str(compiler)))
+    name = f"trtkit_cpu_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    target = root / name / f"{name}.so"
+    if not target.is_file():
+        if compiler is None:
+            raise RuntimeError("no C++ compiler (g++ or clang++; CXX names another)")
+        _compile(compiler, target)
+    return target
+
+
+def _cpu() -> str:
+    """What ``-march=native`` looks at: a home directory may serve several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.platform()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+
+
+def _compile(compiler: str, target: Path) -> None:
+    headers = Path(torch.__file__).parent / "include"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    includes = (f"-I{headers}", f"-I{headers / 'torch' / 'csrc' / 'api' / 'include'}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("compiling CPU kernels, once, about %d s", COMPILE_SECONDS)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        # Compiled and linked apart: -fopenmp at the link would bring a second OpenMP library.
+        code, library = Path(folder, "kernels.o"), Path(folder, target.name)
+        for command in (
+            [compiler, *_FLAGS, abi, *includes, "-c", str(_SOURCE), "-o", str(code)],
+            [compiler, "-shared", str(code), "-o", str(library)],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        library.replace(target)

@@ -1,0 +1,188 @@
+"""``Contest``: a problem that is open, with its votes so far and its unfinished samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from trtkit.chat import Chat
+from trtkit.errors import RequestError
+from trtkit.runtime.api import Engine, FinishReason, Request
+from trtkit.solve.answers import extract_box
+from trtkit.solve.ends import CLOSING_TOKENS, Ending, EndRules, Stream
+from trtkit.solve.journal import Journal
+from trtkit.solve.options import SolveOptions
+from trtkit.solve.problems import Problem
+from trtkit.solve.prompts import sample_seed, variant_of
+from trtkit.solve.records import Attempt, Solution, count_attempts
+from trtkit.solve.vote import Same, Tally
+
+__all__ = ["Contest", "Sample", "earlier_solutions", "force_answer"]
+
+_CHARACTERS_PER_TOKEN = 32
+"""No tokenizer packs text denser on average. Longer text is refused without tokenizing megabytes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Sample:
+    """A sample that is running or queued in the engine."""
+
+    contest: Contest
+    request_id: str
+    index: int
+    variant: str
+    prompt_tokens: int = 0
+    stream: Stream = field(default_factory=Stream)
+    tool_calls: int = 0
+    surplus: int = 0
+    """Tokens that the engine has generated beyond the stream; it must take them back before the sample goes on."""
+
+    def attempt(self, text: str, ending: Ending, finish: FinishReason, now: float, *, keep_text: bool) -> Attempt:
+        """The finished sample."""
+        contest = self.contest
+        return Attempt(
+            problem_id=contest.problem.id,
+            index=self.index,
+            variant=self.variant,
+            tokens=self.stream.generated,
+            finish=finish,
+            box=extract_box(text),
+            seconds=contest.seconds(now),
+            text=text if keep_text else None,
+            ending=ending,
+            forced=self.stream.forced,
+            tool_calls=self.tool_calls,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Contest:
+    """An open problem."""
+
+    problem: Problem
+    began: float
+    earlier_seconds: float = 0.0
+    attempts: list[Attempt] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    samples: dict[str, Sample] = field(default_factory=dict)
+    """Unfinished ones, by request id."""
+    dropped_tokens: int = 0
+    cancelled: int = 0
+    share_seconds: float | None = None
+    used_seconds: float | None = None
+    bank_seconds: float | None = None
+    closing: bool = False
+    """Its time is nearly up: its samples were made to answer."""
+
+    @classmethod
+    def begin(cls, problem: Problem, options: SolveOptions, same: Same, journal: Journal | None, now: float) -> Contest:
+        """With what earlier sessions found out."""
+        earlier = journal.history.attempts.get(problem.id, ()) if journal else ()
+        return cls(
+            problem=problem,
+            began=now,
+            earlier_seconds=max((attempt.seconds for attempt in earlier), default=0.0),
+            attempts=list(earlier),
+            tally=count_attempts(earlier, options.mode, same, Tally(weighting=options.votes)),
+        )
+
+    def missing(self, samples: int) -> list[int]:
+        """Indices of samples that no session finished."""
+        done = {attempt.index for attempt in self.attempts}
+        return [index for index in range(samples) if index not in done]
+
+    def seconds(self, now: float) -> float:
+        """Time since it was opened, earlier sessions included."""
+        return self.earlier_seconds + now - self.began
+
+    def submit(
+        self, engine: Engine, chat: Chat, options: SolveOptions, rules: EndRules, missing: Sequence[int]
+    ) -> str | None:
+        """Submit the samples; the reason if the engine refuses the problem (some may be running then)."""
+        problem = self.problem
+        if len(problem.text) > _CHARACTERS_PER_TOKEN * engine.max_total_tokens:
+            return f"the problem text has {len(problem.text):,} characters, more than fit into any prompt"
+        prompts: dict[str, tuple[int, ...]] = {}
+        for index in missing:
+            variant = variant_of(options.variants, index)
+            if variant.name not in prompts:
+                prompts[variant.name] = chat.prompt(problem.text, variant)
+            prompt = prompts[variant.name]
+            room = engine.max_total_tokens - len(prompt) - (rules.closing_room if options.forces else 0)
+            request = Request(
+                id=f"{problem.id}/{index}",
+                prompt=prompt,
+                sampling=options.sampling,
+                stop_ids=rules.stop_ids,
+                # Without room to be made to answer, it gets all that there is.
+                max_tokens=min(options.max_tokens, room) if room > 0 else options.max_tokens,
+                seed=sample_seed(options.seed, problem.id, index),
+                hold=options.forces or options.tools is not None,
+            )
+            try:
+                engine.submit(request)
+            except RequestError as refusal:
+                return refusal.message
+            self.samples[request.id] = Sample(
+                contest=self, request_id=request.id, index=index, variant=variant.name, prompt_tokens=len(prompt)
+            )
+        return None
+
+    def solution(self, options: SolveOptions, now: float, stopped: str | None, error: str | None) -> Solution:
+        """What became of it."""
+        return Solution(
+            problem_id=self.problem.id,
+            tally=self.tally,
+            attempts=tuple(self.attempts),
+            tokens=sum(attempt.tokens for attempt in self.attempts) + self.dropped_tokens,
+            seconds=self.seconds(now),
+            stopped_early=stopped,
+            error=error,
+            share_seconds=self.share_seconds,
+            used_seconds=self.used_seconds,
+            bank_seconds=self.bank_seconds,
+            cancelled=self.cancelled,
+            fallback=options.fallback,
+        )
+
+
+def force_answer(engine: Engine, rules: EndRules, sample: Sample, ending: Ending, *, running: bool) -> bool:
+    """Make a sample that has no answer write one; False where the engine has no room for that."""
+    try:
+        if running:
+            engine.pause(sample.request_id)
+        closing = rules.close(sample.stream, ending)
+        engine.extend(sample.request_id, closing, max_tokens=CLOSING_TOKENS, drop=sample.surplus)
+    except RequestError:
+        return False
+    return True
+
+
+def earlier_solutions(
+    problems: Sequence[Problem], journal: Journal | None, options: SolveOptions, same: Same
+) -> dict[str, Solution]:
+    """What the journal's earlier sessions settled, counted again from their attempts."""
+    if journal is None:
+        return {}
+    history = journal.history
+    solutions = {}
+    for problem in problems:
+        settled = history.settled.get(problem.id)
+        if settled is None:
+            continue
+        attempts = history.attempts.get(problem.id, ())
+        solutions[problem.id] = Solution(
+            problem_id=problem.id,
+            tally=count_attempts(attempts, options.mode, same, Tally(weighting=options.votes)),
+            attempts=attempts,
+            tokens=settled.tokens,
+            seconds=settled.seconds,
+            stopped_early=settled.stopped_early,
+            error=settled.error,
+            share_seconds=settled.share_seconds,
+            used_seconds=settled.used_seconds,
+            bank_seconds=settled.bank_seconds,
+            cancelled=settled.cancelled,
+            fallback=options.fallback,
+        )
+    return solutions

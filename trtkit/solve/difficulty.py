@@ -1,0 +1,86 @@
+"""Difficulty on the solving side: what finished runs say of it, and what a regressor says of new problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from trtkit.difficulty import Labelled, load_regressor
+from trtkit.errors import InputError
+from trtkit.files import digest_file, read_json
+from trtkit.log import logger
+from trtkit.solve.journal import read_history
+from trtkit.solve.problems import Problem, read_problems
+from trtkit.solve.run import JOURNAL_FILE, RUN_FILE
+
+__all__ = ["is_run", "labels_of_run", "predict_tokens"]
+
+
+def predict_tokens(directory: Path, problems: Sequence[Problem]) -> dict[str, float]:
+    """Expected tokens of one sample of each problem, by problem id.
+
+    Raises :class:`CheckpointError` when ``directory`` holds no regressor, :class:`QualityError` when the one it holds
+    is no better than the mean.
+    """
+    guesses = load_regressor(directory).predict([problem.text for problem in problems])
+    return {problem.id: guess for problem, guess in zip(problems, guesses, strict=True)}
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is a run directory or its journal, rather than a file of rows."""
+    return path.is_dir() or (path.name == JOURNAL_FILE and (path.parent / RUN_FILE).is_file())
+
+
+def labels_of_run(path: Path) -> list[Labelled]:
+    """Each problem of a run (its directory or its journal) with the mean tokens of its finished samples.
+
+    Raises :class:`InputError` when the run has no samples, or its problems file is gone or was changed.
+    """
+    directory = path if path.is_dir() else path.parent
+    journal = directory / JOURNAL_FILE
+    if not journal.is_file() or not (directory / RUN_FILE).is_file():
+        raise InputError(
+            f"not a run directory (no {RUN_FILE} or {JOURNAL_FILE})",
+            where=str(directory),
+            hint="pass what `trtkit solve` wrote, or a JSONL file with problem and tokens",
+        )
+    run = read_json(directory / RUN_FILE, InputError)
+    try:
+        source, digest = Path(run["problems"]["path"]), run["problems"]["sha256"]
+        full_vote = bool(run["arguments"]["full_vote"])
+    except (KeyError, TypeError) as problem:
+        raise InputError(f"incomplete: {problem} is missing", where=str(directory / RUN_FILE)) from None
+    texts = {problem.id: problem.text for problem in read_problems(_problems_file(directory, source, digest))}
+    attempts = read_history(journal).attempts
+    labels = [
+        Labelled(problem=texts[name], tokens=sum(a.tokens for a in done) / len(done), samples=len(done))
+        for name, done in attempts.items()
+        if name in texts and any(a.tokens for a in done)
+    ]
+    if not labels:
+        raise InputError("no sample of this run has finished", where=str(journal))
+    if not full_vote:
+        logger.warning(
+            "%s: samples that were still running when the vote was decided are not in the journal, so long samples are "
+            "missing; runs with --full-vote teach better",
+            directory,
+        )
+    return labels
+
+
+def _problems_file(directory: Path, source: Path, digest: str) -> Path:
+    """Where the run's problems lie: as written in run.json, or relative to the run directory."""
+    for path in (source, directory / source, directory / source.name):
+        if path.is_file():
+            if digest_file(path) == digest:
+                return path
+            raise InputError(
+                "this problems file was changed after the run",
+                where=str(path),
+                hint="restore it, or pass a JSONL file with problem and tokens",
+            )
+    raise InputError(
+        f"the problems file {source} is gone",
+        where=str(directory / RUN_FILE),
+        hint="put it back there or into the run directory, or pass a JSONL file with problem and tokens",
+    )
