@@ -328,7 +328,7 @@ def test_the_engines_counters_add_up_over_sessions(places: Places, caplog: pytes
     engine = outcome.summary.engine.document()
     assert (engine["tokens_per_step"], engine["accepted_by_depth"]) == (1.2, [0.15, 0.05])
     assert engine["phase_seconds"] == {"verify": 4.0}
-    assert "1.20 tokens per step" in caplog.text, "a draft head that does not pay is named"
+    assert "1.20 tokens per drafting step" in caplog.text, "a draft head that does not pay is named"
 
 
 def test_text_is_kept_only_when_asked(places: Places, tmp_path: Path) -> None:

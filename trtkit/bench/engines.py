@@ -85,7 +85,7 @@ class Point:
     prefill_tokens_per_second: float
     tokens_per_step: float
     accepted_by_depth: tuple[float, ...]
-    """Shares of row-steps in which at least 1, 2, ... drafted tokens were accepted."""
+    """Shares of drafting row-steps in which at least 1, 2, ... drafted tokens were accepted."""
     phase_seconds: dict[str, float]
     """Mean time of a step in draft, verify and accept."""
     speedup: float | None
@@ -179,11 +179,13 @@ def _point(
     )  # fmt: skip
     ceiling = batch * step * machine.read_bytes_per_second / read
     drafter = None if plain is None else "auto" if options.tree is None else str(options.tree)
-    last = timings[-1]
     return Point(
         engine=str(directory), precision=recipe.precision, drafter=drafter, batch=batch, tokens_per_second=speed,
         prefill_tokens_per_second=_median(timings, "prefill_tokens_per_second"), tokens_per_step=step,
-        accepted_by_depth=last.accepted_by_depth, phase_seconds=last.phase_seconds,
+        accepted_by_depth=tuple(map(statistics.mean, zip(*(t.accepted_by_depth for t in timings), strict=True))),
+        phase_seconds={
+            name: statistics.mean(t.phase_seconds[name] for t in timings) for name in timings[0].phase_seconds
+        },
         speedup=None if plain is None else speed / plain, step_bytes=read, ceiling_tokens_per_second=ceiling,
         roofline_fraction=speed / ceiling,
     )  # fmt: skip
@@ -238,11 +240,12 @@ def _timing(
     # Backends that do not split their time give the whole first steps, decoding included.
     prefill_seconds = filled.seconds.get("prefill", 0.0) - before.seconds.get("prefill", 0.0) or first_seconds
     accepted = zip(after.accepted_by_depth, filled.accepted_by_depth, strict=True)
+    drafted = after.drafted_row_steps - filled.drafted_row_steps
     return _Timing(
         prefill_tokens_per_second=(filled.prefill_tokens - before.prefill_tokens) / max(prefill_seconds, 1e-9),
         tokens_per_second=tokens / max(seconds, 1e-9),
         tokens_per_step=tokens / row_steps if row_steps else 1.0,
-        accepted_by_depth=tuple((late - early) / max(row_steps, 1) for late, early in accepted),
+        accepted_by_depth=tuple((late - early) / max(drafted, 1) for late, early in accepted),
         phase_seconds={
             name: (total - filled.seconds[name]) / steps for name, total in after.seconds.items() if name != "prefill"
         },

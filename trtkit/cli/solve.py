@@ -233,7 +233,7 @@ def _shown(summary: Summary, target: Path) -> dict[str, str]:
         shown["engine"] = f"{engine.tokens_per_step:.2f} tokens per step, at most {engine.peak_rows} rows"
         if engine.accepted_by_depth:
             shares = ", ".join(f"{share:.0%}" for share in engine.accepted_by_depth)
-            shown["engine"] += f"; drafted tokens accepted by depth: {shares}"
+            shown["engine"] += f"; drafts in {engine.drafting or 0.0:.0%} of them, accepted by depth: {shares}"
         if engine.phase_seconds:
             phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in engine.phase_seconds.items())
             shown["phases"] = phases

@@ -140,6 +140,7 @@ def _engine(row: Mapping[str, Any]) -> EngineStats:
     return EngineStats(
         new_tokens=_count(row["new_tokens"]),
         row_steps=_count(row["row_steps"]),
+        drafted_row_steps=_count(row.get("drafted_row_steps", 0)),
         accepted_by_depth=tuple(_count(count) for count in row["accepted_by_depth"]),
         seconds={str(phase): _amount(seconds) for phase, seconds in row["seconds"].items()},
     )

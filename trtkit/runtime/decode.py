@@ -144,7 +144,7 @@ def verify(model: DecoderModel, cache: KvCache, rows: Sequence[Row], at: Pending
     batch = VerifyBatch(
         rows=count, nodes=nodes, blocks=table.flatten(), slots=slots.flatten(), hidden_slots=hidden_slots,
         native=model.native,
-    )
+    )  # fmt: skip
 
     def attend(layer: int) -> Attend:
         return lambda q, k, v: attend_verify(cache, layer, batch, q, k, v)

@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from drafter.checkpoint import DrafterError, load_drafter
+from drafter.config import TreeShape
 from drafter.model import Drafter
 from trtkit.errors import EngineError, UsageError
+from trtkit.files import read_json
 from trtkit.model_spec import ModelSpec
 from trtkit.quant.tensor import LinearWeights, dense, quantize_int8
-from trtkit.recipe import TOKEN_ORDER_FILE
+from trtkit.recipe import TOKEN_ORDER_FILE, TRAINING_FILE
 from trtkit.runtime.linear import Kernel, runtime_linear
 
-__all__ = ["DraftPrecision", "HeadOptions", "open_head", "with_kernels"]
+__all__ = ["DraftPrecision", "HeadOptions", "measured_acceptance", "open_head", "with_kernels"]
 
 DraftPrecision: TypeAlias = Literal["model", "int8"]
 
@@ -69,6 +71,23 @@ def open_head(
     if options.vocabulary is not None and options.vocabulary < spec.vocab:
         head.trim(_most_frequent(directory, options.vocabulary, spec.vocab).to(device))
     return with_kernels(head, options.precision, device=device, dtype=dtype)
+
+
+def measured_acceptance(directory: Path) -> dict[TreeShape, tuple[float, ...]]:
+    """What ``training.json`` beside a head says of its acceptance by tree, at the highest temperature measured."""
+    path = directory / TRAINING_FILE
+    if not path.is_file():
+        return {}
+    found: dict[TreeShape, tuple[float, tuple[float, ...]]] = {}
+    try:
+        for row in read_json(path, EngineError)["report"]["trees"]:
+            beams, length = (int(part) for part in row["tree"].split("x"))
+            shape, temperature = TreeShape(beams=beams, length=length), float(row["temperature"])
+            if shape not in found or temperature >= found[shape][0]:
+                found[shape] = (temperature, tuple(float(share) for share in row["accepted_by_depth"]))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}  # a head from elsewhere: its acceptance is learned while it runs
+    return {shape: shares for shape, (_, shares) in found.items()}
 
 
 def _most_frequent(directory: Path, count: int, vocab: int) -> Tensor:

@@ -18,7 +18,7 @@ from trtkit.model_spec import ModelSpec
 from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, EngineManifest, Recipe, read_manifest
 from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
-from trtkit.runtime.draft_head import HeadOptions, open_head, with_kernels
+from trtkit.runtime.draft_head import HeadOptions, measured_acceptance, open_head, with_kernels
 from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
@@ -84,7 +84,8 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
         head = _head(directory, checkpoint.spec, options, device=device, dtype=dtype)
         identity = directory / (ENGINE_FILE if (directory / ENGINE_FILE).is_file() else "config.json")
         memory = memory_file(digest_file(identity), device, f"{options.head} {dtype} {options.drafter}")
-        drafting = Drafting(head=head, trees=trees, memory=memory)
+        expected = measured_acceptance(options.drafter or directory / DRAFTER_DIR)
+        drafting = Drafting(head=head, trees=trees, memory=memory, expected=expected)
     limits = _limits(manifest, checkpoint.spec, options, model, total_tokens=total, reach=reach)
     return TorchEngine(model, limits, drafting)
 

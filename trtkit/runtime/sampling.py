@@ -191,7 +191,9 @@ def pick(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     """Draw one token for each row of logits (M, V) at its position (M,): int64 (M,)."""
     if loaded() and logits.device.type == "cpu" and not (rows.any_top_k or rows.any_top_p or rows.any_min_p):
         picks = draw_tokens(logits, rows.temperature, rows.cold, uniforms(rows.seeds, positions))
-        return picks if bool((picks >= 0).all()) else torch.where(picks >= 0, picks, pick_plain(logits, rows, positions))
+        if bool((picks >= 0).all()):
+            return picks
+        return torch.where(picks >= 0, picks, pick_plain(logits, rows, positions))
     return pick_plain(logits, rows, positions)
 
 

@@ -7,9 +7,9 @@ One ``step`` is: schedule, prefill what is new, draft, verify, accept. See ``dec
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -60,6 +60,8 @@ class Drafting:
     trees: tuple[TreeShape | None, ...] = DEFAULT_TREES
     memory: Path | None = None
     """File that keeps the measured step times from run to run."""
+    expected: Mapping[TreeShape, Sequence[float]] = field(default_factory=dict)
+    """Shares of steps that accepted at least 1, 2, ... tokens when the head was measured: where the choice begins."""
 
 
 class TorchEngine:
@@ -74,6 +76,8 @@ class TorchEngine:
         self._drafting = drafting
         self._chooser = TreeChooser((None,) if drafting is None else drafting.trees)
         self._memory = None if drafting is None or len(drafting.trees) == 1 else drafting.memory
+        for shape, shares in drafting.expected.items() if drafting is not None else ():
+            self._chooser.expect(shape.beams, shares)
         if self._memory is not None:
             recall(self._memory, self._chooser)
         self._nodes = self._chooser.max_nodes
@@ -93,6 +97,7 @@ class TorchEngine:
         self._steps = self._prompt_tokens = self._prefill_tokens = 0
         self._new_tokens = self._row_steps = self._preemptions = self._peak_rows = 0
         self._accepted = [0] * self._chooser.max_length
+        self._drafted_row_steps = 0
 
     @property
     def max_total_tokens(self) -> int:
@@ -190,7 +195,7 @@ class TorchEngine:
     def _decode(self, rows: Sequence[Row]) -> list[StepOutput]:
         model, cache = self._model, self._cache
         shape = self._chooser.choose(len(rows))
-        began, new_before = time.perf_counter(), self._new_tokens
+        began = time.perf_counter()
         at = decode.pending(rows, model.device)
         slots = torch.tensor([row.slot for row in rows], device=model.device)
         with self._phase("draft"):
@@ -213,7 +218,9 @@ class TorchEngine:
                 self._advance(row, emitted[:length]) for row, emitted, length in zip(rows, tokens, lengths, strict=True)
             ]
         seconds = time.perf_counter() - began
-        self._chooser.observe(len(rows), shape, seconds=seconds, tokens=self._new_tokens - new_before)
+        accepted = [sum(length > depth for length in lengths) for depth in range(1, 1 + (shape.length if shape else 0))]
+        self._chooser.observe(len(rows), shape, seconds=seconds, accepted=accepted)
+        self._drafted_row_steps += len(rows) if shape else 0
         return outputs
 
     def _prefill(self, plan: Schedule) -> None:
@@ -284,6 +291,7 @@ class TorchEngine:
             prefill_tokens=self._prefill_tokens,
             new_tokens=self._new_tokens,
             row_steps=self._row_steps,
+            drafted_row_steps=self._drafted_row_steps,
             accepted_by_depth=tuple(self._accepted),
             preemptions=self._preemptions,
             peak_rows=self._peak_rows,

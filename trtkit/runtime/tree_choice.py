@@ -4,13 +4,16 @@ Verification is nearly free while few rows run and a plain loss when many do; wh
 the model, the precision and how good the head is. So each option (trees, and no tree) is tried a few times at each
 batch size, and then the one that gave the most tokens per second runs, with a rare look at the others. The tokens do
 not depend on the choice, only their speed does.
+
+A step's time is measured for each option and batch size. Tokens per step follow from the acceptance by depth, which is
+kept per number of beams: at one row a single step says little, and 1x2 and 1x4 can learn from each other.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -21,6 +24,7 @@ __all__ = ["DEFAULT_TREES", "TreeChooser"]
 DEFAULT_TREES: tuple[TreeShape | None, ...] = (
     None,
     TreeShape(beams=1, length=2),
+    TreeShape(beams=1, length=3),
     TreeShape(beams=1, length=4),
     TreeShape(beams=2, length=4),
     TreeShape(beams=4, length=4),
@@ -28,28 +32,51 @@ DEFAULT_TREES: tuple[TreeShape | None, ...] = (
 
 _TRIALS = 3
 """Looks at each option before any is preferred; the first one at a batch size also pays for warming up."""
+_HOPE = 1.15
+"""How much better than expected an untried option may turn out."""
 _LOOK_EVERY = 128
 """Steps between looks at an option that is not the best one."""
 _WORTH_A_LOOK = 0.75
 """Options below this share of the best rate are looked at only an eighth as often."""
 _REMEMBERED = 15
 """Step times kept for each option and batch size. Their median is the estimate: a busy neighbour is not a slow tree."""
-_BLEND = 0.05
-"""Weight of the newest acceptance."""
-_TRUSTED = 20
-"""Steps that a recalled acceptance counts for: other problems may be drafted better or worse."""
+_MEMORY_ROWS = 400
+"""Row-steps after which an observed acceptance weighs e times less: samples differ, and so do their ends."""
+_TRUSTED = 60
+"""Row-steps that an acceptance from elsewhere counts for: other problems may be drafted better or worse."""
+_FALLING = 0.8
+"""Assumed share of the drafts of one depth that are also right at the next, where nothing was seen yet."""
 
 
-@dataclass(slots=True)
 class _Acceptance:
-    """Tokens per step and row: a plain mean at first, then one that follows change."""
+    """How often at least 1, 2, ... drafted tokens are accepted, for one number of beams.
 
-    value: float = 0.0
-    count: int = 0
+    Trees of equal width share it: a chain of four says how good a chain of two would have been.
+    """
 
-    def add(self, value: float) -> None:
-        self.count += 1
-        self.value += (value - self.value) * max(1 / self.count, _BLEND)
+    def __init__(self) -> None:
+        self.accepted: list[float] = []
+        self.rows: list[float] = []
+
+    def add(self, rows: float, accepted: Sequence[float], keep: float) -> None:
+        """``accepted[d]`` of ``rows`` rows reached depth d + 1; what was seen before is multiplied by ``keep``."""
+        for depth, count in enumerate(accepted):
+            if depth == len(self.rows):
+                self.accepted.append(0.0)
+                self.rows.append(0.0)
+            self.accepted[depth] = keep * self.accepted[depth] + count
+            self.rows[depth] = keep * self.rows[depth] + rows
+
+    def shares(self, length: int) -> list[float]:
+        """Expected shares for depths 1 .. length, falling."""
+        shares: list[float] = []
+        above = 1.0
+        for depth in range(length):
+            seen = depth < len(self.rows) and self.rows[depth] > 0
+            share = self.accepted[depth] / self.rows[depth] if seen else above * _FALLING
+            above = min(above, share)
+            shares.append(above)
+        return shares
 
 
 class TreeChooser:
@@ -58,8 +85,13 @@ class TreeChooser:
     def __init__(self, options: Sequence[TreeShape | None] = DEFAULT_TREES) -> None:
         self.options = tuple(options)
         self._seconds: dict[tuple[int, TreeShape | None], deque[float]] = {}
-        self._tokens = {option: _Acceptance() for option in self.options}
+        self._acceptance = {option.beams: _Acceptance() for option in self.options if option is not None}
         self._steps: dict[int, int] = {}
+
+    def expect(self, beams: int, shares: Sequence[float]) -> None:
+        """Begin with these shares of accepted depths for trees of ``beams`` beams, as the head's training measured."""
+        if beams in self._acceptance:
+            self._acceptance[beams].add(_TRUSTED, [_TRUSTED * share for share in shares], keep=0.0)
 
     @property
     def max_nodes(self) -> int:
@@ -79,7 +111,7 @@ class TreeChooser:
         best = max(self.options, key=lambda option: rates[option])
         for option in self.options:
             trials = _TRIALS if rates[option] >= _WORTH_A_LOOK * rates[best] else _TRIALS - 1
-            if len(self._times(size, option)) < trials:
+            if len(self._times(size, option)) < trials and not self._hopeless(rows, option, rates[best]):
                 return option
         if step == 0 or step % _LOOK_EVERY:
             return best
@@ -87,21 +119,37 @@ class TreeChooser:
         close = [o for o in self.options if o != best and (rates[o] >= _WORTH_A_LOOK * rates[best] or looks % 8 == 0)]
         return close[looks % len(close)] if close else best
 
-    def observe(self, rows: int, option: TreeShape | None, *, seconds: float, tokens: int) -> None:
-        """A step of ``rows`` rows took ``seconds`` and emitted ``tokens`` in all."""
+    def _hopeless(self, rows: int, option: TreeShape | None, best: float) -> bool:
+        """Whether an option need not be tried: it costs at least what smaller ones do, and that is too much already.
+
+        At a large batch one step of the widest tree can take as long as fifty plain ones.
+        """
+        if option is None or self._times(_bucket(rows), option):
+            return False
+        smaller = [o for o in self.options if o is not None and o.max_nodes < option.max_nodes]
+        least = max((median(times) for o in smaller if (times := self._times(_bucket(rows), o))), default=0.0)
+        return least > 0 and _HOPE * self.tokens(option) / least < best
+
+    def observe(self, rows: int, option: TreeShape | None, *, seconds: float, accepted: Sequence[int]) -> None:
+        """A step of ``rows`` rows took ``seconds``; ``accepted[d]`` of them accepted more than d drafted tokens."""
         self._times(_bucket(rows), option).append(seconds / rows)
-        self._tokens[option].add(tokens / rows)
+        if option is not None:
+            self._acceptance[option.beams].add(rows, accepted, keep=math.exp(-rows / _MEMORY_ROWS))
+
+    def tokens(self, option: TreeShape | None) -> float:
+        """Expected tokens per row and step."""
+        return 1.0 if option is None else 1.0 + sum(self._acceptance[option.beams].shares(option.length))
 
     def rate(self, rows: int, option: TreeShape | None) -> float:
         """Estimated tokens per second and row; 0 before the first measurement."""
         times = self._times(_bucket(rows), option)
-        return self._tokens[option].value / median(times) if times else 0.0
+        return self.tokens(option) / median(times) if times else 0.0
 
     def learned(self) -> dict[str, Any]:
         """Everything measured so far, as plain data for :meth:`recall`."""
         return {
             "seconds": [[size, str(option), list(times)] for (size, option), times in self._seconds.items() if times],
-            "tokens": [[str(option), kept.value, kept.count] for option, kept in self._tokens.items() if kept.count],
+            "acceptance": [[beams, kept.shares(len(kept.rows))] for beams, kept in self._acceptance.items()],
         }
 
     def recall(self, learned: Mapping[str, Any]) -> None:
@@ -113,9 +161,9 @@ class TreeChooser:
         for size, name, times in learned["seconds"]:
             if name in named:
                 self._times(int(size), named[name]).extend(float(seconds) for seconds in times)
-        for name, value, count in learned["tokens"]:
-            if name in named:
-                self._tokens[named[name]] = _Acceptance(float(value), min(int(count), _TRUSTED))
+        for beams, shares in learned["acceptance"]:
+            if shares:
+                self.expect(int(beams), [float(share) for share in shares])
 
     def _times(self, size: int, option: TreeShape | None) -> deque[float]:
         return self._seconds.setdefault((size, option), deque(maxlen=_REMEMBERED))

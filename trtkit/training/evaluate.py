@@ -96,7 +96,7 @@ def measure_tree(
     while engine.has_work:
         engine.step()
     stats = engine.stats()
-    shares = tuple(count / stats.row_steps for count in stats.accepted_by_depth)
+    shares = tuple(count / stats.drafted_row_steps for count in stats.accepted_by_depth)
     return TreeResult(
         tree=str(tree),
         temperature=temperature,

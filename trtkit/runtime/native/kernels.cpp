@@ -29,6 +29,10 @@ using at::Tensor;
 using bf16 = c10::BFloat16;
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
+typedef uint16_t hvec __attribute__((vector_size(32)));
+// The same in memory, at any address. Not memcpy: GCC moves that in halves and then waits for the whole.
+typedef float vec_in_memory __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t hvec_in_memory __attribute__((vector_size(32), aligned(2), may_alias));
 constexpr int64_t W = 16;        // floats in a vec
 constexpr int64_t TILE = 256;    // slots between two updates of the running maximum
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
@@ -56,20 +60,15 @@ inline bf16 narrow<bf16>(float x) {  // to nearest even; branch-free so that loo
   return bf16(static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded), bf16::from_bits());
 }
 
-inline vec load(const float* p) {
-  vec out;
-  std::memcpy(&out, p, sizeof(vec));
-  return out;
-}
-inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof(vec)); }
+inline vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
 inline vec load(const bf16* p) {
-  typedef uint16_t half __attribute__((vector_size(32)));
-  half bits;
-  std::memcpy(&bits, p, sizeof(half));
-  const ivec word = __builtin_convertvector(bits, ivec) << 16;
-  vec out;
-  std::memcpy(&out, &word, sizeof(vec));
-  return out;
+  return (vec)(__builtin_convertvector(*reinterpret_cast<const hvec_in_memory*>(p), ivec) << 16);
+}
+inline void store(float* p, vec x) { *reinterpret_cast<vec_in_memory*>(p) = x; }
+inline void store(bf16* p, vec x) {  // as ``narrow``
+  typedef uint32_t uvec __attribute__((vector_size(64)));
+  const uvec bits = (uvec)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
+  *reinterpret_cast<hvec_in_memory*>(p) = __builtin_convertvector(x == x ? rounded : nan, hvec);
 }
 inline vec all(float x) { return vec{} + x; }
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
@@ -99,10 +98,7 @@ inline vec exp_below_zero(vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const ivec power = (n + 127) << 23;
-  vec scale;
-  std::memcpy(&scale, &power, sizeof(vec));
-  return dead ? all(0.0f) : p * scale;
+  return dead ? all(0.0f) : p * (vec)((n + 127) << 23);
 }
 
 // ---- norms, rotation, gate ------------------------------------------------------------------------------------------
@@ -118,7 +114,8 @@ inline void norm_row(const E* x, const float* weight, E* out, int64_t width, flo
   float squares = sum(total);
   for (; i < width; i++) squares += wide(x[i]) * wide(x[i]);
   const float scale = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
-  for (int64_t j = 0; j < width; j++) out[j] = narrow<E>(wide(x[j]) * scale * weight[j]);
+  for (i = 0; i + W <= width; i += W) store(out + i, load(x + i) * scale * load(weight + i));
+  for (; i < width; i++) out[i] = narrow<E>(wide(x[i]) * scale * weight[i]);
 }
 
 // Rows in a parallel piece: about 16k elements, so that small batches stay on one thread.
@@ -151,7 +148,9 @@ Tensor add_norm(const Tensor& hidden, const std::optional<Tensor>& delta, const 
         E* line = x + row * width;
         if (add != nullptr) {
           const E* more = add + row * width;
-          for (int64_t i = 0; i < width; i++) line[i] = narrow<E>(wide(line[i]) + wide(more[i]));
+          int64_t i = 0;
+          for (; i + W <= width; i += W) store(line + i, load(line + i) + load(more + i));
+          for (; i < width; i++) line[i] = narrow<E>(wide(line[i]) + wide(more[i]));
         }
         norm_row(line, w, y + row * width, width, static_cast<float>(eps));
       }
@@ -162,7 +161,13 @@ Tensor add_norm(const Tensor& hidden, const std::optional<Tensor>& delta, const 
 
 template <typename E>
 inline void turn_head(E* head, const E* cos, const E* sin, int64_t half) {
-  for (int64_t i = 0; i < half; i++) {
+  int64_t i = 0;
+  for (; i + W <= half; i += W) {
+    const vec a = load(head + i), b = load(head + i + half);
+    store(head + i, a * load(cos + i) - b * load(sin + i));
+    store(head + i + half, b * load(cos + i + half) + a * load(sin + i + half));
+  }
+  for (; i < half; i++) {
     const float a = wide(head[i]), b = wide(head[i + half]);
     head[i] = narrow<E>(a * wide(cos[i]) - b * wide(sin[i]));
     head[i + half] = narrow<E>(b * wide(cos[i + half]) + a * wide(sin[i + half]));
@@ -215,14 +220,14 @@ Tensor gated(const Tensor& gate_up) {
         const E *gate = in + row * 2 * width, *up = gate + width;
         for (int64_t i = 0; i < width; i += W) {
           float a[W] = {}, b[W] = {}, product[W];
-          const int64_t count = std::min(W, width - i);
-          if (count == W) {
-            store(product, silu(load(gate + i)) * load(up + i));
+          E* to = y + row * width + i;
+          if (i + W <= width) {
+            store(to, silu(load(gate + i)) * load(up + i));
           } else {
-            for (int64_t j = 0; j < count; j++) a[j] = wide(gate[i + j]), b[j] = wide(up[i + j]);
+            for (int64_t j = 0; i + j < width; j++) a[j] = wide(gate[i + j]), b[j] = wide(up[i + j]);
             store(product, silu(load(a)) * load(b));
+            for (int64_t j = 0; i + j < width; j++) to[j] = narrow<E>(product[j]);
           }
-          for (int64_t j = 0; j < count; j++) y[row * width + i + j] = narrow<E>(product[j]);
         }
       }
     });
@@ -240,7 +245,18 @@ Tensor codes(const Tensor& x, double inverse) {
     const E* in = x.data_ptr<E>();
     uint8_t* y = out.data_ptr<uint8_t>();
     at::parallel_for(0, x.numel(), 32768, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; i++) {
+      typedef uint8_t codes_in_memory __attribute__((vector_size(16), aligned(1), may_alias));
+      int64_t i = from;
+      for (; i + W <= to; i += W) {
+        // Clamped first, which changes nothing between two whole numbers; then rounded by a number without fractions.
+        vec value = load(in + i) * scale;
+        value = value < -128.0f ? all(-128.0f) : value;
+        value = value > 127.0f ? all(127.0f) : value;
+        const vec whole = (value + 12582912.0f) - 12582912.0f;
+        *reinterpret_cast<codes_in_memory*>(y + i) =
+            __builtin_convertvector(__builtin_convertvector(whole, ivec) + 128, codes_in_memory);
+      }
+      for (; i < to; i++) {
         float value = std::nearbyint(wide(in[i]) * scale) + 128.0f;
         value = value < 0.0f ? 0.0f : value;
         value = value > 255.0f ? 255.0f : value;
@@ -276,43 +292,53 @@ inline void transpose(const E* keys, int64_t dim, float* out) {
   }
 }
 
-// Scores of Q queries against 16 keys.
-inline void score(const float* queries, const float* turned, int64_t count, int64_t dim, float* out, int64_t stride) {
-  int64_t q = 0;
-  for (; q + 4 <= count; q += 4) {
-    vec a{}, b{}, c{}, e{};
-    const float *qa = queries + q * dim, *qb = qa + dim, *qc = qb + dim, *qe = qc + dim;
-    for (int64_t d = 0; d < dim; d++) {
-      const vec key = load(turned + d * W);
-      a += key * qa[d], b += key * qb[d], c += key * qc[d], e += key * qe[d];
+// Scores of P queries against 16 keys. Each query has two sums, whatever P is: a single chain of additions would wait for
+// itself, and its order must not depend on the company.
+template <int P>
+inline void score_part(const float* queries, const float* turned, int64_t dim, float* out, int64_t stride) {
+  vec even[P] = {}, odd[P] = {};
+  for (int64_t d = 0; d < dim; d += 2) {
+    const vec first = load(turned + d * W), second = load(turned + (d + 1) * W);
+    for (int p = 0; p < P; p++) {
+      even[p] += first * queries[p * dim + d];
+      odd[p] += second * queries[p * dim + d + 1];
     }
-    store(out + q * stride, a), store(out + (q + 1) * stride, b);
-    store(out + (q + 2) * stride, c), store(out + (q + 3) * stride, e);
   }
-  for (; q < count; q++) {
-    vec a{};
-    for (int64_t d = 0; d < dim; d++) a += load(turned + d * W) * queries[q * dim + d];
-    store(out + q * stride, a);
+  for (int p = 0; p < P; p++) store(out + p * stride, even[p] + odd[p]);
+}
+
+inline void score(const float* queries, const float* turned, int64_t count, int64_t dim, float* out, int64_t stride) {
+  for (int64_t q = 0; q < count; q += 8) {
+    const float* from = queries + q * dim;
+    float* to = out + q * stride;
+    switch (std::min<int64_t>(count - q, 8)) {
+      case 1: score_part<1>(from, turned, dim, to, stride); break;
+      case 2: score_part<2>(from, turned, dim, to, stride); break;
+      case 3: score_part<3>(from, turned, dim, to, stride); break;
+      case 4: score_part<4>(from, turned, dim, to, stride); break;
+      case 5: score_part<5>(from, turned, dim, to, stride); break;
+      case 6: score_part<6>(from, turned, dim, to, stride); break;
+      case 7: score_part<7>(from, turned, dim, to, stride); break;
+      default: score_part<8>(from, turned, dim, to, stride);
+    }
   }
 }
 
-// result (D) += the sum over the keys of weight x value
-template <typename E, int P>
-inline void blend_part(const float* weights, const E* values, int64_t dim, int64_t slots, float* result) {
+// result (D) += the sum over 16 keys of weight x value
+template <int P>
+inline void blend_part(const float* weights, const float* values, int64_t dim, float* result) {
   vec part[P];
   for (int p = 0; p < P; p++) part[p] = load(result + p * W);
-  for (int64_t s = 0; s < slots; s++) {
-    const float weight = weights[s];
-    for (int p = 0; p < P; p++) part[p] += load(values + s * dim + p * W) * weight;
+  for (int s = 0; s < W; s++) {
+    for (int p = 0; p < P; p++) part[p] += load(values + s * dim + p * W) * weights[s];
   }
   for (int p = 0; p < P; p++) store(result + p * W, part[p]);
 }
 
-template <typename E>
-inline void blend(const float* weights, const E* values, int64_t dim, int64_t slots, float* result) {
+inline void blend(const float* weights, const float* values, int64_t dim, float* result) {
   int64_t d = 0;
-  for (; d + 4 * W <= dim; d += 4 * W) blend_part<E, 4>(weights, values + d, dim, slots, result + d);
-  for (; d < dim; d += W) blend_part<E, 1>(weights, values + d, dim, slots, result + d);
+  for (; d + 4 * W <= dim; d += 4 * W) blend_part<4>(weights, values + d, dim, result + d);
+  for (; d < dim; d += W) blend_part<1>(weights, values + d, dim, result + d);
 }
 
 template <typename E>
@@ -328,7 +354,7 @@ template <typename E>
 void attend_head(const Work<E>& work, const Shape& shape, const float* queries, float* result, std::vector<float>& room) {
   const int64_t count = shape.group * shape.nodes, dim = shape.dim;
   room.resize(count * (TILE + 2) + dim * W);
-  float *scores = room.data(), *top = scores + count * TILE, *mass = top + count, *turned = mass + count;
+  float *scores = room.data(), *top = scores + count * TILE, *mass = top + count, *turned = mass + count;  // later: the values
   std::fill(result, result + count * dim, 0.0f);
   std::fill(top, top + count, LOWEST);
   std::fill(mass, mass + count, 0.0f);
@@ -367,7 +393,8 @@ void attend_head(const Work<E>& work, const Shape& shape, const float* queries, 
     for (int64_t slot = start; slot < end; slot += W) {
       const int64_t block = work.table[slot / shape.block], offset = slot % shape.block;
       const E* values = work.values + (block * shape.block + offset) * dim;
-      for (int64_t q = 0; q < count; q++) blend(scores + q * TILE + (slot - start), values, dim, W, result + q * dim);
+      for (int64_t i = 0; i < dim * W; i += W) store(turned + i, load(values + i));
+      for (int64_t q = 0; q < count; q++) blend(scores + q * TILE + (slot - start), turned, dim, result + q * dim);
     }
   }
   for (int64_t q = 0; q < count; q++) {
@@ -420,7 +447,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
           std::memcpy(pool_v + at, fresh_v + token * v.stride(0) + head * dim, dim * sizeof(E));
           for (int64_t g = 0; g < group; g++) {
             const E* source = query + token * q.stride(0) + (head * group + g) * dim;
-            for (int64_t d = 0; d < dim; d++) queries[(g * nodes + n) * dim + d] = wide(source[d]) * scale;
+            for (int64_t d = 0; d < dim; d += W) store(queries + (g * nodes + n) * dim + d, load(source + d) * scale);
           }
         }
         const bool* mine = dark + row * nodes * width;
@@ -431,7 +458,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
           for (int64_t g = 0; g < group; g++) {
             E* target = y + (row * nodes + n) * heads * dim + (head * group + g) * dim;
             const float* source = result + (g * nodes + n) * dim;
-            for (int64_t d = 0; d < dim; d++) target[d] = narrow<E>(source[d]);
+            for (int64_t d = 0; d < dim; d += W) store(target + d, load(source + d));
           }
         }
       }

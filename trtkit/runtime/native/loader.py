@@ -20,7 +20,7 @@ import torch
 
 from trtkit.log import logger
 
-__all__ = ["COMPILE_SECONDS", "SWITCH", "WORTHWHILE_PARAMETERS", "load", "wanted"]
+__all__ = ["COMPILE_SECONDS", "SWITCH", "WORTHWHILE_PARAMETERS", "compiler_path", "library_path", "load", "wanted"]
 
 SWITCH = "TRTKIT_NATIVE"
 """Environment variable: 0 never compiles or loads, 1 does so for the smallest model."""
@@ -31,8 +31,11 @@ COMPILE_SECONDS = 10
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 # No link to an OpenMP library: the symbols are those of the one that torch has loaded, and so are the threads.
-_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
-          "-DAT_PARALLEL_OPENMP=1")  # fmt: skip
+_FLAGS = (
+    "-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+    "-fopenmp", "-DAT_PARALLEL_OPENMP=1",
+)  # fmt: skip
+_LINK = ("-lc10", "-ltorch_cpu")
 _TIMEOUT_SECONDS = 600
 
 
@@ -48,23 +51,33 @@ def wanted(parameters: int, device: torch.device, dtype: torch.dtype) -> bool:
 def load() -> bool:
     """Compile if need be, and register ``torch.ops.trtkit_cpu``. False, with a debug log, where that cannot be."""
     try:
-        torch.ops.load_library(_library())
+        torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
     except (OSError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
         logger.debug("no CPU kernels: %s", str(error.__cause__ or error).strip()[:2000])
         return False
     return True
 
 
-def _library() -> Path:
-    """The compiled library. Raises :class:`RuntimeError` where it cannot be made here."""
+def compiler_path() -> str | None:
+    """The C++ compiler: what CXX names, else g++ or clang++; None where there is none."""
+    named = os.environ.get("CXX")
+    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
+
+
+def library_path() -> Path:
+    """Where the library lies once it is compiled. Raises :class:`RuntimeError` on a CPU without wide vectors."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         raise RuntimeError("the CPU has neither AVX2 nor AVX512")
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    identity = "\0".join((_SOURCE.read_text(encoding="utf-8"), *_FLAGS, torch.__version__, _cpu(), str(compiler)))
-    name = f"trtkit_cpu_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    identity = (_SOURCE.read_text(encoding="utf-8"), *_FLAGS, *_LINK, torch.__version__, _cpu())
+    name = f"trtkit_cpu_{hashlib.sha256(' '.join(identity).encode()).hexdigest()[:16]}"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    target = root / name / f"{name}.so"
+    return root / name / f"{name}.so"
+
+
+def _library() -> Path:
+    target = library_path()
     if not target.is_file():
+        compiler = compiler_path()
         if compiler is None:
             raise RuntimeError("no C++ compiler (g++ or clang++; CXX names another)")
         _compile(compiler, target)
@@ -81,7 +94,7 @@ def _cpu() -> str:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    headers = Path(torch.__file__).parent / "include"
+    headers, libraries = (Path(torch.__file__).parent / part for part in ("include", "lib"))
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     includes = (f"-I{headers}", f"-I{headers / 'torch' / 'csrc' / 'api' / 'include'}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +104,7 @@ def _compile(compiler: str, target: Path) -> None:
         code, library = Path(folder, "kernels.o"), Path(folder, target.name)
         for command in (
             [compiler, *_FLAGS, abi, *includes, "-c", str(_SOURCE), "-o", str(code)],
-            [compiler, "-shared", str(code), "-o", str(library)],
+            [compiler, "-shared", str(code), f"-L{libraries}", *_LINK, "-o", str(library)],
         ):
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
             if done.returncode != 0:

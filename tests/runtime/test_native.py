@@ -1,0 +1,273 @@
+"""The optional C++ kernels against their pure-torch definitions, and life without a compiler.
+
+The kernels are tested where they are already compiled for this machine (opening a large engine does it); the slow run
+compiles them first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engines import random_prompts, request, run_all, tiny_engine_dir
+from trtkit.checkpoint.unified import open_unified
+from trtkit.decoder import Norms, PlainPointwise, rope_at
+from trtkit.model_spec import ModelSpec, RopeSpec
+from trtkit.runtime import sampling
+from trtkit.runtime.api import SamplingParams
+from trtkit.runtime.attention import VerifyBatch, attend_verify
+from trtkit.runtime.kv_cache import KvCache
+from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.native import kernels, loader
+from trtkit.runtime.sampling import pick_plain, sampling_rows, uniforms
+from trtkit.runtime.torch_engine import TorchEngine, TorchLimits
+
+CPU = torch.device("cpu")
+TOLERANCE: dict[torch.dtype, dict[str, float]] = {
+    torch.float32: {"rtol": 2e-6, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(loader.SWITCH, raising=False)
+
+
+# ---- without kernels ------------------------------------------------------------------------------------------------
+
+
+def test_small_models_cuda_and_a_zero_switch_never_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = loader.WORTHWHILE_PARAMETERS
+    assert loader.wanted(large, CPU, torch.bfloat16)
+    assert not loader.wanted(large - 1, CPU, torch.bfloat16)
+    assert not loader.wanted(large, torch.device("cuda"), torch.bfloat16)
+    assert not loader.wanted(large, CPU, torch.float16)
+    monkeypatch.setenv(loader.SWITCH, "1")
+    assert loader.wanted(1, CPU, torch.float32)
+    monkeypatch.setenv(loader.SWITCH, "0")
+    assert not loader.wanted(large, CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("compiler", ["absent", "broken"])
+def test_without_a_working_compiler_the_engine_runs_in_torch(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One debug line, no error, nothing left in the cache, and the tokens of the pure-torch path."""
+    directory = tiny_engine_dir(tmp_path / "engine")
+    plain = _tokens(_model(directory))
+    monkeypatch.setenv(loader.SWITCH, "1")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-such-compiler" if compiler == "absent" else "false")
+    if compiler == "absent":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(loader, "load", loader.load.__wrapped__)
+    with caplog.at_level("DEBUG", logger="trtkit"):
+        model = _model(directory)
+    assert not model.native
+    assert [r.levelname for r in caplog.records if "no CPU kernels" in r.message] == ["DEBUG"]
+    assert not list(tmp_path.glob("cache/**/*.so"))
+    assert _tokens(model) == plain
+
+
+def _model(directory: Path, dtype: torch.dtype = torch.float32) -> DecoderModel:
+    return DecoderModel(open_unified(directory), device=CPU, dtype=dtype, max_tokens=320)
+
+
+def _tokens(model: DecoderModel, **limits: Any) -> dict[str, list[int]]:
+    """Greedy and sampled rows over prompts of several lengths, some longer than one tile of the attention kernel."""
+    limits = {"rows": 16, "total_tokens": 300, "kv_blocks": 300, "block_size": 16, **limits}
+    requests = [
+        request(str(i), prompt, seed=i, max_tokens=24, temperature=i % 2)
+        for i, prompt in enumerate(random_prompts(3, [1, 15, 16, 17, 40, 250, 262, 270]))
+    ]
+    return run_all(TorchEngine(model, TorchLimits(**limits)), requests)[0]
+
+
+# ---- with kernels ---------------------------------------------------------------------------------------------------
+
+
+def _compiled() -> bool:
+    """Whether loading takes no compilation here."""
+    try:
+        return loader.library_path().is_file()
+    except RuntimeError:
+        return False
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _compiled():
+        pytest.skip("not compiled for this machine yet: pytest -m slow tests/runtime/test_native.py")
+    monkeypatch.setenv(loader.SWITCH, "1")
+    assert loader.load()
+    monkeypatch.setattr(kernels, "_loaded", True)
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_here() -> None:
+    """And from then on the tests below run, in this very run too: pytest keeps the file's order."""
+    assert loader.load() or not loader.compiler_path()
+
+
+SPEC = ModelSpec(
+    family="qwen3", layers=1, hidden=200, heads=6, kv_heads=2, head_dim=64, intermediate=333, vocab=1000,
+    rope=RopeSpec(theta=1e4), norm_eps=1e-6, qkv_bias=False, qk_norm=True, tied=True, max_positions=512,
+    dtype="bfloat16",
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 200])
+def test_pointwise_is_that_of_torch(dtype: torch.dtype, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    plain, fast, close = PlainPointwise(), kernels.NativePointwise(), TOLERANCE[dtype]
+    x, delta = (torch.randn(tokens, SPEC.hidden).mul(3).to(dtype) for _ in range(2))
+    weight = torch.rand(SPEC.hidden) + 0.5
+    torch.testing.assert_close(fast.norm(x, weight, 1e-6), plain.norm(x, weight, 1e-6), **close)
+    expected = plain.add_norm(x, delta, weight, 1e-6)
+    got = fast.add_norm(x.clone(), delta, weight, 1e-6)
+    assert torch.equal(got[0], expected[0]), "the residual is rounded once, like torch's sum"
+    torch.testing.assert_close(got[1], expected[1], **close)
+    gate_up = torch.randn(tokens, 2 * SPEC.intermediate).mul(4).to(dtype)
+    gate_up[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -88.0])
+    torch.testing.assert_close(fast.gated(gate_up), plain.gated(gate_up), **close)
+    rope = rope_at(SPEC, torch.arange(tokens) * 3, dtype)
+    qkv = torch.randn(tokens, 10 * 64).to(dtype)
+    for norms in (Norms(input=weight, post=weight), Norms(input=weight, post=weight, q=weight[:64], k=weight[64:128])):
+        for ours, theirs in zip(
+            fast.heads(SPEC, norms, qkv.clone(), rope), plain.heads(SPEC, norms, qkv, rope), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, **close)
+
+
+@pytest.mark.usefixtures("native")
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 5),
+    nodes=st.sampled_from([1, 2, 4, 9]),
+    longest=st.sampled_from([0, 3, 16, 255, 256, 300]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    group=st.sampled_from([1, 3, 7]),
+)
+def test_attention_is_that_of_torch(
+    seed: int, rows: int, nodes: int, longest: int, dtype: torch.dtype, group: int
+) -> None:
+    """Rows of several lengths, blocks in any order, random trees, what the kernel must not read filled with noise."""
+    torch.manual_seed(seed)
+    heads, dim, size = 2, 64, 16
+    spec = dataclasses.replace(SPEC, heads=2 * group)
+    width = -(-(longest + nodes) // size)
+    cached = torch.randint(0, longest + 1, (rows,))
+    table = torch.randperm(rows * width + 3)[: rows * width].view(rows, width)
+    places = cached[:, None] + torch.arange(nodes)
+    slots = table.gather(1, places // size) * size + places % size
+    tree = torch.rand(rows, nodes, nodes).lt(0.5).tril() | torch.eye(nodes, dtype=torch.bool)
+    hidden = (torch.arange(width * size) >= cached[:, None])[:, None].repeat(1, nodes, 1)
+    hidden.scatter_(2, places[:, None].expand(-1, nodes, -1), ~tree)
+    qkv = torch.randn(rows * nodes, 2 * group + 4, dim).mul(2).to(dtype)
+    q, k, v = qkv.split([2 * group, heads, heads], dim=1)
+    results, pools = [], []
+    for native in (False, True):
+        cache = KvCache(
+            spec, blocks=rows * width + 3, block_size=size, max_rows=rows, max_tokens=width * size, kv_dtype="model",
+            dtype=dtype, device=CPU,
+        )  # fmt: skip
+        torch.manual_seed(seed + 1)
+        for pool in cache.pools(0):
+            pool.normal_()
+        batch = VerifyBatch(
+            rows=rows, nodes=nodes, blocks=table.flatten(), slots=slots.flatten(), hidden_slots=hidden, native=native
+        )
+        results.append(attend_verify(cache, 0, batch, q, k, v))
+        pools.append(cache.pools(0))
+    assert all(torch.equal(a, b) for a, b in zip(*pools, strict=True)), "the same keys and values are written"
+    close = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 4e-2}
+    torch.testing.assert_close(results[1], results[0], **close)
+
+
+@pytest.mark.usefixtures("native")
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    vocab=st.sampled_from([1, 17, 128, 1000, 5003]),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 40.0]),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)
+def test_picks_are_those_of_torch(seed: int, vocab: int, spread: float, temperature: float, dtype: torch.dtype) -> None:
+    """Bit for bit: mixed temperatures, flat and peaked logits, ties, and the two ends of the uniform interval."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(40, vocab, generator=generator) * spread).to(dtype)
+    params = [SamplingParams(temperature=temperature if i % 3 else 1.0) for i in range(40)]
+    rows = sampling_rows(params, range(seed, seed + 40), CPU)
+    positions = torch.arange(40)
+    assert torch.equal(sampling.pick(logits, rows, positions), pick_plain(logits, rows, positions))
+    uniform = uniforms(rows.seeds, positions)
+    uniform[::4], uniform[1::4] = 0.0, 1 - 2.0**-53
+    expected = sampling.invert_cdf(sampling.sampling_weights(logits, rows), uniform)
+    warm = torch.zeros(40, dtype=torch.bool)
+    assert torch.equal(kernels.draw_tokens(logits, rows.temperature, warm, uniform), expected)
+
+
+@pytest.mark.usefixtures("native")
+def test_logits_that_are_no_numbers_are_left_to_torch() -> None:
+    logits = torch.randn(4, 300)
+    logits[1, 7], logits[2] = float("nan"), float("-inf")
+    rows = sampling_rows([SamplingParams()] * 4, range(4), CPU)
+    assert torch.equal(sampling.pick(logits, rows, torch.arange(4)), pick_plain(logits, rows, torch.arange(4)))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_activation_codes_are_exact(dtype: torch.dtype) -> None:
+    x = (torch.randn(7, 1001) * 40).to(dtype)
+    inverse = 1 / torch.tensor(0.37)
+    expected = (x.float() * inverse).round().add(128).clamp(0, 255).to(torch.uint8)
+    assert torch.equal(kernels.activation_codes(x, float(inverse)), expected)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_engine_tokens_are_those_of_torch(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32, greedy and sampled; the kernels also serve a cache whose blocks they do not fit, by leaving it alone."""
+    directory = tiny_engine_dir(tmp_path, family)
+    fast = _model(directory)
+    monkeypatch.setenv(loader.SWITCH, "0")
+    plain = _model(directory)
+    assert (fast.native, plain.native) == (True, False)
+    expected = _tokens(plain)
+    assert _tokens(fast) == expected
+    assert _tokens(fast, block_size=8, kv_blocks=600) == expected
+
+
+@pytest.mark.usefixtures("native")
+@settings(max_examples=8)
+@given(rows=st.integers(1, 8), blocks=st.sampled_from([40, 300]), threads=st.sampled_from([1, 2]))
+def test_tokens_do_not_depend_on_the_batch(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, blocks: int, threads: int
+) -> None:
+    """As without the kernels: batch size and preemption change no token."""
+    model = _shared(tmp_path_factory)
+    torch.set_num_threads(threads)
+    try:
+        assert _tokens(model, rows=rows, kv_blocks=blocks) == _tokens(model, rows=1)
+    finally:
+        torch.set_num_threads(1)
+
+
+_SHARED: list[DecoderModel] = []
+
+
+def _shared(factory: pytest.TempPathFactory) -> DecoderModel:
+    if not _SHARED:
+        _SHARED.append(_model(tiny_engine_dir(factory.mktemp("native"))))
+    return _SHARED[0]
