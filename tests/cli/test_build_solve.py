@@ -59,7 +59,7 @@ def test_solve_json_and_resume(engine: Path, tmp_path: Path, capsys: pytest.Capt
         "seconds", "stopped_early", "run_dir", "defaulted", "answers_per_problem", "forced", "looped", "cancelled",
         "out_of_time", "loading_seconds", "share_seconds", "time_limit", "engine",
     ]  # fmt: skip
-    assert lines[-2] == f"next: trtkit inspect {out}"
+    assert lines[-2] == f"next: trtkit report {out}"
     assert {"run.json", "journal.jsonl", "solutions.jsonl", "summary.json"} <= {path.name for path in out.iterdir()}
     assert solve(problems, engine, out, "--json") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == document["tokens"]

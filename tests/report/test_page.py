@@ -11,7 +11,7 @@ import pytest
 from tests.report.run_dirs import attempt, solution, write_run
 from trtkit.report.page import document, html, markdown, report_on
 
-EVIL = """</script><script>alert(1)</script><img src=x onerror=alert(2)>"'`|<!-- {{ 1234577*3 }} [x](javascript:alert(3))"""
+EVIL = """</script><script>alert(1)</script><img src=x onerror=a(2)>"'`|<!-- {{ 12347*3 }} [x](javascript:alert(3))"""
 PROBLEMS = [{"id": name, "problem": "x", "answer": "7"} for name in ("a", "b", "c")]
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -71,8 +71,8 @@ def test_nothing_from_a_file_becomes_markup(tmp_path: Path) -> None:
     assert not {"img", "a", "iframe", "object", "link", "style"} & (set(page.tags) - {"style"})
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert not [value for name, value in page.attributes if name in ("href", "src", "style")]
-    assert "3703731" not in page.words  # no template inside a template
-    assert "<img src=x onerror=alert(2)>" in page.words  # it is shown, as text
+    assert "37041" not in page.words  # no template inside a template
+    assert "<img src=x onerror=a(2)>" in page.words  # it is shown, as text
     for line in markdown(report).splitlines():
         assert not re.search(r"(?<!\\)<(?:script|img|!--)|(?<!\\)\]\(javascript", line)
 

@@ -136,9 +136,6 @@ def test_pointwise_is_that_of_torch(dtype: torch.dtype, tokens: int) -> None:
     got = fast.add_norm(x.clone(), delta, weight, 1e-6)
     assert torch.equal(got[0], expected[0]), "the residual is rounded once, like torch's sum"
     torch.testing.assert_close(got[1], expected[1], **close)
-    gate_up = torch.randn(tokens, 2 * SPEC.intermediate).mul(4).to(dtype)
-    gate_up[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -88.0])
-    torch.testing.assert_close(fast.gated(gate_up), plain.gated(gate_up), **close)
     rope = rope_at(SPEC, torch.arange(tokens) * 3, dtype)
     qkv = torch.randn(tokens, 10 * 64).to(dtype)
     for norms in (Norms(input=weight, post=weight), Norms(input=weight, post=weight, q=weight[:64], k=weight[64:128])):

@@ -58,6 +58,9 @@ def command(
     order: Annotated[
         str | None, typer.Option("--order", help="pooled (default, all in one batch) or sequential (one at a time).")
     ] = None,
+    together: Annotated[
+        int | None, typer.Option("--together", min=0, help="Pooled: samples of one problem that run at once; 0: all.")
+    ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(
@@ -131,7 +134,8 @@ def command(
     variants = tuple(prompt) if prompt else fitting if code else defaults.variants
     limit = parse_duration(time_limit) if time_limit else None
     chosen: dict[str, Any] = dict(policy_named(policy, time_limit=limit)) if policy else {}
-    given = {"order": order, "stop": tuple(stop or ()) or None, "kill_loops": kill_loops, "force_close": force_close}
+    given: dict[str, Any] = {"order": order, "together": together, "stop": tuple(stop or ()) or None}
+    given |= {"kill_loops": kill_loops, "force_close": force_close}
     given["default_answer"] = default_answer
     chosen |= {name: value for name, value in given.items() if value is not None}
 
@@ -191,7 +195,7 @@ def command(
     show(result_table(outcome.verdicts))
     notice("")
     facts("summary", _shown(outcome.summary, target))
-    finish(f"trtkit inspect {target}", outcome.summary.document() if as_json else None)
+    finish(f"trtkit report {target}", outcome.summary.document() if as_json else None)
 
 
 def _tools_named(name: str | None, *, calls: int, seconds: float, unsafe: bool) -> SandboxOptions | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -65,7 +66,9 @@ class Contest:
     attempts: list[Attempt] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     samples: dict[str, Sample] = field(default_factory=dict)
-    """Unfinished ones, by request id."""
+    """Unfinished ones that were submitted, by request id."""
+    waiting: deque[int] = field(default_factory=deque)
+    """Indices of samples to be submitted when others have ended."""
     dropped_tokens: int = 0
     cancelled: int = 0
     share_seconds: float | None = None
@@ -91,19 +94,22 @@ class Contest:
         done = {attempt.index for attempt in self.attempts}
         return [index for index in range(samples) if index not in done]
 
+    @property
+    def outstanding(self) -> int:
+        """Samples that may still come in."""
+        return len(self.samples) + len(self.waiting)
+
     def seconds(self, now: float) -> float:
         """Time since it was opened, earlier sessions included."""
         return self.earlier_seconds + now - self.began
 
-    def submit(
-        self, engine: Engine, chat: Chat, options: SolveOptions, rules: EndRules, missing: Sequence[int]
-    ) -> str | None:
-        """Submit the samples; the reason if the engine refuses the problem (some may be running then)."""
+    def submit(self, engine: Engine, chat: Chat, options: SolveOptions, rules: EndRules, most: int) -> str | None:
+        """Submit up to ``most`` waiting samples; the reason if the engine refuses the problem."""
         problem = self.problem
         if len(problem.text) > _CHARACTERS_PER_TOKEN * engine.max_total_tokens:
             return f"the problem text has {len(problem.text):,} characters, more than fit into any prompt"
         prompts: dict[str, tuple[int, ...]] = {}
-        for index in missing:
+        for index in [self.waiting.popleft() for _ in range(min(most, len(self.waiting)))]:
             variant = variant_of(options.variants, index)
             if variant.name not in prompts:
                 prompts[variant.name] = chat.prompt(problem.text, variant)

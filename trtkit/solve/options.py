@@ -59,6 +59,9 @@ class SolveOptions:
     outstanding: int = 128
     """Pooled: the next problem is submitted while fewer samples than this are unfinished. About twice the
     engine's batch keeps it full; samples of a settled problem that are still queued then cost nothing."""
+    together: int = 8
+    """Pooled, without a time limit: samples of one problem that run at once while other problems fill the batch; 0 for
+    all. Fewer at once means that more of them never start when a stop rule holds."""
     time_limit: float | None = None
     """Seconds for everything, from the start of the program, earlier sessions of the run included."""
     reserve: float | None = None
@@ -77,7 +80,7 @@ class SolveOptions:
     def __post_init__(self) -> None:
         wrong = [
             f"{name} {getattr(self, name)}: must be at least {least}"
-            for name, least in (("samples", 1), ("max_tokens", 1), ("seed", 0), ("outstanding", 1))
+            for name, least in (("samples", 1), ("max_tokens", 1), ("seed", 0), ("outstanding", 1), ("together", 0))
             if getattr(self, name) < least
         ]
         for name, known in (("order", get_args(Order)), ("stop_at", get_args(StopAt))):
@@ -92,6 +95,12 @@ class SolveOptions:
         wrong += self._unreadable()
         if wrong:
             raise UsageError("options that make no sense", offenders=wrong)
+
+    @property
+    def wave(self) -> int:
+        """Samples of one problem to run at once."""
+        whole = self.full_vote or self.order == "sequential" or self.time_limit is not None
+        return self.samples if whole or self.together == 0 else self.together
 
     def _unreadable(self) -> list[str]:
         """Complaints about texts and times that other modules understand."""

@@ -137,6 +137,11 @@ class Solver:
         most = 1 if self._options.order == "sequential" else self._options.outstanding
         while waiting and len(self._samples) < most:
             self._open(waiting.popleft())
+        # The last problems need not hold back: nobody else wants the rows.
+        for contest in [] if waiting else list(self._contests.values()):
+            room = most // 2 - len(self._samples)
+            if contest.waiting and room > 0:
+                self._submit(contest, room)
 
     def _open(self, problem: Problem) -> None:
         now = self._now()
@@ -145,18 +150,23 @@ class Solver:
         self._observer.opened(problem, contest.tally)
         missing = contest.missing(self._options.samples)
         rule = first_to_hold(self._rules, contest.tally, len(missing)) if missing else None
-        stopped, error = rule.text if rule else None, None
+        stopped = rule.text if rule else None
         if self._bank is not None:
             contest.share_seconds = self._bank.open(problem.id, now, used=contest.earlier_seconds)
             if missing and stopped is None and self._bank.left_for(problem.id, now) <= 0:
                 stopped = TIME_LIMIT
+        contest.waiting.extend(missing)
         if missing and stopped is None:
-            error = contest.submit(self._engine, self._chat, self._options, self._ends, missing)
-            self._samples.update(contest.samples)
+            self._submit(contest, self._options.wave)
         else:
-            contest.cancelled = len(missing)
-        if error is not None or not contest.samples:
-            self._settle(contest, stopped, error)
+            self._settle(contest, stopped, None)
+
+    def _submit(self, contest: Contest, most: int) -> None:
+        """Submit up to ``most`` more samples; a problem that the engine refuses is settled with its reason."""
+        error = contest.submit(self._engine, self._chat, self._options, self._ends, most)
+        self._samples.update(contest.samples)
+        if error is not None:
+            self._settle(contest, None, error)
 
     def _step(self) -> None:
         finished: dict[str, list[Attempt]] = {}
@@ -234,11 +244,13 @@ class Solver:
                 contest.attempts.append(attempt)
                 contest.tally = count_attempts([attempt], self._options.mode, self._grader.same, contest.tally)
                 self._observer.attempted(contest.problem, attempt, contest.tally)
-            outstanding = len(contest.samples)
+            outstanding = contest.outstanding
             rule = first_to_hold(self._rules, contest.tally, outstanding) if outstanding else None
             if rule is not None or not outstanding:
                 late = DEADLINE if contest.closing else None
                 self._settle(contest, rule.text if rule else late, None)
+            elif contest.waiting and len(contest.samples) < self._options.wave:
+                self._submit(contest, self._options.wave - len(contest.samples))
 
     def _keep_time(self, bank: Clock, now: float) -> None:
         """Settle problems whose time is up; shortly before that, make their samples answer."""
@@ -285,6 +297,7 @@ class Solver:
     def _settle(self, contest: Contest, stopped: str | None, error: str | None) -> None:
         for sample in list(contest.samples.values()):
             self._drop(sample)
+        contest.cancelled += len(contest.waiting)
         now = self._now()
         if self._bank is not None:
             contest.used_seconds = self._bank.close(contest.problem.id)

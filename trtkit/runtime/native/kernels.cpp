@@ -101,7 +101,7 @@ inline vec exp_below_zero(vec x) {
   return dead ? all(0.0f) : p * (vec)((n + 127) << 23);
 }
 
-// ---- norms, rotation, gate ------------------------------------------------------------------------------------------
+// ---- norms, rotation, codes -----------------------------------------------------------------------------------------
 
 template <typename E>
 inline void norm_row(const E* x, const float* weight, E* out, int64_t width, float eps) {
@@ -198,41 +198,6 @@ void rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t hea
       }
     });
   });
-}
-
-// x / (1 + exp(-x)), with an exp of what is not above zero.
-inline vec silu(vec x) {
-  const vec small = exp_below_zero(x > 0.0f ? -x : x);
-  return x * (x > 0.0f ? all(1.0f) : small) / (1.0f + small);
-}
-
-// gate_up (T, 2 I) -> silu(gate) * up (T, I)
-Tensor gated(const Tensor& gate_up) {
-  TORCH_CHECK(gate_up.is_contiguous() && gate_up.dim() == 2);
-  const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
-  Tensor out = at::empty({rows, width}, gate_up.options());
-  for_type(gate_up, [&](auto tag) {
-    using E = decltype(tag);
-    const E* in = gate_up.data_ptr<E>();
-    E* y = out.data_ptr<E>();
-    at::parallel_for(0, rows, grain(width), [&](int64_t from, int64_t to) {
-      for (int64_t row = from; row < to; row++) {
-        const E *gate = in + row * 2 * width, *up = gate + width;
-        for (int64_t i = 0; i < width; i += W) {
-          float a[W] = {}, b[W] = {}, product[W];
-          E* to = y + row * width + i;
-          if (i + W <= width) {
-            store(to, silu(load(gate + i)) * load(up + i));
-          } else {
-            for (int64_t j = 0; i + j < width; j++) a[j] = wide(gate[i + j]), b[j] = wide(up[i + j]);
-            store(product, silu(load(a)) * load(b));
-            for (int64_t j = 0; i + j < width; j++) to[j] = narrow<E>(product[j]);
-          }
-        }
-      }
-    });
-  });
-  return out;
 }
 
 // round(x * inverse) + 128 as bytes: the unsigned activation codes of W8A8.
@@ -567,7 +532,6 @@ TORCH_LIBRARY(trtkit_cpu, m) {
       "rotate(Tensor(a!) qkv, Tensor cos, Tensor sin, int heads, int kv_heads, Tensor? q_norm, Tensor? k_norm, float eps)"
       " -> ()",
       rotate);
-  m.def("gated(Tensor gate_up) -> Tensor", gated);
   m.def("codes(Tensor x, float inverse) -> Tensor", codes);
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor slots, Tensor hidden)"
