@@ -31,6 +31,8 @@ class AcceptedPath:
 
 def follow(tree: TokenTree, picks: Tensor) -> AcceptedPath:
     """picks (R, N): the target's draw at every node of ``tree`` (R, N)."""
+    if tree.chain:
+        return _along(tree, picks)
     rows = picks.shape[0]
     row = torch.arange(rows, device=picks.device)
     node = torch.zeros(rows, dtype=torch.int64, device=picks.device)
@@ -45,3 +47,11 @@ def follow(tree: TokenTree, picks: Tensor) -> AcceptedPath:
         nodes.append(node)
         tokens.append(picks[row, node])
     return AcceptedPath(nodes=torch.stack(nodes, dim=1), length=length, tokens=torch.stack(tokens, dim=1))
+
+
+def _along(tree: TokenTree, picks: Tensor) -> AcceptedPath:
+    """The same for chains, without a loop: the run ends before the first pick that differs from the next token."""
+    right = (picks[:, :-1] == tree.tokens[:, 1:]).cumprod(dim=1)
+    length = 1 + right.sum(dim=1)
+    nodes = torch.minimum(tree.depth, length[:, None] - 1)
+    return AcceptedPath(nodes=nodes, length=length, tokens=picks.gather(1, nodes))

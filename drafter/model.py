@@ -12,6 +12,8 @@ vocab.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,10 @@ class Drafter(nn.Module):
         self.rnn_u = nn.Linear(hidden, hidden) if config.rnn else None
         self.token_ids: Tensor | None = None
         """int64 (V',): which token each line of the output layer stands for; None: line i is token i."""
+        self.chain: Callable[[Tensor, Tensor, int], Tensor] | None = None
+        """A faster one-beam search, where the runtime has one: (context, token, length) -> drafted (R, L)."""
+        self.chain_rows = 0
+        """Most rows for which ``chain`` is the faster one."""
 
     def step(self, context: Tensor, state: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """One draft position: context, state and embedding (..., H) -> logits (..., V) and the next state (..., H)."""

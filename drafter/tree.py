@@ -33,6 +33,8 @@ class TokenTree:
     """int64 (R, N): 0 at the root; padding has depth 0."""
     mask: Tensor
     """bool (R, N, N): mask[r, i, j] when j is i or an ancestor of i: what node i may attend to."""
+    chain: bool = False
+    """Node i + 1 is the only child of node i, in every row."""
 
 
 def build_tree(root: Tensor, beams: Tensor) -> TokenTree:
@@ -72,6 +74,7 @@ def _chain(root: Tensor, beam: Tensor) -> TokenTree:
         parent=(line - 1).expand(rows, -1),
         depth=line.expand(rows, -1),
         mask=seen.expand(rows, -1, -1),
+        chain=True,
     )
 
 

@@ -7,6 +7,7 @@ import tempfile
 
 # What runs leave in the user's cache must not decide what a test sees.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trtkit-test-cache-")
+os.environ.setdefault("TRTKIT_NATIVE", "0")  # tests of the kernels ask for them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

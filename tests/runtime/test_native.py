@@ -1,7 +1,6 @@
 """The optional C++ kernels against their pure-torch definitions, and life without a compiler.
 
-The kernels are tested where they are already compiled for this machine (opening a large engine does it); the slow run
-compiles them first.
+The first test with kernels compiles them, some ten seconds the first time on a machine.
 """
 
 from __future__ import annotations
@@ -15,6 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drafter.beam import beam_search
+from drafter.config import DrafterConfig, TreeShape
+from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all, tiny_engine_dir
 from trtkit.checkpoint.unified import open_unified
 from trtkit.decoder import Norms, PlainPointwise, rope_at
@@ -104,13 +106,12 @@ def _compiled() -> bool:
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
     if not _compiled():
-        pytest.skip("not compiled for this machine yet: pytest -m slow tests/runtime/test_native.py")
+        pytest.skip("no compiler, or a CPU without AVX2")
     monkeypatch.setenv(loader.SWITCH, "1")
     assert loader.load()
     monkeypatch.setattr(kernels, "_loaded", True)
 
 
-@pytest.mark.slow
 def test_the_kernels_compile_here() -> None:
     """And from then on the tests below run, in this very run too: pytest keeps the file's order."""
     assert loader.load() or not loader.compiler_path()
@@ -268,3 +269,28 @@ def _shared(factory: pytest.TempPathFactory) -> DecoderModel:
     if not _SHARED:
         _SHARED.append(_model(tiny_engine_dir(factory.mktemp("native"))))
     return _SHARED[0]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("exit_dim", [256, 48], ids=["as published", "projected"])
+@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize("kept", [None, 45])
+def test_a_chain_is_drafted_as_the_head_says(exit_dim: int, rows: int, kept: int | None) -> None:
+    """In float32 and with random weights there are no near-ties: the same tokens as one step after the other."""
+    torch.manual_seed(rows)
+    head = Drafter(DrafterConfig(hidden_size=128, vocab_size=90, exit_dim=exit_dim)).requires_grad_(False)
+    if kept is not None:
+        head.trim(torch.randperm(90)[:kept])
+    table = torch.randn(90, 128)
+    context, token = torch.randn(rows, 128), torch.arange(rows)
+    shape = TreeShape(beams=1, length=5)
+    expected = beam_search(head, lambda ids: table[ids], context, token, shape)[:, 0]
+    chain = kernels.draft_chain(head, table)
+    assert chain is not None
+    assert chain(context, token, 5).tolist() == expected.tolist()
+
+
+@pytest.mark.usefixtures("native")
+def test_a_head_without_recurrence_stays_with_torch() -> None:
+    head = Drafter(DrafterConfig(hidden_size=128, vocab_size=90, exit_dim=256, rnn=False))
+    assert kernels.draft_chain(head, torch.randn(90, 128)) is None

@@ -112,7 +112,7 @@ def root_only(at: Pending) -> TokenTree:
     """The tree of plain decoding: the pending token."""
     zero = torch.zeros_like(at.tokens)[:, None]
     seen = torch.ones(1, 1, 1, dtype=torch.bool, device=zero.device).expand(zero.shape[0], 1, 1)
-    return TokenTree(tokens=at.tokens[:, None], parent=zero - 1, depth=zero, mask=seen)
+    return TokenTree(tokens=at.tokens[:, None], parent=zero - 1, depth=zero, mask=seen, chain=True)
 
 
 def draft(drafter: Drafter, model: DecoderModel, contexts: Tensor, at: Pending, shape: TreeShape) -> TokenTree:
@@ -174,6 +174,8 @@ def accept(
     positions = at.cached[:, None] + 1 + tree.depth
     picks = pick(verified.logits.flatten(0, 1), sampling.repeat(nodes), positions.flatten()).view(count, nodes)
     path = follow(tree, picks)
+    if tree.chain:  # the accepted nodes already lie next to what the row had
+        return path
     step = torch.arange(path.nodes.shape[1], device=picks.device)
     moved = (path.nodes != step) & (step < path.length[:, None])
     if nodes > 1 and bool(moved.any()):

@@ -24,6 +24,7 @@ from trtkit.model_spec import ModelSpec
 from trtkit.quant.tensor import LinearWeights, dense, quantize_int8
 from trtkit.recipe import TOKEN_ORDER_FILE, TRAINING_FILE
 from trtkit.runtime.linear import Kernel, runtime_linear
+from trtkit.runtime.native.kernels import DRAFT_ROWS, draft_chain
 
 __all__ = ["DraftPrecision", "HeadOptions", "measured_acceptance", "open_head", "with_kernels"]
 
@@ -50,9 +51,11 @@ class HeadOptions:
 
 
 def open_head(
-    directory: Path, spec: ModelSpec, options: HeadOptions, *, device: torch.device, dtype: torch.dtype
-) -> Drafter:
-    """The head in ``directory``, ready to draft for a model of ``spec``.
+    directory: Path, spec: ModelSpec, options: HeadOptions, *, device: torch.device, dtype: torch.dtype,
+    embedding: Tensor | None = None,
+) -> Drafter:  # fmt: skip
+    """The head in ``directory``, ready to draft for a model of ``spec``. With its ``embedding`` (V, H) chains may be
+    drawn in one kernel.
 
     Raises :class:`EngineError` when it cannot be read or belongs to another model, :class:`UsageError` when the
     vocabulary cannot be trimmed.
@@ -70,6 +73,8 @@ def open_head(
         )
     if options.vocabulary is not None and options.vocabulary < spec.vocab:
         head.trim(_most_frequent(directory, options.vocabulary, spec.vocab).to(device))
+    if embedding is not None and options.precision == "model" and device.type == "cpu":
+        head.chain, head.chain_rows = draft_chain(head, embedding), DRAFT_ROWS
     return with_kernels(head, options.precision, device=device, dtype=dtype)
 
 

@@ -81,7 +81,7 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
     model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=reach)
     drafting = None
     if trees != (None,):
-        head = _head(directory, checkpoint.spec, options, device=device, dtype=dtype)
+        head = _head(directory, model, options)
         identity = directory / (ENGINE_FILE if (directory / ENGINE_FILE).is_file() else "config.json")
         memory = memory_file(digest_file(identity), device, f"{options.head} {dtype} {options.drafter}")
         expected = measured_acceptance(options.drafter or directory / DRAFTER_DIR)
@@ -90,20 +90,18 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
     return TorchEngine(model, limits, drafting)
 
 
-def _head(
-    directory: Path, spec: ModelSpec, options: OpenOptions, *, device: torch.device, dtype: torch.dtype
-) -> Drafter:
+def _head(directory: Path, model: DecoderModel, options: OpenOptions) -> Drafter:
     """The head asked for, the engine directory's, or the one in the rank files of a TensorRT-LLM checkpoint."""
-    if options.drafter is not None:
-        return open_head(options.drafter, spec, options.head, device=device, dtype=dtype)
+    device, dtype, wanted = model.device, model.dtype, options.head
     merged = None
-    if is_trtllm(directory) and not (directory / DRAFTER_DIR).is_dir():
+    if options.drafter is None and is_trtllm(directory) and not (directory / DRAFTER_DIR).is_dir():
         merged = merged_drafter(directory, dtype=dtype, device=device)
     if merged is None:
-        return open_head(directory / DRAFTER_DIR, spec, options.head, device=device, dtype=dtype)
-    if options.head.vocabulary is not None:
+        place = options.drafter or directory / DRAFTER_DIR
+        return open_head(place, model.spec, wanted, device=device, dtype=dtype, embedding=model.embedding)
+    if wanted.vocabulary is not None:
         raise UsageError("a head in rank files does not say which tokens are frequent", where=str(directory))
-    return with_kernels(merged, options.head.precision, device=device, dtype=dtype)
+    return with_kernels(merged, wanted.precision, device=device, dtype=dtype)
 
 
 def _manifest(directory: Path) -> EngineManifest:

@@ -46,7 +46,7 @@ class DecoderModel:
         """Whether everything but the products runs on the C++ kernels."""
         self._pointwise: Pointwise = NativePointwise() if self.native else PlainPointwise()
         self._layers = [self._load_layer(checkpoint, index) for index in range(self.spec.layers)]
-        self._embedding = checkpoint.embedding().to(device=device, dtype=dtype)
+        self.embedding = checkpoint.embedding().to(device=device, dtype=dtype)
         self._final_norm = checkpoint.final_norm().to(device).float()
         head = LinearWeights(weight=dense(checkpoint.lm_head()))
         self._head = runtime_linear(head, device=device, dtype=dtype)
@@ -85,7 +85,7 @@ class DecoderModel:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings: ids (...) -> (..., H)."""
-        return F.embedding(tokens, self._embedding)
+        return F.embedding(tokens, self.embedding)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, H) -> (T, V)."""
