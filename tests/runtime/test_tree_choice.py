@@ -38,7 +38,9 @@ def _run(chooser: TreeChooser, rows: int, steps: int, cost: Callable[[int, TreeS
     for _ in range(steps):
         option = chooser.choose(rows)
         chosen[option] += 1
-        seconds = cost(rows, option) * (30 if noise.random() < 0.01 else noise.uniform(0.9, 1.1))
+        cold = option not in chosen - Counter([option])
+        slow = 8 if cold else 30 if noise.random() < 0.01 else noise.uniform(0.9, 1.1)
+        seconds = cost(rows, option) * slow
         accepted = [0] * (option.length if option else 0)
         for _row in range(rows):
             for depth in range(len(accepted)):
@@ -75,8 +77,8 @@ def test_a_short_run_gains_from_what_training_measured(rows: int) -> None:
             for beams, share in NEXT.items():
                 chooser.expect(beams, [share**depth for depth in range(1, 5)])
         rates.append(_run(chooser, rows, 50)[1])
-    assert rates[1] > 0.97 * _best_rate(rows)
-    assert rates[1] >= 0.98 * rates[0]
+    assert rates[1] > 0.9 * _best_rate(rows)
+    assert rates[1] >= 0.95 * rates[0]
 
 
 def test_a_bad_head_is_never_slower_than_none() -> None:

@@ -36,6 +36,9 @@ _HOPE = 1.15
 """How much better than expected an untried option may turn out."""
 _LOOK_EVERY = 128
 """Steps between looks at an option that is not the best one."""
+_EARLY_LOOKS = 12
+"""An option that is worth it is looked at oftener until it has so many times: a median of three is mostly noise."""
+_EARLY_EVERY = 6
 _WORTH_A_LOOK = 0.75
 """Options below this share of the best rate are looked at only an eighth as often."""
 _REMEMBERED = 15
@@ -87,6 +90,7 @@ class TreeChooser:
         self._seconds: dict[tuple[int, TreeShape | None], deque[float]] = {}
         self._acceptance = {option.beams: _Acceptance() for option in self.options if option is not None}
         self._steps: dict[int, int] = {}
+        self._warm: set[tuple[int, TreeShape | None]] = set()
 
     def expect(self, beams: int, shares: Sequence[float]) -> None:
         """Begin with these shares of accepted depths for trees of ``beams`` beams, as the head's training measured."""
@@ -113,6 +117,11 @@ class TreeChooser:
             trials = _TRIALS if rates[option] >= _WORTH_A_LOOK * rates[best] else _TRIALS - 1
             if len(self._times(size, option)) < trials and not self._hopeless(rows, option, rates[best]):
                 return option
+        if step % _EARLY_EVERY == 0:
+            rare = [o for o in self.options if rates[o] >= _WORTH_A_LOOK * rates[best] and o != best]
+            fewest = min(rare, key=lambda option: len(self._times(size, option)), default=best)
+            if len(self._times(size, fewest)) < _EARLY_LOOKS:
+                return fewest
         if step == 0 or step % _LOOK_EVERY:
             return best
         looks = step // _LOOK_EVERY
@@ -131,8 +140,13 @@ class TreeChooser:
         return least > 0 and _HOPE * self.tokens(option) / least < best
 
     def observe(self, rows: int, option: TreeShape | None, *, seconds: float, accepted: Sequence[int]) -> None:
-        """A step of ``rows`` rows took ``seconds``; ``accepted[d]`` of them accepted more than d drafted tokens."""
-        self._times(_bucket(rows), option).append(seconds / rows)
+        """A step of ``rows`` rows took ``seconds``; ``accepted[d]`` of them accepted more than d drafted tokens.
+
+        The first step of a shape does not count: libraries choose and build their kernels in it.
+        """
+        if (rows, option) in self._warm:
+            self._times(_bucket(rows), option).append(seconds / rows)
+        self._warm.add((rows, option))
         if option is not None:
             self._acceptance[option.beams].add(rows, accepted, keep=math.exp(-rows / _MEMORY_ROWS))
 
