@@ -126,7 +126,9 @@ def test_a_closed_pipe_is_quiet() -> None:
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_says_what_next() -> None:
     code = (
-        "import sys, time\nfrom trtkit.cli import app, build\n"
+        "import signal, sys, time\nfrom trtkit.cli import app, build\n"
+        # Whoever runs the tests in the background has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(*_):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "build._check_names = wait\nsys.exit(app.run(['build']))"
     )
