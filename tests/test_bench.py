@@ -9,9 +9,13 @@ import torch
 from drafter.checkpoint import save_drafter
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
+from tests.chat_files import save_chat_files
 from tests.engines import tiny_engine_dir
+from tests.tiny import save_tiny
 from trtkit.bench import machine
 from trtkit.bench.engines import BenchOptions, measure
+from trtkit.bench.profile import KINDS, kind_of, profile_engine
+from trtkit.bench.suite import measure_suite
 from trtkit.errors import EngineError, UsageError
 from trtkit.model_spec import read_model_spec
 
@@ -54,6 +58,33 @@ def test_an_engine_with_a_head_is_measured_plain_and_drafting(tmp_path: Path) ->
     assert len(drafting.accepted_by_depth) == 2
     assert drafting.tokens_per_step == pytest.approx(1 + sum(drafting.accepted_by_depth), abs=0.3)
     assert drafting.phase_seconds.keys() == {"draft", "verify", "accept"}
+
+
+def test_a_profile_accounts_for_the_step(tmp_path: Path) -> None:
+    engine = tiny_engine_dir(tmp_path)
+    options = BenchOptions(prompt_tokens=8, new_tokens=6, device="cpu", tree=TreeShape(beams=1, length=3))
+    step = profile_engine(engine, 2, options)
+    assert set(step.kinds) == set(KINDS)
+    assert all(seconds >= 0 for seconds in step.kinds.values())
+    assert step.kinds["linears"] > 0
+    assert step.kinds["attention"] > 0
+    assert sum(step.kinds.values()) == pytest.approx(step.step_seconds, rel=0.2)
+    assert kind_of("mkldnn::_linear_pointwise") == "linears"
+    assert kind_of("aten::index_copy_") == "cache"
+    assert kind_of("aten::silu") == "other"
+
+
+def test_the_suite_builds_what_is_missing_and_writes_its_files(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", max_position_embeddings=512)
+    save_chat_files(model)
+    options = BenchOptions(batches=(1, 2), prompt_tokens=8, new_tokens=4, repeats=1, device="cpu")
+    result = measure_suite(str(model), tmp_path / "out", options, precisions=("bf16", "int8"))
+    assert [(p.precision, p.batch) for p in result.points] == [("bf16", 1), ("bf16", 2), ("int8", 1), ("int8", 2)]
+    written = json.loads((tmp_path / "out" / "suite.json").read_text())
+    assert len(written["points"]) == 4
+    built = (tmp_path / "out" / "engines" / "int8" / "engine.json").stat().st_mtime_ns
+    measure_suite(str(model), tmp_path / "out", options, precisions=("int8",))
+    assert (tmp_path / "out" / "engines" / "int8" / "engine.json").stat().st_mtime_ns == built
 
 
 def test_bad_options_are_listed_together() -> None:
