@@ -178,6 +178,6 @@ def accept(
         return path
     step = torch.arange(path.nodes.shape[1], device=picks.device)
     moved = (path.nodes != step) & (step < path.length[:, None])
-    if nodes > 1 and bool(moved.any()):
+    if bool(moved.any()):
         cache.move(verified.slots.gather(1, path.nodes)[moved], verified.slots[:, : len(step)][moved])
     return path

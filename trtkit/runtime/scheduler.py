@@ -129,10 +129,10 @@ class Scheduler:
             self._drop(row.prefix)
             del self._prefixes[row.prefix.tokens]
 
-    def active(self, request_id: str, *, held: bool) -> bool:
-        """Whether the request waits or runs, and is held if that is asked for."""
+    def can_rest(self, request_id: str) -> bool:
+        """Whether the request is held and waits or runs."""
         row = self._by_id.get(request_id)
-        return row is not None and request_id not in self._resting and (row.request.hold or not held)
+        return row is not None and row.request.hold and request_id not in self._resting
 
     def rest(self, request_id: str) -> None:
         """Take a request out of the batch or the queue; it keeps its blocks while nobody else needs them."""

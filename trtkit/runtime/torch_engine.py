@@ -150,7 +150,7 @@ class TorchEngine:
 
     def pause(self, request_id: str) -> None:
         """Take a held request out of the batch; see :class:`trtkit.runtime.api.Engine`."""
-        if not self._scheduler.active(request_id, held=True):
+        if not self._scheduler.can_rest(request_id):
             raise RequestError("only a held request that waits or runs can be paused", where=f"request {request_id}")
         self._scheduler.rest(request_id)
 
@@ -221,6 +221,8 @@ class TorchEngine:
         accepted = [sum(length > depth for length in lengths) for depth in range(1, 1 + (shape.length if shape else 0))]
         self._chooser.observe(len(rows), shape, seconds=seconds, accepted=accepted)
         self._drafted_row_steps += len(rows) if shape else 0
+        for depth, count in enumerate(accepted):
+            self._accepted[depth] += count
         return outputs
 
     def _prefill(self, plan: Schedule) -> None:
@@ -246,8 +248,6 @@ class TorchEngine:
 
     def _advance(self, row: Row, emitted: Sequence[int]) -> StepOutput:
         """Append what was accepted, up to a stop id or the budget: what follows those inside the run is dropped."""
-        for depth in range(1, len(emitted)):
-            self._accepted[depth - 1] += 1
         finish = None
         kept = 0
         for token in emitted:
