@@ -37,6 +37,8 @@ _FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
     "-fopenmp", "-DAT_PARALLEL_OPENMP=1",
 )  # fmt: skip
+# Fused multiply-adds would change the bits of the sampling weights.
+_OF_ONE_SOURCE = {"sampling.cpp": ("-ffp-contract=off",)}
 _LINK = ("-lc10", "-ltorch_cpu")
 _TIMEOUT_SECONDS = 600
 
@@ -71,7 +73,7 @@ def library_path() -> Path:
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         raise RuntimeError("the CPU has neither AVX2 nor AVX512")
     files = (f"{path.name} {path.read_text(encoding='utf-8')}" for path in (*_sources(), *sorted(_FOLDER.glob("*.h"))))
-    identity = (*files, *_FLAGS, *_LINK, torch.__version__, _cpu())
+    identity = (*files, *_FLAGS, str(_OF_ONE_SOURCE), *_LINK, torch.__version__, _cpu())
     name = f"trtkit_cpu_{hashlib.sha256(' '.join(identity).encode()).hexdigest()[:16]}"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     return root / name / f"{name}.so"
@@ -109,8 +111,10 @@ def _compile(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         # Compiled and linked apart: -fopenmp at the link would bring a second OpenMP library.
         codes = [str(Path(folder, f"{source.stem}.o")) for source in _sources()]
-        compile_one = [compiler, *_FLAGS, abi, *includes, "-c"]
-        commands = [[*compile_one, str(source), "-o", code] for source, code in zip(_sources(), codes, strict=True)]
+        commands = [
+            [compiler, *_FLAGS, *_OF_ONE_SOURCE.get(source.name, ()), abi, *includes, "-c", str(source), "-o", code]
+            for source, code in zip(_sources(), codes, strict=True)
+        ]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         library = Path(folder, target.name)
