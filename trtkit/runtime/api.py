@@ -148,6 +148,10 @@ class Engine(Protocol):
         """Longest prompt + output of one request."""
 
     @property
+    def max_rows(self) -> int:
+        """Most requests that run at once."""
+
+    @property
     def has_work(self) -> bool:
         """True while a submitted request has not finished. Resting requests (held or paused) do not count."""
 

@@ -105,6 +105,11 @@ class TorchEngine:
         return self._limits.total_tokens
 
     @property
+    def max_rows(self) -> int:
+        """Most requests that run at once."""
+        return self._limits.rows
+
+    @property
     def has_work(self) -> bool:
         """True while a submitted request has not been reported as finished; resting ones do not count."""
         return self._scheduler.has_work or bool(self._cancelled)

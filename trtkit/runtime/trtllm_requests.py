@@ -70,6 +70,11 @@ class TrtllmEngine:
         return self._facts.total_tokens
 
     @property
+    def max_rows(self) -> int:
+        """Most requests that run at once."""
+        return self._facts.rows
+
+    @property
     def notices(self) -> tuple[str, ...]:
         """What a user should know before a run."""
         return notices(self._facts.kind)

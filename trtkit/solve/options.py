@@ -102,6 +102,10 @@ class SolveOptions:
         whole = self.full_vote or self.order == "sequential" or self.time_limit is not None
         return self.samples if whole or self.together == 0 else self.together
 
+    def lanes(self, rows: int) -> int | None:
+        """Lanes of the order in which samples are counted, for an engine of so many rows; None: as they arrive."""
+        return None if self.time_limit is not None else max(1, min(self.wave, rows))
+
     def _unreadable(self) -> list[str]:
         """Complaints about texts and times that other modules understand."""
         wrong: list[str] = []
