@@ -216,7 +216,7 @@ class Solver:
 
     def _extend(self, sample: Sample, output: StepOutput) -> Attempt | None:
         """Add new tokens to a sample; the finished attempt if that ended it."""
-        end = self._ends.add(sample.stream, output.tokens, output.finish)
+        end = self._ends.add(sample.stream, output.tokens, output.finish, output.logprobs)
         if self._code is not None and self._code.take(sample, output, end):
             return None
         return None if end is None else self._finish(sample, end)
