@@ -1,4 +1,4 @@
-"""The loop: N samples per problem in one in-flight batch, votes counted as they arrive, siblings cancelled
+"""The loop: N samples per problem in one in-flight batch, votes counted as they come in, siblings cancelled
 when settled.
 
 What a sample says depends on its seed alone, so its answer is the same in any order, batch and session, and samples are
