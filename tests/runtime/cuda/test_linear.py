@@ -10,19 +10,17 @@ import torch
 pytest.importorskip("triton")
 
 from tests.runtime.cuda.interpreting import correct_numerics
-from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import (
     LinearWeights,
     QuantTensor,
     dense,
-    dequantize,
     linear_reference,
     quantize_fp8,
     quantize_int4,
     quantize_int8,
 )
 from trtkit.runtime.cuda.choices import LIBRARY, Choice
-from trtkit.runtime.cuda.layout import pair_groups, split_groups
+from trtkit.runtime.cuda.layout import from_words, group_ratios, to_words
 from trtkit.runtime.cuda.linear import CudaLinear, fits
 
 KINDS = ("bf16", "int8", "int8-sq", "fp8", "int4")
@@ -53,7 +51,8 @@ def made(kind: str, columns: int, depth: int, *, bias: bool = True, pre: bool = 
 
 
 def tile(kind: str, **changes: object) -> Choice:
-    plain = Choice(kernel="product", rows=16, columns=32, depth=256 if kind == "int4" else 64, stages=2)
+    depth = {"int8": 128, "int4": 256}.get(kind, 64)
+    plain = Choice(kernel="product", rows=16, columns=32, depth=depth, stages=2)
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -95,11 +94,10 @@ def test_inputs_that_end_within_a_step(kind: str, device: torch.device) -> None:
     close(CudaLinear(weights, device).run(x.to(device), tile(kind, splits=2)), weights, x)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
 @pytest.mark.parametrize("depth", [512, 272])
 @pytest.mark.parametrize("pre", [True, False])
-def test_one_row(kind: str, depth: int, pre: bool, device: torch.device) -> None:
-    weights = made(kind, 48, depth, pre=pre)
+def test_one_row(depth: int, pre: bool, device: torch.device) -> None:
+    weights = made("bf16", 48, depth, pre=pre)
     x = torch.randn(1, depth).bfloat16()
     choice = Choice(kernel="one_row", rows=1, columns=32, depth=128, fused=pre)
     close(CudaLinear(weights, device).run(x.to(device), choice), weights, x)
@@ -137,16 +135,22 @@ def test_many_rows(kind: str, device: torch.device) -> None:
         close(found, weights, x)
 
 
-@pytest.mark.parametrize("depth", [128, 256, 640])
-def test_paired_groups_come_apart_again(depth: int) -> None:
-    stored = quantize_int4(torch.randn(32, depth))
-    assert stored.scale is not None
-    codes, scale = split_groups(pair_groups(unpack_int4(stored.data), stored.scale), depth)
-    assert torch.equal(codes, unpack_int4(stored.data))
-    # float16 ratios: half of their last bit.
-    torch.testing.assert_close(scale, stored.scale, rtol=2**-11, atol=0)
-    wide = codes.float().reshape(32, -1, 128) * stored.scale[:, :, None]
-    torch.testing.assert_close(wide.reshape(32, depth), dequantize(stored))
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("depth", [64, 128, 256, 640])
+def test_words_come_apart_again(bits: int, depth: int) -> None:
+    top = 1 << (bits - 1)
+    codes = torch.randint(-top, top, (6, depth), dtype=torch.int8)
+    words = to_words(codes, bits)
+    assert words.shape == (6, -(-depth // (1024 // bits)) * 64)
+    assert torch.equal(from_words(words, bits, depth), codes)
+
+
+def test_group_scales_survive_as_ratios() -> None:
+    scale = torch.rand(6, 5) + 0.01
+    ratios, row_scale = group_ratios(scale)
+    assert ratios.shape == (6, 6)
+    # Half of float16's last bit.
+    torch.testing.assert_close(ratios.T[:, :5].float() * row_scale[:, None], scale, rtol=2**-11, atol=0)
 
 
 def test_shapes_that_the_kernels_refuse() -> None:

@@ -17,8 +17,8 @@ Kind: TypeAlias = Literal["bf16", "int8", "int8-sq", "fp8", "int4"]
 BUCKETS = (1, 16, 32, 64, 128, 256)
 """Row counts for which a choice is made; a product takes that of the next larger one, and the library's above."""
 
-_PAIR = 256
-"""Inputs per step of the int4 kernel."""
+_WORD_KINDS = ("int8", "int4")
+"""What the kernel for words multiplies; its steps are 64 words: 128 inputs of int8, 256 of int4."""
 _MAX_PARTIAL_BYTES = 48 << 20
 _DEFAULT_SPLIT_ROUNDS = 3
 """Programs per SM to aim for where nothing is measured."""
@@ -101,7 +101,7 @@ def candidates(shape: Shape, bucket: int, gpu: Gpu) -> list[Choice]:
                 continue
             for fused in (True, False) if shape.prepared_input and bucket <= 32 else (False,):
                 found[_with(tile, splits, fused)] = None
-    if bucket == 1 and shape.kind in ("bf16", "int8"):
+    if bucket == 1 and shape.kind == "bf16":
         found.update(dict.fromkeys(_one_row()))
     if _library_fits(shape.kind, bucket):
         found[LIBRARY] = None
@@ -139,11 +139,13 @@ _SHAPES: dict[tuple[Kind, int], tuple[tuple[int, int, int, int, bool], ...]] = {
     ("bf16", 32): ((64, 128, 4, 4, True), (128, 64, 4, 5, True), (64, 128, 4, 4, False), (128, 64, 4, 5, False)),
     ("bf16", 64): ((128, 64, 4, 4, True), (64, 128, 4, 3, True), (128, 64, 4, 3, False)),
     ("int8", 16): (
-        (128, 128, 4, 4, False), (64, 256, 4, 4, False), (64, 128, 4, 5, False), (128, 128, 8, 5, False),
-        (64, 128, 2, 4, False), (32, 256, 2, 4, False),
+        (64, 128, 4, 6, False), (128, 128, 4, 5, False), (64, 128, 4, 6, True), (128, 128, 4, 5, True),
+        (64, 128, 2, 5, False),
     ),
-    ("int8", 32): ((128, 128, 4, 4, False), (64, 128, 4, 4, False), (128, 128, 8, 4, False), (128, 128, 4, 4, True)),
-    ("int8", 64): ((128, 128, 4, 3, True), (128, 64, 4, 4, True), (128, 128, 8, 3, True), (128, 64, 4, 3, False)),
+    ("int8", 32): (
+        (64, 128, 4, 5, False), (128, 128, 4, 4, False), (64, 128, 4, 5, True), (128, 128, 4, 5, True),
+    ),
+    ("int8", 64): ((128, 128, 4, 4, True), (64, 128, 4, 5, True), (128, 128, 8, 4, True), (64, 128, 4, 4, False)),
     ("fp8", 16): (
         (64, 256, 4, 4, True), (128, 128, 4, 5, True), (64, 128, 4, 6, True), (64, 256, 4, 4, False),
         (128, 128, 4, 4, False),
@@ -151,11 +153,13 @@ _SHAPES: dict[tuple[Kind, int], tuple[tuple[int, int, int, int, bool], ...]] = {
     ("fp8", 32): ((64, 256, 4, 4, True), (128, 128, 4, 5, True), (64, 128, 4, 4, False), (128, 128, 4, 4, False)),
     ("fp8", 64): ((128, 128, 4, 4, True), (64, 256, 4, 3, True), (128, 128, 8, 4, True), (128, 128, 4, 3, False)),
     ("int4", 16): (
-        (64, _PAIR, 4, 4, False), (128, _PAIR, 4, 3, False), (128, _PAIR, 8, 4, False), (64, _PAIR, 2, 4, True),
-        (32, _PAIR, 2, 4, False),
+        (64, 256, 4, 5, False), (128, 256, 4, 4, False), (64, 256, 4, 5, True), (128, 256, 4, 4, True),
+        (128, 256, 8, 4, False),
     ),
-    ("int4", 32): ((64, _PAIR, 4, 3, False), (128, _PAIR, 4, 3, False), (128, _PAIR, 8, 3, False)),
-    ("int4", 64): ((64, _PAIR, 4, 2, True), (128, _PAIR, 8, 2, True), (128, _PAIR, 8, 2, False)),
+    ("int4", 32): (
+        (64, 256, 4, 4, False), (128, 256, 4, 3, False), (64, 256, 4, 4, True), (128, 256, 4, 4, True),
+    ),
+    ("int4", 64): ((128, 256, 4, 3, True), (128, 256, 8, 3, True), (64, 256, 4, 3, True), (64, 256, 4, 3, False)),
 }  # fmt: skip
 _SHAPES.update({("int8-sq", rows): _SHAPES["fp8", rows] for rows in (16, 32, 64)})
 
@@ -175,8 +179,8 @@ def _splits(shape: Shape, tile: Choice, programs: int) -> int:
 
 
 def _shared_bytes(shape: Shape, tile: Choice) -> int:
-    """About what the pipeline of tiles takes."""
-    weight_bytes = {"bf16": 2.0, "int4": 0.5}.get(shape.kind, 1.0)
-    input_bytes = 1 if shape.kind in ("fp8", "int8-sq") and not shape.prepared_input else 2
-    stage = int(tile.depth * (tile.columns * weight_bytes + tile.rows * input_bytes))
-    return stage * (tile.stages if tile.swap else tile.stages - 1)
+    """About what the pipeline of tiles takes: what the tensor cores read from shared memory has one buffer more."""
+    words = shape.kind in _WORD_KINDS
+    weights = int(tile.depth * tile.columns * {"bf16": 2, "int4": 0.5}.get(shape.kind, 1))
+    inputs = 2 * tile.depth * tile.rows
+    return weights * (tile.stages - (words or not tile.swap)) + inputs * (tile.stages - (not tile.swap))

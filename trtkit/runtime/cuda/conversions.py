@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trtkit.runtime.cuda.products import activation_codes, high_codes, low_codes
+from trtkit.runtime.cuda.products import activation_codes, codes_of
 
-__all__ = ["expand_int4", "expand_int8", "quantize_activations", "rescale"]
+__all__ = ["expand_words", "quantize_activations", "rescale"]
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -27,31 +27,23 @@ def quantize_activations(x_ptr, pre_ptr, inverse_ptr, codes_ptr, count, K, PRE: 
 
 
 @triton.jit
-def expand_int8(w_ptr, scale_ptr, out_ptr, K, BLOCK: tl.constexpr):
-    """Row ``program_id(0)`` of int8 codes (N, K) to bfloat16 numbers."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    codes = tl.load(w_ptr + row * K + k, mask=k < K, other=0)
-    values = codes.to(tl.bfloat16).to(tl.float32) * tl.load(scale_ptr + row)
-    tl.store(out_ptr + row * K + k, values.to(tl.bfloat16), mask=k < K)
-
-
-@triton.jit
-def expand_int4(w_ptr, ratio_ptr, scale_ptr, out_ptr, N, K, WIDTH, COLUMNS: tl.constexpr):
-    """One pair of groups of ``COLUMNS`` rows of paired int4 codes to bfloat16 numbers (N, K)."""
+def expand_words(w_ptr, ratio_ptr, scale_ptr, out_ptr, N, K, WIDTH, COLUMNS: tl.constexpr, BITS: tl.constexpr):
+    """64 words of ``COLUMNS`` rows of int8 or int4 codes to bfloat16 numbers (N, K)."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    pair = tl.program_id(1)
-    depth = tl.arange(0, 128)
+    block = tl.program_id(1)
+    depth = tl.arange(0, 64)
     inside = (n < N)[:, None]
-    packed = tl.load(w_ptr + n[:, None].to(tl.int64) * WIDTH + (pair * 128 + depth)[None, :], mask=inside, other=0)
+    words = tl.load(w_ptr + n[:, None].to(tl.int64) * WIDTH + (block * 64 + depth)[None, :], mask=inside, other=0)
     scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
-    ratios = ratio_ptr + pair * 2 * N + n
-    low = low_codes(packed).to(tl.float32) * (tl.load(ratios, mask=n < N, other=0.0) * scale)[:, None]
-    high = high_codes(packed).to(tl.float32) * (tl.load(ratios + N, mask=n < N, other=0.0) * scale)[:, None]
-    k = pair * 256 + depth
-    out = out_ptr + n[:, None].to(tl.int64) * K + k[None, :]
-    tl.store(out, low.to(tl.bfloat16), mask=inside & (k < K)[None, :])
-    tl.store(out + 128, high.to(tl.bfloat16), mask=inside & (k + 128 < K)[None, :])
+    PARTS: tl.constexpr = 16 // BITS
+    for part in tl.static_range(PARTS):
+        factor = scale
+        if BITS == 4:
+            factor *= tl.load(ratio_ptr + (block * 2 + part // 2) * N + n, mask=n < N, other=0.0)
+        values = codes_of(words, BITS, part).to(tl.float32) * factor[:, None]
+        k = (block * PARTS + part) * 64 + depth
+        where = out_ptr + n[:, None].to(tl.int64) * K + k[None, :]
+        tl.store(where, values.to(tl.bfloat16), mask=inside & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -14,9 +14,9 @@ from torch import Tensor
 from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import LinearWeights
 from trtkit.runtime.cuda.choices import Choice, Kind, Shape
-from trtkit.runtime.cuda.conversions import expand_int4, expand_int8, quantize_activations, rescale
-from trtkit.runtime.cuda.layout import pair_groups
-from trtkit.runtime.cuda.products import one_row, product, product_int4
+from trtkit.runtime.cuda.conversions import expand_words, quantize_activations, rescale
+from trtkit.runtime.cuda.layout import TILE, group_ratios, to_words
+from trtkit.runtime.cuda.products import one_row, product, product_words
 from trtkit.runtime.cuda.workspace import workspace_of
 
 __all__ = ["DeviceWeights", "kind_of", "place", "run"]
@@ -30,12 +30,15 @@ class DeviceWeights:
 
     shape: Shape
     codes: Tensor
-    """(N, K) as stored; int4: uint8 as :mod:`layout` pairs it."""
+    """(N, K) as stored; int8 and int4: int16 words (N, B * 64) as :mod:`layout` makes them."""
     scale: Tensor
     """float32 (N,): of the weight row, times the activation's step where there is one; ones for bf16."""
     bias: Tensor
     """float32 (N,): zeros where there is none."""
+    bits: int | None = None
+    """Of a code in a word; None where codes are not in words."""
     ratios: Tensor | None = None
+    """float16 (G, N), int4: group scale over row scale."""
     pre_scale: Tensor | None = None
     inverse_step: Tensor | None = None
     """float32 (): one over the activation's step."""
@@ -59,14 +62,15 @@ def place(weights: LinearWeights, device: torch.device) -> DeviceWeights:
     """Copy a linear to the device, in the layout of the kernels."""
     stored, kind = weights.weight, kind_of(weights)
     columns, depth = stored.shape
-    codes, ratios, steps = stored.data.to(device), None, None
+    codes, bits, ratios, steps = stored.data.to(device), None, None, None
     scale = torch.ones(columns, device=device)
     if kind == "bf16":
         codes = codes.to(torch.bfloat16)
     elif kind == "int4":
         assert stored.scale is not None
-        paired = pair_groups(unpack_int4(codes), stored.scale.to(device))
-        codes, ratios, scale = paired.packed, paired.ratios, paired.row_scale
+        bits = 4
+        codes = to_words(unpack_int4(codes), bits)
+        ratios, scale = group_ratios(stored.scale.to(device))
     else:
         assert stored.scale is not None
         scale = stored.scale.float().to(device)
@@ -75,6 +79,9 @@ def place(weights: LinearWeights, device: torch.device) -> DeviceWeights:
             steps = (step, scale) if scale.ndim == 0 else None
             scale = scale * step
         scale = scale.expand(columns).contiguous()
+        if kind == "int8":
+            bits = 8
+            codes = to_words(codes, bits)
     bias = None if weights.bias is None else weights.bias.to(device)
     return DeviceWeights(
         shape=Shape(
@@ -84,6 +91,7 @@ def place(weights: LinearWeights, device: torch.device) -> DeviceWeights:
         codes=codes.contiguous(),
         scale=scale,
         bias=torch.zeros(columns, device=device) if bias is None else bias.float().contiguous(),
+        bits=bits,
         ratios=ratios,
         pre_scale=None if weights.pre_scale is None else weights.pre_scale.to(device).contiguous(),
         inverse_step=None if weights.input_scale is None else (1 / weights.input_scale.float()).to(device),
@@ -135,10 +143,11 @@ def _product(x: Tensor, weights: DeviceWeights, choice: Choice) -> Tensor:
         "PRE": pre is not None, "num_warps": choice.warps, "num_stages": choice.stages,
     }  # fmt: skip
     grid = (tiles_m, tiles_n, splits)
-    if weights.ratios is not None:
-        product_int4[grid](
-            x, weights.codes, weights.ratios, weights.scale, weights.bias, x if pre is None else pre, *after,
-            rows, columns, depth, weights.codes.shape[1], steps, splits, **tile,
+    if weights.bits is not None:
+        product_words[grid](
+            x, weights.codes, weights.scale if weights.ratios is None else weights.ratios, weights.scale, weights.bias,
+            x if pre is None else pre, *after,
+            rows, columns, depth, weights.codes.shape[1], steps, splits, BITS=weights.bits, **tile,
         )  # fmt: skip
         return out
     quantize = choice.fused and weights.inverse_step is not None
@@ -194,13 +203,11 @@ def _expanded(weights: DeviceWeights) -> Tensor:
     space = workspace_of(weights.device)
     space.reserve(expanded=columns * depth)
     out = space.expanded[: columns * depth].view(columns, depth)
-    if weights.ratios is not None:
-        width = weights.codes.shape[1]
-        expand_int4[(-(-columns // 32), width // 128)](
-            weights.codes, weights.ratios, weights.scale, out, columns, depth, width, COLUMNS=32, num_warps=4
-        )
-    elif weights.codes.dtype == torch.int8:
-        expand_int8[(columns, -(-depth // _BLOCK))](weights.codes, weights.scale, out, depth, BLOCK=_BLOCK, num_warps=4)
-    else:
-        torch.mul(weights.codes.to(torch.bfloat16), weights.scale[:, None], out=out)
+    if weights.bits is None:
+        return torch.mul(weights.codes.to(torch.bfloat16), weights.scale[:, None], out=out)
+    width = weights.codes.shape[1]
+    expand_words[(-(-columns // 32), width // TILE)](
+        weights.codes, weights.scale if weights.ratios is None else weights.ratios, weights.scale, out,
+        columns, depth, width, COLUMNS=32, BITS=weights.bits, num_warps=4,
+    )  # fmt: skip
     return out

@@ -1,59 +1,55 @@
-"""Where int4 codes lie on the device: a byte holds one code of each of two neighbouring groups.
+"""Where weight-only codes lie on the device: words of 16 bits, each with codes of several tiles of 64 inputs.
 
-A tile of 128 bytes of a row is then two whole groups of 128 inputs: the low nibbles are one, the high nibbles the
-other, and each is multiplied with plain slices of x; nothing has to be interleaved in registers. Codes are stored plus
-8, as the kernel's conversion wants them.
+    int8   word j of a block of 128 inputs: input j in the low byte, input 64 + j in the high one
+    int4   word j of a block of 256 inputs: inputs j, 64 + j, 128 + j, 192 + j from the lowest nibble up; code + 8
 
-The group scales, float32 in the checkpoint, are kept as a float32 scale per row, applied to the sum as for int8, and a
-float16 ratio per group in (0, 1]: half the bytes, and 8 times more exact than rounding the scales to bfloat16.
+A tile of words has the layout that bfloat16 has in the tensor cores' registers, so its bytes or nibbles become bfloat16
+tiles in place, two codes per instruction, and each is multiplied with a plain slice of x.
 
-Letters: N rows, K inputs, G = K / 128 groups, B = ceil(K / 256) pairs of groups.
+The group scales of int4, float32 in the checkpoint, are kept as a float32 scale per row, applied to the sum as for
+int8, and a float16 ratio per group in (0, 1]: half the bytes, and 8 times more exact than bfloat16 scales.
+
+Letters: N rows, K inputs, G = K / 128 groups, B blocks.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["GROUP", "PairedInt4", "pair_groups", "split_groups"]
+__all__ = ["GROUP", "TILE", "from_words", "group_ratios", "to_words"]
 
 GROUP = 128
-"""Inputs that share a scale."""
+"""Inputs of int4 that share a scale."""
+TILE = 64
+"""Inputs between the codes of one word."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairedInt4:
-    """An int4 weight as the kernel reads it."""
+def to_words(codes: Tensor, bits: int) -> Tensor:
+    """int8 codes (N, K), signed, of ``bits`` 4 or 8 -> int16 (N, B * 64); a last block is filled with zero codes."""
+    parts = 16 // bits
+    width = codes.shape[1]
+    codes = F.pad(codes, (0, -width % (parts * TILE)))
+    if bits == 4:
+        codes = codes + 8
+    tiles = codes.reshape(codes.shape[0], -1, parts, TILE)
+    words = torch.zeros_like(tiles[:, :, 0], dtype=torch.int16)
+    for part in range(parts):
+        words |= (tiles[:, :, part].to(torch.int16) & ((1 << bits) - 1)) << (bits * part)
+    return words.reshape(codes.shape[0], -1)
 
-    packed: Tensor
-    """uint8 (N, B * 128): byte j of pair p holds input 256 p + j low and 256 p + 128 + j high, each code + 8."""
-    ratios: Tensor
-    """float16 (2 B, N): group scale over row scale; 0 for a group that only fills the last pair."""
-    row_scale: Tensor
-    """float32 (N,): the largest group scale of a row."""
+
+def from_words(words: Tensor, bits: int, width: int) -> Tensor:
+    """The inverse of :func:`to_words` for K = ``width``."""
+    tiles = words.reshape(words.shape[0], -1, 1, TILE)
+    parts = [(tiles >> (bits * part)) & ((1 << bits) - 1) for part in range(16 // bits)]
+    codes = torch.cat(parts, dim=2).reshape(words.shape[0], -1)[:, :width]
+    return (codes - 8).to(torch.int8) if bits == 4 else codes.to(torch.int8)
 
 
-def pair_groups(codes: Tensor, scale: Tensor) -> PairedInt4:
-    """int8 codes (N, K) in -8..7 and their scale (N, G), K a multiple of 128."""
-    rows, width = codes.shape
-    assert scale.shape == (rows, width // GROUP)
+def group_ratios(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 group scales (N, G) -> float16 ratios (G or G + 1, N), even in number, and float32 row scales (N,)."""
     row_scale = scale.float().amax(dim=1)
     ratios = (scale.float() / row_scale[:, None]).half()
-    shifted = (codes + 8).view(torch.uint8)
-    if width % (2 * GROUP):
-        shifted, ratios = F.pad(shifted, (0, GROUP), value=8), F.pad(ratios, (0, 1))
-    pairs = shifted.reshape(rows, -1, 2, GROUP)
-    packed = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(rows, -1)
-    return PairedInt4(packed=packed.contiguous(), ratios=ratios.T.contiguous(), row_scale=row_scale)
-
-
-def split_groups(paired: PairedInt4, width: int) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`pair_groups` for K = ``width``: codes (N, K), exactly, and scale (N, G), as the kernel sees it."""
-    rows = paired.packed.shape[0]
-    bytes_ = paired.packed.reshape(rows, -1, 1, GROUP)
-    codes = torch.cat([bytes_ & 15, bytes_ >> 4], dim=2).reshape(rows, -1)[:, :width].to(torch.int8) - 8
-    scale = paired.ratios.T.float() * paired.row_scale[:, None]
-    return codes, scale[:, : width // GROUP]
+    return F.pad(ratios, (0, ratios.shape[1] % 2)).T.contiguous(), row_scale

@@ -30,39 +30,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["one_row", "product", "product_int4"]
+__all__ = ["activation_codes", "codes_of", "one_row", "product", "product_words"]
 
 # 1.5 * 2^23: adding and taking it away rounds to the nearest integer, ties to even, as torch.round does.
 _ROUND = tl.constexpr(12582912.0)
 
-# A nibble u under the bf16 pattern of 128 is the number 128 + u; u is code + 8, so 136 is taken off, exactly.
-_LOW = tl.constexpr(
-    "{ .reg .b32 a, b, one, off;"
-    " mov.b32 one, 0x3f803f80; mov.b32 off, 0xc308c308;"
-    " prmt.b32 a, $2, 0, 0x4140; prmt.b32 b, $2, 0, 0x4342;"
-    " lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea; lop3.b32 b, b, 0x000f000f, 0x43004300, 0xea;"
-    " fma.rn.bf16x2 $0, a, one, off; fma.rn.bf16x2 $1, b, one, off; }"
+# Two codes of a 32-bit register at once, as bfloat16. A nibble u under the bit pattern of 128 is the number 128 + u; u is
+# code + 8, so 136 is taken off. Of a byte the low seven bits become 128 + them, the sign bit 128 or, being the last
+# bit of the exponent, 256: their difference is the code. All of it is exact.
+_NIBBLES = (
+    "{{ .reg .b32 a, one, off; mov.b32 one, 0x3f803f80; mov.b32 off, 0xc308c308; shr.b32 a, $1, {shift};"
+    " lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, a, one, off; }}"
 )
-_HIGH = tl.constexpr(
-    "{ .reg .b32 a, b, one, off;"
-    " mov.b32 one, 0x3f803f80; mov.b32 off, 0xc308c308;"
-    " shr.b32 b, $2, 4;"
-    " prmt.b32 a, b, 0, 0x4140; prmt.b32 b, b, 0, 0x4342;"
-    " lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea; lop3.b32 b, b, 0x000f000f, 0x43004300, 0xea;"
-    " fma.rn.bf16x2 $0, a, one, off; fma.rn.bf16x2 $1, b, one, off; }"
+_BYTES = (
+    "{{ .reg .b32 a, b, minus; mov.b32 minus, 0xbf80bf80; shr.b32 a, $1, {shift};"
+    " lop3.b32 b, a, 0x00800080, 0x43004300, 0xea; lop3.b32 a, a, 0x007f007f, 0x43004300, 0xea;"
+    " fma.rn.bf16x2 $0, b, minus, a; }}"
 )
+_NIBBLES_0, _NIBBLES_1 = tl.constexpr(_NIBBLES.format(shift=0)), tl.constexpr(_NIBBLES.format(shift=4))
+_NIBBLES_2, _NIBBLES_3 = tl.constexpr(_NIBBLES.format(shift=8)), tl.constexpr(_NIBBLES.format(shift=12))
+_BYTES_0, _BYTES_1 = tl.constexpr(_BYTES.format(shift=0)), tl.constexpr(_BYTES.format(shift=8))
 
 
 @triton.jit
-def low_codes(packed):
-    """The codes in the low nibbles, as bf16."""
-    return tl.inline_asm_elementwise(_LOW, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
-
-
-@triton.jit
-def high_codes(packed):
-    """The codes in the high nibbles, as bf16."""
-    return tl.inline_asm_elementwise(_HIGH, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
+def codes_of(words, BITS: tl.constexpr, PART: tl.constexpr):
+    """The codes of one part of the words, as bfloat16."""
+    if BITS == 8:
+        text: tl.constexpr = _BYTES_0 if PART == 0 else _BYTES_1
+    elif PART < 2:
+        text: tl.constexpr = _NIBBLES_0 if PART == 0 else _NIBBLES_1
+    else:
+        text: tl.constexpr = _NIBBLES_2 if PART == 2 else _NIBBLES_3
+    return tl.inline_asm_elementwise(text, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -181,47 +180,64 @@ def product(
     )  # fmt: skip
 
 
+@triton.jit
+def _part(x_pointers, m, M, k, K, pre_ptr, words, acc, BITS: tl.constexpr, PART: tl.constexpr, EVEN: tl.constexpr,
+          PRE: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
+    """One tile of 64 inputs: ``acc`` plus its product."""
+    k += 64 * PART
+    inside = m[:, None] < M if EVEN else (m[:, None] < M) & (k[None, :] < K)
+    x = _input(x_pointers + 64 * PART, inside, pre_ptr + k, k < K, 1.0, x_pointers.dtype.element_ty, PRE)
+    return _multiply(x, codes_of(words, BITS, PART), acc, SWAP)
+
+
 @triton.jit(do_not_specialize=["M", "steps", "splits"])
-def product_int4(
+def product_words(
     x_ptr, w_ptr, ratio_ptr, scale_ptr, bias_ptr, pre_ptr, out_ptr, partial_ptr, arrived_ptr,
     M, N, K, WIDTH, steps, splits,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, SWAP: tl.constexpr,
     EVEN: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
-    """int4 weights as ``layout.pair_groups`` lays them out: one byte holds a code of each of two groups.
+    """bf16 x against int8 or int4 codes in words (N, WIDTH), as :mod:`layout` puts them.
 
-    ``WIDTH`` is the bytes of a row. A step is 128 of them: 256 inputs, two groups, each with its own product so that
-    its ratio (float16, group scale over row scale, (groups, N)) multiplies 32-bit sums. Ratios are fetched a step ahead.
+    A step is 64 words of a row. Those of int4 are two groups, whose sums are multiplied with their ratios (float16,
+    (groups, N)) before they are added; ratios are fetched a step ahead.
     """
     block_m, block_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m = block_m * ROWS + tl.arange(0, ROWS)
     n = block_n * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.arange(0, 128)
+    depth = tl.arange(0, 64)
     row = tl.minimum(n, N - 1)
     first = split * steps
-    x_pointers = x_ptr + m[:, None].to(tl.int64) * K + (first * 256 + depth)[None, :]
-    w_pointers = w_ptr + row[:, None].to(tl.int64) * WIDTH + (first * 128 + depth)[None, :]
-    count = tl.minimum(steps, WIDTH // 128 - first)
-    ratio_pointers = ratio_ptr + first * 2 * N + row
-    low_ratio, high_ratio = tl.load(ratio_pointers), tl.load(ratio_pointers + N)
+    PARTS: tl.constexpr = 16 // BITS
+    k = first * (64 * PARTS) + depth
+    x_pointers = x_ptr + m[:, None].to(tl.int64) * K + k[None, :]
+    w_pointers = w_ptr + row[:, None].to(tl.int64) * WIDTH + (first * 64 + depth)[None, :]
+    count = tl.minimum(steps, WIDTH // 64 - first)
     acc = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), tl.float32)
+    if BITS == 4:
+        ratio_pointers = ratio_ptr + first * 2 * N + row
+        ratio_0, ratio_1 = tl.load(ratio_pointers), tl.load(ratio_pointers + N)
     for step in range(count):
-        k = (first + step) * 256 + depth
-        w = tl.load(w_pointers)
-        # The ratios after the last step are those of the last again: nothing is read past the end.
-        ratio_pointers += tl.where(step + 1 < count, 2 * N, 0)
-        next_low, next_high = tl.load(ratio_pointers), tl.load(ratio_pointers + N)
-        inside = m[:, None] < M if EVEN else (m[:, None] < M) & (k[None, :] < K)
-        x = _input(x_pointers, inside, pre_ptr + k, k < K, 1.0, x_ptr.dtype.element_ty, PRE)
-        part = _multiply(x, low_codes(w), tl.zeros_like(acc), SWAP)
-        acc += part * (low_ratio[:, None] if SWAP else low_ratio[None, :])
-        inside = m[:, None] < M if EVEN else (m[:, None] < M) & (k[None, :] + 128 < K)
-        x = _input(x_pointers + 128, inside, pre_ptr + k + 128, k + 128 < K, 1.0, x_ptr.dtype.element_ty, PRE)
-        part = _multiply(x, high_codes(w), tl.zeros_like(acc), SWAP)
-        acc += part * (high_ratio[:, None] if SWAP else high_ratio[None, :])
-        low_ratio, high_ratio = next_low, next_high
-        x_pointers += 256
-        w_pointers += 128
+        words = tl.load(w_pointers)
+        if BITS == 8:
+            acc = _part(x_pointers, m, M, k, K, pre_ptr, words, acc, BITS, 0, EVEN, PRE, SWAP)
+            acc = _part(x_pointers, m, M, k, K, pre_ptr, words, acc, BITS, 1, EVEN, PRE, SWAP)
+        else:
+            # The ratios after the last step are those of the last again: nothing is read past the end.
+            ratio_pointers += tl.where(step + 1 < count, 2 * N, 0)
+            next_0, next_1 = tl.load(ratio_pointers), tl.load(ratio_pointers + N)
+            group = tl.zeros_like(acc)
+            group = _part(x_pointers, m, M, k, K, pre_ptr, words, group, BITS, 0, EVEN, PRE, SWAP)
+            group = _part(x_pointers, m, M, k, K, pre_ptr, words, group, BITS, 1, EVEN, PRE, SWAP)
+            acc += group * (ratio_0[:, None] if SWAP else ratio_0[None, :])
+            group = tl.zeros_like(acc)
+            group = _part(x_pointers, m, M, k, K, pre_ptr, words, group, BITS, 2, EVEN, PRE, SWAP)
+            group = _part(x_pointers, m, M, k, K, pre_ptr, words, group, BITS, 3, EVEN, PRE, SWAP)
+            acc += group * (ratio_1[:, None] if SWAP else ratio_1[None, :])
+            ratio_0, ratio_1 = next_0, next_1
+        k += 64 * PARTS
+        x_pointers += 64 * PARTS
+        w_pointers += 64
     y = tl.trans(acc) if SWAP else acc
     tile = block_m * tl.num_programs(1) + block_n
     _finish(
