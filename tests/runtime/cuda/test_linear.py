@@ -68,11 +68,11 @@ def close(found: torch.Tensor, weights: LinearWeights, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3, 16, 33])
 def test_products_match_the_reference(kind: str, rows: int, device: torch.device) -> None:
-    # 80 columns are no multiple of the tile; 640 inputs are 2.5 steps of the int4 kernel.
-    weights = made(kind, 80, 640)
-    x = torch.randn(rows, 640).bfloat16()
+    # 48 columns are no multiple of the tile; 384 inputs are 1.5 steps of the int4 kernel.
+    weights = made(kind, 48, 384)
+    x = torch.randn(rows, 384).bfloat16()
     linear = CudaLinear(weights, device)
-    close(linear.run(x.to(device), tile(kind, splits=3)), weights, x)
+    close(linear.run(x.to(device), tile(kind, splits=2)), weights, x)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -159,7 +159,7 @@ _SHAPES: dict[tuple[Kind, int], tuple[tuple[int, int, int, int, bool], ...]] = {
     ("int4", 32): (
         (64, 256, 4, 4, False), (128, 256, 4, 3, False), (64, 256, 4, 4, True), (128, 256, 4, 4, True),
     ),
-    ("int4", 64): ((128, 256, 4, 3, True), (128, 256, 8, 3, True), (64, 256, 4, 3, True), (64, 256, 4, 3, False)),
+    ("int4", 64): ((128, 256, 8, 3, True), (64, 256, 4, 3, True), (64, 256, 4, 3, False)),
 }  # fmt: skip
 _SHAPES.update({("int8-sq", rows): _SHAPES["fp8", rows] for rows in (16, 32, 64)})
 

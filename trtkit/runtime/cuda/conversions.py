@@ -2,7 +2,8 @@
 
 Letters: M rows of x, N output features, K input features.
 """
-# mypy: disable-error-code="no-untyped-def,misc,no-untyped-call"
+# ruff: noqa: N803, N806 -- constants of a kernel are in capitals, as are the sizes of its tensors
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,no-redef"
 
 from __future__ import annotations
 

@@ -11,8 +11,10 @@ and SM, about 25 KB per SM in flight to cover 700 ns):
 - x is read once per tile of W, from the L2. ``columns`` must grow with the rows: at 16 rows of bf16, 128 rows of int8
   weights have a quarter as many bytes to fetch for x as for W;
 - dequantization fits beside the loads: at full speed 18 int8 or 36 int4 weights per clock and SM pass through a machine
-  that issues 128 lanes. int8 takes 2.5 instructions per weight (Triton's own bf16 trick), int4 1.6 (below), e4m3 and
-  W8A8 none, their codes go to the tensor cores as they are.
+  that issues 128 lanes. Weight-only codes come in 16-bit words whose tiles already lie as the tensor cores want
+  bfloat16 (:mod:`layout`): with everything, int8 takes 2.7 instructions per weight and int4 2.4, where codes stored
+  row by row took 4.2 and 3.9, half of them moves and permutations. Codes of fp8 and int8-sq go to the tensor cores as
+  they are, at 0.9.
 
 Products run on the tensor cores even for one row (16 rows are the least, empty ones cost nothing but idle lanes): with
 ``swap`` W is the left operand, which is how Hopper's wgmma takes 64 rows of W by 16 columns of x from shared memory;
@@ -23,7 +25,8 @@ A row of the result depends on that row of x alone, and not on M within one conf
 
 Letters: M rows of x, N output features, K input features.
 """
-# mypy: disable-error-code="no-untyped-def,misc,no-untyped-call"
+# ruff: noqa: N803, N806 -- constants of a kernel are in capitals, as are the sizes of its tensors
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,no-redef"
 
 from __future__ import annotations
 
@@ -35,8 +38,8 @@ __all__ = ["activation_codes", "codes_of", "one_row", "product", "product_words"
 # 1.5 * 2^23: adding and taking it away rounds to the nearest integer, ties to even, as torch.round does.
 _ROUND = tl.constexpr(12582912.0)
 
-# Two codes of a 32-bit register at once, as bfloat16. A nibble u under the bit pattern of 128 is the number 128 + u; u is
-# code + 8, so 136 is taken off. Of a byte the low seven bits become 128 + them, the sign bit 128 or, being the last
+# Two codes of a 32-bit register at once, as bfloat16. A nibble u under the bit pattern of 128 is the number 128 + u; u
+# is code + 8, so 136 is taken off. Of a byte the low seven bits become 128 + them, the sign bit 128 or, being the last
 # bit of the exponent, 256: their difference is the code. All of it is exact.
 _NIBBLES = (
     "{{ .reg .b32 a, one, off; mov.b32 one, 0x3f803f80; mov.b32 off, 0xc308c308; shr.b32 a, $1, {shift};"
@@ -101,10 +104,12 @@ def _input(pointers, mask, pre_pointers, pre_mask, inverse, code_type: tl.conste
 
 @triton.jit
 def _multiply(x, w, acc, SWAP: tl.constexpr):
+    # Hopper adds e4m3 products with fewer than 24 bits: such sums are moved to float32 every 128 inputs at the latest.
+    short: tl.constexpr = 128 if x.shape[1] > 128 else x.shape[1]
     if SWAP:
-        acc = tl.dot(w, tl.trans(x), acc, out_dtype=acc.dtype)
+        acc = tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=short, out_dtype=acc.dtype)
     else:
-        acc = tl.dot(x, tl.trans(w), acc, out_dtype=acc.dtype)
+        acc = tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=short, out_dtype=acc.dtype)
     return acc
 
 
@@ -148,7 +153,7 @@ def product(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SWAP: tl.constexpr,
     EVEN: tl.constexpr, PRE: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
-    """bf16 or 8-bit weights (N, K), row by row as they are stored.
+    """bf16 weights or codes of fp8 and int8-sq (N, K), row by row as they are stored.
 
     x is bf16, or codes of the weights' type; with ``QUANTIZE`` it is bf16 and becomes codes here. Each of ``splits``
     parts of K is ``steps`` tiles of ``DEPTH`` inputs; ``EVEN``: K is a multiple of ``DEPTH``.
@@ -252,7 +257,7 @@ def one_row(
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     EVEN: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
-    """M = 1 against bf16 or int8 weights (N, K): products and sums in float32, straight from registers."""
+    """M = 1 against bf16 weights (N, K): products and sums in float32, straight from registers."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     w_pointers = w_ptr + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + depth[None, :]
@@ -261,8 +266,7 @@ def one_row(
         k = start + depth
         x = _input(x_ptr + k[None, :], k[None, :] < K, pre_ptr + k, k < K, 1.0, x_ptr.dtype.element_ty, PRE)
         w = tl.load(w_pointers) if EVEN else _load(w_pointers, k[None, :] < K)
-        # int8 goes through bf16, in which it is exact: that conversion has no slow instruction.
-        acc += w.to(x_ptr.dtype.element_ty).to(tl.float32) * x.to(tl.float32)
+        acc += w.to(tl.float32) * x.to(tl.float32)
         w_pointers += DEPTH
     y = tl.sum(acc, axis=1)[None, :]
     _write(y, tl.zeros((1,), tl.int32), n, 1, N, scale_ptr, bias_ptr, out_ptr)

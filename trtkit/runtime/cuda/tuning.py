@@ -70,11 +70,11 @@ def fastest(options: Iterable[Choice], run: Callable[[Choice], object], device: 
 
 def _microseconds(run: Callable[[], object], flush: torch.Tensor) -> float:
     run()  # compiles
-    times = []
+    times: list[float] = []
     for _ in range(_REPEATS):
         # Overwriting takes longer than launching what follows: the launch is not part of the time.
         flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         run()
         end.record()
