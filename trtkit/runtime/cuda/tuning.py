@@ -1,7 +1,8 @@
 """Choosing by measurement: every candidate timed once per device, shape and row count, and remembered between runs.
 
-Times are those of CUDA events around one launch, after the L2 was overwritten: in a decode step each weight comes from
-memory. Nothing may be tuned while a CUDA graph is captured; engines call ``CudaLinear.prepare`` before.
+A candidate runs as it will in a decode step: within a CUDA graph, and with the L2 full of something else, for each
+weight comes from memory there. Nothing may be tuned while a graph is captured; engines call ``CudaLinear.prepare``
+before.
 A wrong or damaged file costs speed at most, so nothing here is an error.
 """
 
@@ -28,7 +29,7 @@ from trtkit.runtime.cuda.choices import Choice, Gpu, Shape
 __all__ = ["Table", "fastest", "gpu_of", "table_of"]
 
 _REPEATS = 11
-_FLUSH_BYTES = 256 << 20
+_OTHER_BYTES = 256 << 20
 """More than the L2 of any GPU."""
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 """Most shared memory of one program, where it is not 99 KiB."""
@@ -51,11 +52,11 @@ def fastest(options: Iterable[Choice], run: Callable[[Choice], object], device: 
 
     Raises :class:`RuntimeError` when none can.
     """
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    other = torch.zeros(_OTHER_BYTES // 4, device=device)
     best: tuple[Choice, float] | None = None
     for option in options:
         try:
-            spent = _microseconds(functools.partial(run, option), flush)
+            spent = _microseconds(functools.partial(run, option), other)
         except torch.cuda.OutOfMemoryError:
             continue
         except (RuntimeError, triton.errors.TritonError) as problem:
@@ -68,15 +69,19 @@ def fastest(options: Iterable[Choice], run: Callable[[Choice], object], device: 
     return best
 
 
-def _microseconds(run: Callable[[], object], flush: torch.Tensor) -> float:
-    run()  # compiles
+def _microseconds(run: Callable[[], object], other: torch.Tensor) -> float:
+    run()  # compiles and reserves
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
     times: list[float] = []
     for _ in range(_REPEATS):
-        # Overwriting takes longer than launching what follows: the launch is not part of the time.
-        flush.zero_()
+        # Read, not written: dirty lines would have to go back to memory within the time. It takes longer than
+        # launching the graph, so the launch is no part of the time.
+        other.sum()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
-        run()
+        graph.replay()
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end))
