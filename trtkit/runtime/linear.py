@@ -3,7 +3,8 @@
 CPU, bfloat16 (oneDNN): prepacked bf16 weights for any row count; int8 and int4 read their packed codes while there are
 few rows (a decode step of a few sequences is bound by weight traffic) and expanded ones above; W8A8 runs oneDNN's int8
 product; fp8 has no CPU kernel, its codes are expanded once at load (e4m3 values are exact in bf16).
-Everything else (float32, CUDA until its own kernels) multiplies expanded codes: the same numbers, plainly.
+CUDA, bfloat16: ``cuda/linear.py``.
+Everything else (float32, odd shapes) multiplies expanded codes: the same numbers, plainly.
 
 ``linear_reference`` in ``quant/tensor.py`` is the definition that each kernel is tested against.
 Letters: T tokens, N output features, K input features.
@@ -35,6 +36,13 @@ INT4_PACKED_ROWS = 3
 
 def runtime_linear(weights: LinearWeights, *, device: torch.device, dtype: torch.dtype) -> Kernel:
     """The kernel for one linear. ``weights`` may be released afterwards; the kernel keeps what it needs."""
+    if device.type == "cuda":
+        # Triton comes with CUDA builds of torch only.
+        from trtkit.runtime.cuda.linear import cuda_linear
+
+        on_cuda = cuda_linear(weights, device=device, dtype=dtype)
+        if on_cuda is not None:
+            return on_cuda
     kind = weights.weight.format
     onednn = device.type == "cpu" and dtype == torch.bfloat16 and _has_onednn_bf16()
     if kind == "int8" and weights.input_scale is not None and onednn:
