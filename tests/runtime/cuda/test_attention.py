@@ -186,3 +186,53 @@ def test_padding_rows_touch_only_the_block_that_nobody_reads(device: torch.devic
     for now, was, clean in zip(codes(padded.cache), before, codes(plain.cache), strict=True):
         assert torch.equal(now[:, 1:], clean[:, 1:])
         assert not torch.equal(now[:, 0], was[:, 0])
+
+
+LARGE = Shape(heads=40, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+"""The heads of Qwen2.5-14B."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", ["model", "fp8", "int8"])
+@pytest.mark.parametrize("nodes", [1, 4, 13, 30])
+def test_long_rows_of_a_large_model(nodes: int, kv_dtype: KvDtype) -> None:
+    check(
+        torch.device("cuda"), [0, 2047, 2048, 5000, 12345], dataclasses.replace(LARGE, nodes=nodes, kv_dtype=kv_dtype)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nodes", [1, 4, 13])
+def test_long_rows_keep_their_bits(nodes: int) -> None:
+    """Again and again: a read that overtook the write of a node would show."""
+    whole = step(torch.device("cuda"), [700, 4095, 4096, 9000] * 8, dataclasses.replace(LARGE, nodes=nodes))
+    first = whole.run()
+    for _ in range(20):
+        for pool in whole.cache.pools(LAYER):
+            flat = pool.view(LARGE.kv_heads, -1, LARGE.head_dim)
+            flat[:, whole.batch.slots] = 1000.0
+        assert torch.equal(whole.run(), first)
+    rows = first.unflatten(0, (32, -1))
+    assert torch.equal(whole.rows(2).wider(300).run(), rows[2])
+    assert torch.equal(whole.rows(3, 1).run().unflatten(0, (2, -1)), rows[[3, 1]])
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_follows_its_tensors() -> None:
+    device = torch.device("cuda")
+    shape = dataclasses.replace(LARGE, nodes=4)
+    work = step(device, [3000, 17, 2000, 900], shape)
+    work.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work.run()
+    for cached in ([3000, 17, 2000, 900], [0, 2999, 512, 1]):
+        places = torch.tensor(cached, device=device)[:, None] + torch.arange(4, device=device)
+        work.batch.cached.copy_(places[:, 0])
+        slots = work.batch.blocks.gather(1, places // SIZE) * SIZE + places % SIZE
+        work.batch.slots.copy_(slots.flatten())
+        work.batch.mask.copy_(torch.rand(work.batch.mask.shape, device=device) < 0.5)
+        work.batch.mask.logical_or_(torch.eye(4, device=device).bool())
+        graph.replay()
+        torch.testing.assert_close(out, work.defined(), **TOLERANCE[torch.bfloat16])

@@ -24,7 +24,7 @@ from torch import Tensor
 from trtkit.runtime.cuda.batch import CudaVerifyBatch
 from trtkit.runtime.kv_cache import KvCache
 
-__all__ = ["attend_verify_triton", "combine_splits", "attend_split", "split_shape"]
+__all__ = ["attend_split", "attend_verify_triton", "combine_splits", "split_shape"]
 
 _TILE = 32
 """Slots of a tile. Registers allow three or four programs on a multiprocessor, enough reads in flight for its share of
@@ -203,6 +203,7 @@ def attend_verify_triton(cache: KvCache, layer: int, batch: CudaVerifyBatch, q: 
     kv_heads = k.shape[1]
     for x in (q, k, v):
         assert x.stride()[1:] == (head_dim, 1)
+    assert batch.blocks.is_contiguous()
     mask = batch.mask.view(torch.uint8)
     assert batch.nodes == 1 or mask.stride(2) == 1
     group = heads // kv_heads
