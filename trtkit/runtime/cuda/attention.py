@@ -29,6 +29,8 @@ __all__ = ["attend_split", "attend_verify_triton", "combine_splits", "split_shap
 _TILE = 32
 """Slots of a tile. Registers allow three or four programs on a multiprocessor, enough reads in flight for its share of
 the memory's bandwidth."""
+_STAGES = 5
+"""The pipeliner's: two tiles in shared memory at a time, as a tile's addresses wait for the block table."""
 _COMBINED = 32
 """Splits that the second launch folds at once."""
 
@@ -45,7 +47,7 @@ def split_shape(query_rows: int) -> tuple[int, int]:
 
 @triton.jit
 def _decoded(codes, like):
-    """Stored numbers in the dtype of the products; their scale is applied to the sums."""
+    """Stored numbers in the dtype of the query; their scale is applied to the sums."""
     return codes.to(like.dtype)
 
 
@@ -66,7 +68,10 @@ def _encoded(x, scale, stored: tl.constexpr):
 
 @triton.jit
 def _absorb(query, keys, values, seen, top, norm, acc, scale):
-    """Take one tile into the running max, sum and weighted values of every query row. ``seen`` (M, S) or a scalar."""
+    """Take one tile into the running max (M,), sums (M, S) and weighted values (M, D). ``seen`` (M, S) or a scalar.
+
+    The sums over S wait for the end: each would make the warps wait for one another.
+    """
     scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
     scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
@@ -76,7 +81,7 @@ def _absorb(query, keys, values, seen, top, norm, acc, scale):
     fade = tl.exp2(top - finite)
     acc = acc * fade[:, None]
     acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
-    return higher, norm * fade + tl.sum(weights, 1), acc
+    return higher, norm * fade[:, None] + weights, acc
 
 
 @triton.jit(do_not_specialize=["table_width", "mask_row", "mask_node", "nodes", "splits", "m_tiles"])
@@ -107,12 +112,15 @@ def attend_split(
     asked = (node < nodes)[:, None] & (d < head_dim)[None, :]
     at_q = (row * nodes + node) * q_stride + (head * group + line % group) * head_dim
     query = tl.load(q + at_q[:, None] + d[None, :], mask=asked, other=0.0)
+    if key_pool.dtype.element_ty.primitive_bitwidth == 8 and query.dtype == tl.bfloat16:
+        # float16 holds 8-bit codes, rounds the weights finer, and is one instruction away on every GPU with fp8.
+        query = query.to(tl.float16)
     keys = key_pool + head.to(tl.int64) * pool_stride
     values = value_pool + head.to(tl.int64) * pool_stride
     blocks = table + row * table_width
     scale = key_scale * softmax_scale
     top = tl.full((tile_m,), float("-inf"), tl.float32)
-    norm = tl.zeros((tile_m,), tl.float32)
+    norm = tl.zeros((tile_m, tile_s), tl.float32)
     acc = tl.zeros((tile_m, tile_d), tl.float32)
 
     if end > before:
@@ -156,7 +164,7 @@ def attend_split(
 
     at_part = ((row * tl.num_programs(1) + head) * splits + part).to(tl.int64) * (nodes * group) + line
     tl.store(tops + at_part, top, mask=node < nodes)
-    tl.store(norms + at_part, norm, mask=node < nodes)
+    tl.store(norms + at_part, tl.sum(norm, 1), mask=node < nodes)
     tl.store(sums + at_part[:, None] * head_dim + d[None, :], acc, mask=asked)
 
 
@@ -204,7 +212,7 @@ def attend_verify_triton(cache: KvCache, layer: int, batch: CudaVerifyBatch, q: 
     for x in (q, k, v):
         assert x.stride()[1:] == (head_dim, 1)
     assert batch.blocks.is_contiguous()
-    mask = batch.mask.view(torch.uint8)
+    mask = batch.mask.to(torch.int32)
     assert batch.nodes == 1 or mask.stride(2) == 1
     group = heads // kv_heads
     lines = batch.nodes * group
@@ -222,7 +230,7 @@ def attend_verify_triton(cache: KvCache, layer: int, batch: CudaVerifyBatch, q: 
         q.stride(0), k.stride(0), v.stride(0), key_pool.stride(0), batch.blocks.stride(0), mask.stride(0),
         mask.stride(1), batch.nodes, splits, m_tiles, key_scale, value_scale, head_dim**-0.5 * math.log2(math.e),
         group=group, head_dim=head_dim, block_size=cache.block_size, tile_m=tile_m, tile_s=_TILE,
-        tile_d=tile_d, split=split, num_warps=4, num_stages=2,
+        tile_d=tile_d, split=split, num_warps=4, num_stages=_STAGES,
     )  # fmt: skip
     combine_splits[(heads, tokens)](
         out, sums, stats[0], stats[1], batch.cached, batch.nodes, splits, value_scale,
