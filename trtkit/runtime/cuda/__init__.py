@@ -1,1 +1,1 @@
-"""The Triton kernels of the torch runtime, and the choice of one for each shape; imported on CUDA devices only."""
+"""Triton kernels of the CUDA path; the pure-torch functions are their definition."""
