@@ -51,6 +51,7 @@ class FakeEngine:
         max_total_tokens: int = 4096,
     ) -> None:
         self.max_total_tokens = max_total_tokens
+        self.max_rows = rows
         self.submitted: list[Request] = []
         self.cancelled: list[str] = []
         self.closed = False

@@ -1,6 +1,6 @@
 """A small world for solver tests: problems whose samples follow from their seeds, and a run to kill.
 
-``python -m tests.solve.scripted PROBLEMS ENGINE_DIR OUT SECONDS_PER_STEP`` is a run in its own process.
+``python -m tests.solve.scripted PROBLEMS ENGINE_DIR OUT SECONDS_PER_STEP STOP`` is a run in its own process.
 """
 
 from __future__ import annotations
@@ -60,15 +60,21 @@ def write_engine(directory: Path) -> Path:
     return directory
 
 
+def options_with(stop: str = "none") -> SolveOptions:
+    """Nine samples under one more stop rule than ``unassailable``."""
+    return SolveOptions(samples=9, outstanding=20, stop=(stop,))
+
+
 def run(places: Places, options: SolveOptions | None = None, *, seconds_per_step: float = 0.0, **more: Any) -> Outcome:
     # No stop rule but unassailable: others look at samples in order of arrival, which an interruption changes.
-    options = options or SolveOptions(samples=9, outstanding=20, stop=())
+    options = options or options_with()
     return run_solve(places, lambda: SlowEngine(seconds_per_step), CHAT, options, **more)
 
 
 if __name__ == "__main__":
-    problems, engine, out, seconds = sys.argv[1:]
+    problems, engine, out, seconds, stop = sys.argv[1:]
     run(
         Places(problems=Path(problems), engine=Path(engine), out=Path(out)),
+        options_with(stop),
         seconds_per_step=float(seconds),
     )

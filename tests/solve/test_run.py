@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.solve.scripted import CHAT, SlowEngine, run, say, write_engine, write_problems
+from tests.solve.scripted import CHAT, SlowEngine, options_with, run, say, write_engine, write_problems
 from trtkit.errors import EngineError, InputError, UsageError
 from trtkit.runtime.api import EngineStats, StepOutput
 from trtkit.solve.answers import AnswerMode
@@ -35,6 +35,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def answers(places: Places) -> list[tuple[str, str | None]]:
     return [(row["id"], row["answer"]) for row in rows(places.out / "solutions.jsonl")]
+
+
+def outcomes(places: Places) -> list[dict[str, Any]]:
+    """The solutions without what counts time and unfinished work."""
+    return [
+        {name: value for name, value in row.items() if name not in ("tokens", "seconds")}
+        for row in rows(places.out / "solutions.jsonl")
+    ]
 
 
 def test_a_run_from_end_to_end(places: Places) -> None:
@@ -141,13 +149,21 @@ def assert_same_samples(places: Places, unbroken: Places) -> None:
     assert all(mine[key] == theirs[key] for key in common)
 
 
-@pytest.mark.parametrize(("moments", "count"), [(6, 8), pytest.param(20, 40, marks=pytest.mark.slow)])
-def test_kill_9_at_random_moments_loses_nothing(moments: int, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("moments", "count", "stop"),
+    [
+        (6, 8, "beta(0.8)"),
+        pytest.param(20, 40, "none", marks=pytest.mark.slow),
+        pytest.param(20, 40, "certificate(0.2)+ladder", marks=pytest.mark.slow),
+    ],
+)
+def test_kill_9_at_random_moments_changes_nothing(moments: int, count: int, stop: str, tmp_path: Path) -> None:
+    """Whatever a rule looks at, it stops the resumed run at the same vote."""
     problems = write_problems(tmp_path / "problems.jsonl", count)
     engine = write_engine(tmp_path / "engine")
     unbroken = Places(problems=problems, engine=engine, out=tmp_path / "unbroken")
     broken = Places(problems=problems, engine=engine, out=tmp_path / "broken")
-    run(unbroken)
+    run(unbroken, options_with(stop))
     rng = random.Random(4)
     journal = broken.out / "journal.jsonl"
     size = (unbroken.out / "journal.jsonl").stat().st_size
@@ -159,6 +175,7 @@ def test_kill_9_at_random_moments_loses_nothing(moments: int, count: int, tmp_pa
         str(engine),
         str(broken.out),
         "0.004",
+        stop,
     ]
     kills, kept = 0, b""
     for _ in range(moments):
@@ -176,10 +193,11 @@ def test_kill_9_at_random_moments_loses_nothing(moments: int, count: int, tmp_pa
             break
     assert kills == moments, "all of them hit a run that was not over"
     before = read_history(journal).attempts
-    run(broken)
+    run(broken, options_with(stop))
     after = read_history(journal).attempts
     assert all(set(attempts) <= set(after[problem]) for problem, attempts in before.items())
-    assert answers(broken) == answers(unbroken)
+    assert outcomes(broken) == outcomes(unbroken)
+    assert any(row["stopped_early"] not in (None, "unassailable") for row in outcomes(broken)) == (stop != "none")
     assert_same_samples(broken, unbroken)
 
 

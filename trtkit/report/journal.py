@@ -45,6 +45,8 @@ class SolutionRow:
     used_seconds: float | None
     bank_seconds: float | None
     cancelled: int | None
+    counted: tuple[int, ...] | None
+    """Indices of the samples that were counted, in that order; None in older journals: all of them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -133,6 +135,7 @@ def _solution(row: Mapping[str, Any], ended: float) -> SolutionRow:
         used_seconds=_optional(row, "used"),
         bank_seconds=_optional(row, "bank"),
         cancelled=None if row.get("cancelled") is None else _count(row["cancelled"]),
+        counted=None if row.get("counted") is None else tuple(map(_count, row["counted"])),
     )
 
 

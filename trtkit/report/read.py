@@ -109,6 +109,8 @@ class _Reading:
     def result(self, problem: Problem) -> Result:
         attempts = self.rows.attempts.get(problem.id, {})
         settled = self.rows.solutions.get(problem.id)
+        if settled is not None and settled.counted is not None:
+            attempts = {index: attempts[index] for index in settled.counted if index in attempts}
         gold = read_answer(problem.answer, self.mode)
         tally = Tally(weighting=self.weighting)
         answers: dict[int, Answer] = {}

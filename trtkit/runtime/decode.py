@@ -29,7 +29,18 @@ from trtkit.runtime.processors import SwitchRows, penalise
 from trtkit.runtime.sampling import SamplingRows, pick
 from trtkit.runtime.scheduler import Row
 
-__all__ = ["Pending", "Stretch", "Verified", "accept", "draft", "pending", "prefill", "root_only", "verify"]
+__all__ = [
+    "Pending",
+    "Stretch",
+    "Verified",
+    "accept",
+    "draft",
+    "log_probabilities",
+    "pending",
+    "prefill",
+    "root_only",
+    "verify",
+]
 
 PREFILL_TOKENS = 2048
 """Most tokens in one prefill pass: bounds the activations."""
@@ -181,3 +192,10 @@ def accept(
     if bool(moved.any()):
         cache.move(verified.slots.gather(1, path.nodes)[moved], verified.slots[:, : len(step)][moved])
     return path
+
+
+def log_probabilities(logits: Tensor, path: AcceptedPath) -> Tensor:
+    """float32 (R, D): log softmax(logits) of ``path.tokens`` at the nodes that drew them; logits (R, N, V)."""
+    rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
+    at_nodes = logits[rows, path.nodes].float()
+    return at_nodes.gather(2, path.tokens[..., None]).squeeze(2) - at_nodes.logsumexp(dim=2)

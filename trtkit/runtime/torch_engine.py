@@ -105,6 +105,11 @@ class TorchEngine:
         return self._limits.total_tokens
 
     @property
+    def max_rows(self) -> int:
+        """Most requests that run at once."""
+        return self._limits.rows
+
+    @property
     def has_work(self) -> bool:
         """True while a submitted request has not been reported as finished; resting ones do not count."""
         return self._scheduler.has_work or bool(self._cancelled)
@@ -214,8 +219,12 @@ class TorchEngine:
                 line = torch.arange(len(rows), device=model.device)
                 self._contexts[slots] = verified.hidden[line, last]
             lengths, tokens = path.length.tolist(), path.tokens.tolist()
+            scores: list[list[float]] = [[]] * len(rows)
+            if any(row.request.logprobs for row in rows):
+                scores = decode.log_probabilities(verified.logits, path).tolist()
             outputs = [
-                self._advance(row, emitted[:length]) for row, emitted, length in zip(rows, tokens, lengths, strict=True)
+                self._advance(row, emitted[:length], score)
+                for row, emitted, length, score in zip(rows, tokens, lengths, scores, strict=True)
             ]
         seconds = time.perf_counter() - began
         accepted = [sum(length > depth for length in lengths) for depth in range(1, 1 + (shape.length if shape else 0))]
@@ -246,7 +255,7 @@ class TorchEngine:
             self._sampling = (names, sampling_rows(params, seeds, self._model.device))
         return self._sampling[1]
 
-    def _advance(self, row: Row, emitted: Sequence[int]) -> StepOutput:
+    def _advance(self, row: Row, emitted: Sequence[int], scores: Sequence[float]) -> StepOutput:
         """Append what was accepted, up to a stop id or the budget: what follows those inside the run is dropped."""
         finish = None
         kept = 0
@@ -266,7 +275,8 @@ class TorchEngine:
             row.ended = True
         elif finish is not None:
             self._scheduler.finish(row.request.id)
-        return StepOutput(request_id=row.request.id, tokens=tuple(emitted[:kept]), finish=finish)
+        logprobs = tuple(scores[:kept]) if row.request.logprobs else ()
+        return StepOutput(request_id=row.request.id, tokens=tuple(emitted[:kept]), finish=finish, logprobs=logprobs)
 
     def _count(self, plan: Schedule) -> None:
         self._steps += 1

@@ -11,6 +11,7 @@ leader, and every other rank runs this module::
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -63,6 +64,7 @@ def open_compiled(directory: Path, options: ExecutorOptions) -> TrtllmEngine:
             hint=f"mpirun -n 1 trtkit solve ... : -n {facts.tensor_parallel - 1} python -m "
             f"trtkit.runtime.trtllm_engine {directory}",
         )
+    facts = dataclasses.replace(facts, rows=options.rows or facts.rows)
     return TrtllmEngine(bindings, executor, facts, eos_ids(directory))
 
 

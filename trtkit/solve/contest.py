@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from trtkit.chat import Chat
 from trtkit.errors import RequestError
 from trtkit.runtime.api import Engine, FinishReason, Request
-from trtkit.solve.answers import extract_box
+from trtkit.solve.answers import AnswerMode, extract_box
+from trtkit.solve.counting import CountingOrder
 from trtkit.solve.ends import CLOSING_TOKENS, Ending, EndRules, Stream
 from trtkit.solve.journal import Journal
 from trtkit.solve.options import SolveOptions
@@ -38,6 +39,11 @@ class Sample:
     surplus: int = 0
     """Tokens that the engine has generated beyond the stream; it must take them back before the sample goes on."""
 
+    @property
+    def least_tokens(self) -> int:
+        """The fewest tokens with which it can end: one more, unless code ran, whose output may leave no room."""
+        return self.stream.generated + (self.tool_calls == 0)
+
     def attempt(self, text: str, ending: Ending, finish: FinishReason, now: float, *, keep_text: bool) -> Attempt:
         """The finished sample."""
         contest = self.contest
@@ -53,6 +59,7 @@ class Sample:
             ending=ending,
             forced=self.stream.forced,
             tool_calls=self.tool_calls,
+            confidence=self.stream.confidence,
         )
 
 
@@ -63,7 +70,11 @@ class Contest:
     problem: Problem
     began: float
     earlier_seconds: float = 0.0
+    ended: dict[int, Attempt] = field(default_factory=dict)
+    """Finished samples by index, in order of arrival, those of earlier sessions included."""
     attempts: list[Attempt] = field(default_factory=list)
+    """Those of them that were counted, in that order."""
+    order: CountingOrder
     tally: Tally = field(default_factory=Tally)
     samples: dict[str, Sample] = field(default_factory=dict)
     """Unfinished ones that were submitted, by request id."""
@@ -78,26 +89,45 @@ class Contest:
     """Its time is nearly up: its samples were made to answer."""
 
     @classmethod
-    def begin(cls, problem: Problem, options: SolveOptions, same: Same, journal: Journal | None, now: float) -> Contest:
-        """With what earlier sessions found out."""
+    def begin(
+        cls, problem: Problem, options: SolveOptions, journal: Journal | None, now: float, *, lanes: int | None
+    ) -> Contest:
+        """With the samples that earlier sessions finished, nothing counted yet; ``lanes`` of the counting order."""
         earlier = journal.history.attempts.get(problem.id, ()) if journal else ()
         return cls(
             problem=problem,
             began=now,
             earlier_seconds=max((attempt.seconds for attempt in earlier), default=0.0),
-            attempts=list(earlier),
-            tally=count_attempts(earlier, options.mode, same, Tally(weighting=options.votes)),
+            ended={attempt.index: attempt for attempt in earlier},
+            order=CountingOrder(options.samples, lanes),
+            tally=Tally(weighting=options.votes),
         )
 
     def missing(self, samples: int) -> list[int]:
         """Indices of samples that no session finished."""
-        done = {attempt.index for attempt in self.attempts}
-        return [index for index in range(samples) if index not in done]
+        return [index for index in range(samples) if index not in self.ended]
 
     @property
     def outstanding(self) -> int:
-        """Samples that may still come in."""
-        return len(self.samples) + len(self.waiting)
+        """Samples that may still be counted."""
+        return len(self.samples) + len(self.waiting) + self.uncounted
+
+    @property
+    def uncounted(self) -> int:
+        """Samples that have ended and wait for their turn."""
+        return len(self.ended) - len(self.attempts)
+
+    def turn(self) -> list[Attempt]:
+        """The samples to be counted next, together; none while one of them has not ended yet."""
+        tokens = {index: attempt.tokens for index, attempt in self.ended.items()}
+        least = {sample.index: sample.least_tokens for sample in self.samples.values()}
+        counted = {attempt.index for attempt in self.attempts}
+        return [self.ended[index] for index in self.order.next(tokens, lambda index: least.get(index, 1), counted)]
+
+    def count(self, attempt: Attempt, mode: AnswerMode, same: Same) -> None:
+        """Let it vote."""
+        self.attempts.append(attempt)
+        self.tally = count_attempts([attempt], mode, same, self.tally)
 
     def seconds(self, now: float) -> float:
         """Time since it was opened, earlier sessions included."""
@@ -124,6 +154,7 @@ class Contest:
                 max_tokens=min(options.max_tokens, room) if room > 0 else options.max_tokens,
                 seed=sample_seed(options.seed, problem.id, index),
                 hold=options.forces or options.tools is not None,
+                logprobs=options.wants_logprobs,
             )
             try:
                 engine.submit(request)
@@ -140,7 +171,7 @@ class Contest:
             problem_id=self.problem.id,
             tally=self.tally,
             attempts=tuple(self.attempts),
-            tokens=sum(attempt.tokens for attempt in self.attempts) + self.dropped_tokens,
+            tokens=sum(attempt.tokens for attempt in self.ended.values()) + self.dropped_tokens,
             seconds=self.seconds(now),
             stopped_early=stopped,
             error=error,
@@ -177,6 +208,9 @@ def earlier_solutions(
         if settled is None:
             continue
         attempts = history.attempts.get(problem.id, ())
+        if settled.counted is not None:
+            ended = {attempt.index: attempt for attempt in attempts}
+            attempts = tuple(ended[index] for index in settled.counted if index in ended)
         solutions[problem.id] = Solution(
             problem_id=problem.id,
             tally=count_attempts(attempts, options.mode, same, Tally(weighting=options.votes)),

@@ -47,6 +47,8 @@ class History:
     """Time spent by all sessions, up to the last thing that each wrote."""
     loading_seconds: float = 0.0
     """Time that they spent on opening the engine."""
+    lanes: int | None = None
+    """Of the counting order (:mod:`trtkit.solve.counting`), as the first session that had one fixed it."""
     engines: tuple[EngineStats, ...] = ()
     """Counters of the engine, one entry per session that came to an end."""
 
@@ -78,15 +80,16 @@ class Journal:
             self.close()
             raise
 
-    def begin(self, loading_seconds: float = 0.0) -> None:
-        """Start this session's clock, after ``loading_seconds`` of opening the engine.
+    def begin(self, loading_seconds: float = 0.0, lanes: int | None = None) -> None:
+        """Start this session's clock, after ``loading_seconds`` of opening the engine; ``lanes`` as in ``History``.
 
         Nothing is written before, so that a refused run leaves no trace.
         """
         _mend(self._path)
         self._began, self._loading = self._clock(), loading_seconds
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        append_jsonl(self._path, [{"kind": "session", "started": started, "loading": round(loading_seconds, 3)}])
+        row = {"kind": "session", "started": started, "loading": round(loading_seconds, 3)}
+        append_jsonl(self._path, [row if lanes is None else {**row, "lanes": lanes}])
 
     @property
     def seconds(self) -> float:
@@ -137,6 +140,7 @@ def read_history(path: Path) -> History:
     attempts: dict[str, dict[int, Attempt]] = {}
     settled: dict[str, Settled] = {}
     engines: list[EngineStats] = []
+    lanes: int | None = None
     seconds = session = loading = 0.0
     for number, line in enumerate(_lines(path), start=1):
         try:
@@ -152,6 +156,7 @@ def read_history(path: Path) -> History:
             if kind == "session":
                 seconds, session = seconds + session, 0.0
                 loading += float(row.get("loading", 0.0))
+                lanes = lanes or row.get("lanes")
             else:
                 session = max(session, float(row["clock"]))
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -162,6 +167,7 @@ def read_history(path: Path) -> History:
         settled=settled,
         seconds=seconds + session,
         loading_seconds=loading,
+        lanes=lanes,
         engines=tuple(engines),
     )
 

@@ -35,6 +35,8 @@ class Settled:
     used_seconds: float | None = None
     bank_seconds: float | None = None
     cancelled: int = 0
+    counted: tuple[int, ...] | None = None
+    """Indices of the samples that were counted, in that order; None in journals of older versions: all of them."""
 
 
 def attempt_row(attempt: Attempt) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def solution_row(solution: Solution) -> dict[str, Any]:
         "used": _rounded(solution.used_seconds),
         "bank": _rounded(solution.bank_seconds),
         "cancelled": solution.cancelled,
+        "counted": [attempt.index for attempt in solution.attempts],
     }
 
 
@@ -106,6 +109,7 @@ def read_settled(row: dict[str, Any]) -> Settled:
         used_seconds=_optional(row, "used"),
         bank_seconds=_optional(row, "bank"),
         cancelled=int(row.get("cancelled", 0)),
+        counted=tuple(map(int, row["counted"])) if "counted" in row else None,
     )
 
 

@@ -39,7 +39,9 @@ def answer_late(
     late = {}
     for problem in problems:
         if problem.id not in settled:
-            contest = Contest.begin(problem, options, same, journal, now=0.0)
+            contest = Contest.begin(problem, options, journal, now=0.0, lanes=None)
+            for attempt in contest.turn():
+                contest.count(attempt, options.mode, same)
             contest.cancelled = len(contest.missing(options.samples))
             late[problem.id] = contest.solution(options, 0.0, TIME_LIMIT if contest.cancelled else None, None)
     journal.begin(loading_seconds)

@@ -76,6 +76,8 @@ class SolveOptions:
     """Name of the set of options that these came from; for the record."""
     save_text: bool = False
     """Keep each sample's text in the journal."""
+    save_confidence: bool = False
+    """Keep each sample's mean log-probability in the journal, also where votes do not weigh by it."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -102,6 +104,10 @@ class SolveOptions:
         whole = self.full_vote or self.order == "sequential" or self.time_limit is not None
         return self.samples if whole or self.together == 0 else self.together
 
+    def lanes(self, rows: int) -> int | None:
+        """Lanes of the order in which samples are counted, for an engine of so many rows; None: as they arrive."""
+        return None if self.time_limit is not None else max(1, min(self.wave, rows))
+
     def _unreadable(self) -> list[str]:
         """Complaints about texts and times that other modules understand."""
         wrong: list[str] = []
@@ -118,8 +124,6 @@ class SolveOptions:
                     check(value)
                 except TrtkitError as problem:
                     wrong.append(f"{problem.message} ({problem.hint})")
-        if self.weighting.partition("+")[0].strip() == "confidence":
-            wrong.append("weighting confidence: no engine gives log-probabilities so far; use another one")
         if limit is None and self.reserve is not None:
             wrong.append(f"reserve {self.reserve:g} s: only with a time limit")
         if self.default_answer is not None and self.fallback is None:
@@ -141,6 +145,11 @@ class SolveOptions:
     def votes(self) -> Weighting:
         """How votes weigh."""
         return parse_weighting(self.weighting)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Samples have to know how sure the model was."""
+        return self.save_confidence or self.votes.by == "confidence"
 
     @property
     def fallback(self) -> Answer | None:

@@ -38,7 +38,7 @@ class Attempt:
     forced: bool = False
     """Its thought was ended for it and the box opened, because its budget or its time was spent."""
     confidence: float | None = None
-    """Mean log-probability of its last tokens, where the engine gives it. No engine does so far."""
+    """Mean log-probability of its last tokens, where it was asked for (``ends.CONFIDENCE_TOKENS``)."""
     tool_calls: int = 0
     """Code blocks that were run for it."""
 
@@ -54,9 +54,9 @@ class Solution:
     problem_id: str
     tally: Tally
     attempts: tuple[Attempt, ...]
-    """Finished samples in order of arrival; cancelled ones are not among them."""
+    """The samples that were counted, in that order."""
     tokens: int
-    """All tokens generated for it, those of cancelled samples included."""
+    """All tokens generated for it, those of samples that were not counted included."""
     seconds: float
     stopped_early: str | None = None
     """What ended it while samples were outstanding: a stop rule, ``DEADLINE`` or ``TIME_LIMIT``."""
@@ -69,7 +69,7 @@ class Solution:
     bank_seconds: float | None = None
     """What was in the time bank when it was settled; None without a time limit."""
     cancelled: int = 0
-    """Samples that were not run to their end."""
+    """Samples that were not counted: never begun, not run to their end, or ended when all was decided."""
     fallback: Answer | None = None
     """What is answered when no sample gave an answer."""
 

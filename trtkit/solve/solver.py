@@ -1,8 +1,9 @@
-"""The loop: N samples per problem in one in-flight batch, votes counted as they arrive, siblings cancelled
+"""The loop: N samples per problem in one in-flight batch, votes counted as they come in, siblings cancelled
 when settled.
 
-What a sample says depends on its seed alone, so its answer is the same in any order, batch and session, unless a time
-limit cuts it short. Which samples are counted when a stop rule ends a problem does depend on their arrival.
+What a sample says depends on its seed alone, so its answer is the same in any order, batch and session, and samples are
+counted in an order of their own (``counting.py``). So a run says the same however often it was interrupted, unless a
+time limit cuts samples short.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from trtkit.solve.journal import Journal
 from trtkit.solve.observer import Observer
 from trtkit.solve.options import SolveOptions
 from trtkit.solve.problems import Problem
-from trtkit.solve.records import DEADLINE, TIME_LIMIT, Attempt, Solution, count_attempts
+from trtkit.solve.records import DEADLINE, TIME_LIMIT, Attempt, Solution
 from trtkit.solve.sandbox import Sandbox
-from trtkit.solve.stopping import first_to_hold
+from trtkit.solve.stopping import StopRule, first_to_hold
 
 __all__ = ["Solver"]
 
@@ -75,6 +76,7 @@ class Solver:
         self._bank: Clock | None = None
         self._stepped_at = 0.0
         self._step_seconds = 0.0
+        self._lanes: int | None = None
         self._contests: dict[str, Contest] = {}
         self._samples: dict[str, Sample] = {}
         self._solutions: dict[str, Solution] = {}
@@ -93,8 +95,10 @@ class Solver:
             self._code = CodeRows(sandbox, self._engine, self._chat, self._ends, self._options.max_tokens)
         self._solutions = earlier_solutions(problems, self._journal, self._options, self._grader.same)
         waiting = deque(problem for problem in problems if problem.id not in self._solutions)
+        self._lanes = self._options.lanes(self._engine.max_rows)
         if self._journal is not None:
-            self._journal.begin(loading_seconds)
+            self._lanes = self._lanes and (self._journal.history.lanes or self._lanes)
+            self._journal.begin(loading_seconds, self._lanes)
         self._start_clock(len(problems), len(waiting), loading_seconds)
         self._observer.began(problems, list(self._solutions.values()), self._options.samples)
         try:
@@ -145,17 +149,17 @@ class Solver:
 
     def _open(self, problem: Problem) -> None:
         now = self._now()
-        contest = Contest.begin(problem, self._options, self._grader.same, self._journal, now)
+        contest = Contest.begin(problem, self._options, self._journal, now, lanes=self._lanes)
         self._contests[problem.id] = contest
         self._observer.opened(problem, contest.tally)
         missing = contest.missing(self._options.samples)
-        rule = first_to_hold(self._rules, contest.tally, len(missing)) if missing else None
+        contest.waiting.extend(missing)
+        rule = self._count_ended(contest)
         stopped = rule.text if rule else None
         if self._bank is not None:
             contest.share_seconds = self._bank.open(problem.id, now, used=contest.earlier_seconds)
             if missing and stopped is None and self._bank.left_for(problem.id, now) <= 0:
                 stopped = TIME_LIMIT
-        contest.waiting.extend(missing)
         if missing and stopped is None:
             self._submit(contest, self._options.wave)
         else:
@@ -197,7 +201,8 @@ class Solver:
         if self._bank is not None:
             self._bank.charge(seconds, rows)  # before problems are settled and their accounts closed
         if finished:
-            self._count(finished)
+            self._record(finished)
+        self._count()
         if self._bank is not None:
             self._keep_time(self._bank, now)
 
@@ -211,7 +216,7 @@ class Solver:
 
     def _extend(self, sample: Sample, output: StepOutput) -> Attempt | None:
         """Add new tokens to a sample; the finished attempt if that ended it."""
-        end = self._ends.add(sample.stream, output.tokens, output.finish)
+        end = self._ends.add(sample.stream, output.tokens, output.finish, output.logprobs)
         if self._code is not None and self._code.take(sample, output, end):
             return None
         return None if end is None else self._finish(sample, end)
@@ -232,25 +237,36 @@ class Solver:
         text = self._ends.text(sample.stream)
         return sample.attempt(text, ending, finish, self._now(), keep_text=self._options.save_text)
 
-    def _count(self, finished: dict[str, list[Attempt]]) -> None:
-        """Write down what ended in this step, then count it and settle the problems that it decides."""
+    def _record(self, finished: dict[str, list[Attempt]]) -> None:
+        """Write down what ended in this step."""
         for ended in finished.values():
             ended.sort(key=lambda attempt: attempt.index)
         if self._journal is not None:
             self._journal.record([attempt for ended in finished.values() for attempt in ended], [])
         for problem_id, ended in finished.items():
-            contest = self._contests[problem_id]
-            for attempt in ended:
-                contest.attempts.append(attempt)
-                contest.tally = count_attempts([attempt], self._options.mode, self._grader.same, contest.tally)
-                self._observer.attempted(contest.problem, attempt, contest.tally)
-            outstanding = contest.outstanding
-            rule = first_to_hold(self._rules, contest.tally, outstanding) if outstanding else None
-            if rule is not None or not outstanding:
+            self._contests[problem_id].ended |= {attempt.index: attempt for attempt in ended}
+
+    def _count(self) -> None:
+        """Count what can be counted by now, and settle the problems that it decides."""
+        for contest in [contest for contest in self._contests.values() if contest.uncounted]:
+            rule = self._count_ended(contest)
+            if rule is not None or not contest.outstanding:
                 late = DEADLINE if contest.closing else None
                 self._settle(contest, rule.text if rule else late, None)
             elif contest.waiting and len(contest.samples) < self._options.wave:
                 self._submit(contest, self._options.wave - len(contest.samples))
+
+    def _count_ended(self, contest: Contest) -> StopRule | None:
+        """Count what can be counted, up to the rule that ends the problem, if one does."""
+        while group := contest.turn():
+            for attempt in group:
+                contest.count(attempt, self._options.mode, self._grader.same)
+                self._observer.attempted(contest.problem, attempt, contest.tally)
+            outstanding = contest.outstanding
+            rule = first_to_hold(self._rules, contest.tally, outstanding) if outstanding else None
+            if rule is not None:
+                return rule
+        return None
 
     def _keep_time(self, bank: Clock, now: float) -> None:
         """Settle problems whose time is up; shortly before that, make their samples answer."""
@@ -278,7 +294,8 @@ class Solver:
             ):
                 self._drop(sample)
         if ended:
-            self._count({contest.problem.id: ended})
+            self._record({contest.problem.id: ended})
+            self._count()
         elif not contest.samples:
             self._settle(contest, DEADLINE, None)
 
@@ -297,7 +314,7 @@ class Solver:
     def _settle(self, contest: Contest, stopped: str | None, error: str | None) -> None:
         for sample in list(contest.samples.values()):
             self._drop(sample)
-        contest.cancelled += len(contest.waiting)
+        contest.cancelled += len(contest.waiting) + contest.uncounted
         now = self._now()
         if self._bank is not None:
             contest.used_seconds = self._bank.close(contest.problem.id)
