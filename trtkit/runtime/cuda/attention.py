@@ -46,9 +46,14 @@ def split_shape(query_rows: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _decoded(codes, like):
-    """Stored numbers in the dtype of the query; their scale is applied to the sums."""
-    return codes.to(like.dtype)
+def _tiles(keys, values, blocks, slot, end, d, like, block_size: tl.constexpr, head_dim: tl.constexpr):
+    """Keys and values (S, D) at the slots before ``end``, in the dtype of ``like``; their scale is for the sums."""
+    place = tl.load(blocks + slot // block_size, mask=slot < end, other=0).to(tl.int64) * block_size
+    where = (place + slot % block_size)[:, None] * head_dim + d[None, :]
+    real = (slot < end)[:, None] & (d < head_dim)[None, :]
+    tile_k = tl.load(keys + where, mask=real, other=0.0)
+    tile_v = tl.load(values + where, mask=real, other=0.0)
+    return tile_k.to(like.dtype), tile_v.to(like.dtype)
 
 
 @triton.jit
@@ -64,6 +69,25 @@ def _encoded(x, scale, stored: tl.constexpr):
     else:
         codes = x.to(stored)
     return codes
+
+
+@triton.jit
+def _write_nodes(
+    k, v, key_scale, value_scale, keys, values, slots, first, end, k_stride, v_stride, d, head_dim: tl.constexpr
+):
+    """Store the row's slots ``first`` to ``end``. k, v and ``slots`` point to where slot 0 would be.
+
+    Every program that reads a node writes it itself, query tiles of one stretch the same numbers: none waits for
+    another.
+    """
+    for at in range(first, end, 16):
+        slot = at + tl.arange(0, 16)
+        fresh = (slot < end)[:, None] & (d < head_dim)[None, :]
+        where = tl.load(slots + slot, mask=slot < end, other=0)[:, None] * head_dim + d[None, :]
+        new_k = tl.load(k + slot[:, None] * k_stride + d[None, :], mask=fresh, other=0.0)
+        new_v = tl.load(v + slot[:, None] * v_stride + d[None, :], mask=fresh, other=0.0)
+        tl.store(keys + where, _encoded(new_k, key_scale, keys.dtype.element_ty), mask=fresh)
+        tl.store(values + where, _encoded(new_v, value_scale, values.dtype.element_ty), mask=fresh)
 
 
 @triton.jit
@@ -124,38 +148,24 @@ def attend_split(
     acc = tl.zeros((tile_m, tile_d), tl.float32)
 
     if end > before:
-        # Every program that reads a node writes it first, query tiles of one stretch the same numbers: none waits for
-        # another.
-        for at in range(tl.maximum(start, before), end, 16):
-            slot = at + tl.arange(0, 16)
-            fresh = (slot < end)[:, None] & (d < head_dim)[None, :]
-            token = row * nodes + slot - before
-            new_k = tl.load(k + token[:, None] * k_stride + head * head_dim + d[None, :], mask=fresh, other=0.0)
-            new_v = tl.load(v + token[:, None] * v_stride + head * head_dim + d[None, :], mask=fresh, other=0.0)
-            where = tl.load(slots + token, mask=slot < end, other=0)[:, None] * head_dim + d[None, :]
-            tl.store(keys + where, _encoded(new_k, key_scale, key_pool.dtype.element_ty), mask=fresh)
-            tl.store(values + where, _encoded(new_v, value_scale, key_pool.dtype.element_ty), mask=fresh)
+        shift = row * nodes - before  # from a slot to its node's token
+        _write_nodes(
+            k + shift * k_stride + head * head_dim, v + shift * v_stride + head * head_dim, key_scale, value_scale,
+            keys, values, slots + shift, tl.maximum(start, before), end, k_stride, v_stride, d, head_dim,
+        )  # fmt: skip
         tl.debug_barrier()
 
     # Tiles of cached slots only: everything is seen.
     own = tl.minimum(end, before // tile_s * tile_s)
     for at in range(start, own, tile_s):
         slot = at + tl.arange(0, tile_s)
-        place = tl.load(blocks + slot // block_size).to(tl.int64) * block_size + slot % block_size
-        where = place[:, None] * head_dim + d[None, :]
-        real = (d < head_dim)[None, :]
-        tile_k = _decoded(tl.load(keys + where, mask=real, other=0.0), query)
-        tile_v = _decoded(tl.load(values + where, mask=real, other=0.0), query)
+        tile_k, tile_v = _tiles(keys, values, blocks, slot, own, d, query, block_size, head_dim)
         top, norm, acc = _absorb(query, tile_k, tile_v, True, top, norm, acc, scale)
 
     # The last tiles: cached slots, then the nodes.
     for at in tl.range(tl.maximum(start, own), end, tile_s, num_stages=1):
         slot = at + tl.arange(0, tile_s)
-        place = tl.load(blocks + slot // block_size, mask=slot < end, other=0).to(tl.int64) * block_size
-        where = (place + slot % block_size)[:, None] * head_dim + d[None, :]
-        real = (slot < end)[:, None] & (d < head_dim)[None, :]
-        tile_k = _decoded(tl.load(keys + where, mask=real, other=0.0), query)
-        tile_v = _decoded(tl.load(values + where, mask=real, other=0.0), query)
+        tile_k, tile_v = _tiles(keys, values, blocks, slot, end, d, query, block_size, head_dim)
         other = slot - before
         at_mask = row * mask_row + node[:, None] * mask_node + other[None, :]
         is_node = (other >= 0) & (slot < end)
