@@ -19,7 +19,7 @@ from trtkit.runtime.cuda.layout import TILE, group_ratios, to_words
 from trtkit.runtime.cuda.products import one_row, product, product_words
 from trtkit.runtime.cuda.workspace import workspace_of
 
-__all__ = ["DeviceWeights", "kind_of", "place", "run"]
+__all__ = ["DeviceWeights", "kind_of", "place", "probe", "run"]
 
 _BLOCK = 1024
 
@@ -98,6 +98,14 @@ def place(weights: LinearWeights, device: torch.device) -> DeviceWeights:
         tensor_scales=steps,
         rounded_bias=None if bias is None else bias.to(torch.bfloat16),
     )  # fmt: skip
+
+
+def probe(device: torch.device) -> None:
+    """Compile and run a small kernel; raises whatever Triton raises where that cannot be."""
+    sums, scale = torch.ones((1, 16), dtype=torch.int32, device=device), torch.ones(16, device=device)
+    out = torch.empty((1, 16), dtype=torch.bfloat16, device=device)
+    rescale[(1,)](sums, scale, scale, out, 16, 16, BLOCK=_BLOCK, num_warps=4)
+    assert out[0, 0].item() == 2
 
 
 def run(x: Tensor, weights: DeviceWeights, choice: Choice) -> Tensor:

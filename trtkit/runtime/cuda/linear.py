@@ -9,6 +9,7 @@ Letters: M rows of x, N output features, K input features.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable
 
@@ -84,12 +85,28 @@ class CudaLinear:
 
 
 def cuda_linear(weights: LinearWeights, *, device: torch.device, dtype: torch.dtype) -> CudaLinear | None:
-    """The kernels for one linear; None where they do not fit it: odd shapes, float32, an old GPU, no triton."""
-    if device.type != "cuda" or dtype != torch.bfloat16 or importlib.util.find_spec("triton") is None:
+    """The kernels for one linear; None where they do not fit it: odd shapes, float32, an old GPU, no working Triton."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or not fits(weights):
         return None
-    capability = torch.cuda.get_device_capability(device)
     needed = (8, 9) if weights.weight.format == "fp8" else (8, 0)
-    return CudaLinear(weights, device) if capability >= needed and fits(weights) else None
+    if torch.cuda.get_device_capability(device) < needed or not _triton_works(device):
+        return None
+    return CudaLinear(weights, device)
+
+
+@functools.cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether a kernel can be compiled and run: that takes Triton, and a C compiler for its launcher."""
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    try:
+        from trtkit.runtime.cuda import launch
+
+        launch.probe(device)
+    except Exception as problem:  # whatever it is, there is a way without
+        logger.warning("no Triton kernels on %s: %s", device, str(problem).strip()[:500])
+        return False
+    return True
 
 
 def fits(weights: LinearWeights) -> bool:

@@ -14,7 +14,7 @@ and SM, about 25 KB per SM in flight to cover 700 ns):
   that issues 128 lanes. Weight-only codes come in 16-bit words whose tiles already lie as the tensor cores want
   bfloat16 (:mod:`layout`): with everything, int8 takes 2.7 instructions per weight and int4 2.4, where codes stored
   row by row took 4.2 and 3.9, half of them moves and permutations. Codes of fp8 and int8-sq go to the tensor cores as
-  they are, at 0.9.
+  they are, with about one.
 
 Products run on the tensor cores even for one row (16 rows are the least, empty ones cost nothing but idle lanes): with
 ``swap`` W is the left operand, which is how Hopper's wgmma takes 64 rows of W by 16 columns of x from shared memory;

@@ -19,6 +19,7 @@ from statistics import median
 
 import torch
 import triton
+from triton.errors import TritonError
 
 from trtkit.errors import InputError, OutputError
 from trtkit.files import read_json, write_json
@@ -59,7 +60,7 @@ def fastest(options: Iterable[Choice], run: Callable[[Choice], object], device: 
             spent = _microseconds(functools.partial(run, option), other)
         except torch.cuda.OutOfMemoryError:
             continue
-        except (RuntimeError, triton.errors.TritonError) as problem:
+        except (RuntimeError, TritonError) as problem:
             logger.debug("%s: not possible here: %s", option, str(problem)[:200])
             continue
         if best is None or spent < best[1]:
