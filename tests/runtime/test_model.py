@@ -48,8 +48,8 @@ def _decode_logits(directory: Path, prompt: tuple[int, ...], following: tuple[in
             fresh = [decode.Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
             decode.prefill(model, cache, fresh)
             cache.copy_blocks(plan.copies)
-            at = decode.pending(plan.rows, model.device)
-            verified = decode.verify(model, cache, plan.rows, at, decode.root_only(at))
+            at = decode.pending(cache, plan.rows, 1)
+            verified = decode.verify(model, cache, at, decode.root_only(at))
             collected.append(verified.logits[0, 0].float())
             if token is not None:
                 plan.rows[0].tokens.append(token)

@@ -1,0 +1,1 @@
+"""Triton kernels of the CUDA path; the pure-torch functions are their definition."""
