@@ -90,7 +90,7 @@ def test_a_padded_step_is_the_step(model: DecoderModel, head: Drafter, shape: Tr
     before = [on.cache._keys.clone(), on.cache._values.clone(), on.contexts.clone()]
     nodes = 1 if shape is None else shape.max_nodes
     sampling = sampling_rows([r.request.sampling for r in rows], [r.request.seed for r in rows], model.device)
-    path = decode.decode_step(on, decode.pending(on.cache, rows, nodes), shape, sampling)
+    path, _ = decode.decode_step(on, decode.pending(on.cache, rows, nodes), shape, sampling)
     expected = decode.emitted(path).tolist()
     after = [on.cache._keys.clone(), on.cache._values.clone(), on.contexts.clone()]
     for now, then in zip((on.cache._keys, on.cache._values, on.contexts), before, strict=True):

@@ -83,7 +83,8 @@ def command(
         ),
     ] = None,
     weights: Annotated[
-        str, typer.Option("--weights", help="Votes weigh by: majority, finish or length; '+damped' for guesses.")
+        str,
+        typer.Option("--weights", help="Votes weigh by: majority, finish, length, confidence; '+damped' for guesses."),
     ] = "majority",
     default_answer: Annotated[
         str | None, typer.Option("--default-answer", help="What is answered where no sample gave an answer.")
@@ -107,6 +108,9 @@ def command(
     device: Device = "auto",
     threads: Threads = None,
     save_text: Annotated[bool, typer.Option("--save-text", help="Keep each sample's text.")] = False,
+    save_confidence: Annotated[
+        bool, typer.Option("--save-confidence", help="Keep each sample's mean log-probability, for revote.")
+    ] = False,
     force_new: Annotated[bool, typer.Option("--force-new", help="Throw away what --out holds and start over.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -156,6 +160,7 @@ def command(
             policy=policy,
             tools=code,
             save_text=save_text,
+            save_confidence=save_confidence,
             **chosen,
         )
 
@@ -172,7 +177,7 @@ def command(
     chat = load_chat(directory)
     switch = read_switch_penalty(switch_penalty, chat.encode, chat.decode) if switch_penalty else None
     final = options(SamplingParams(**sampling, switch=switch))  # type: ignore[arg-type]
-    for text in notices_for(manifest, final.sampling):
+    for text in notices_for(manifest, final.sampling, logprobs=final.wants_logprobs):
         logger.warning("note: %s", text)
     target = out or Path("runs") / f"{problems.stem}-{directory.resolve().name}"
 

@@ -98,6 +98,9 @@ class Request:
     """The noise at position t depends on (seed, t) alone: same seed, same sample, whatever else is in the batch."""
     hold: bool = False
     """Keep the row's place and cache after STOP or LENGTH, for :meth:`Engine.extend`; ``cancel`` lets go of it."""
+    logprobs: bool = False
+    """Report the natural logarithm of each token's probability, by the model's own distribution: at temperature 1,
+    before all cuts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +113,8 @@ class StepOutput:
     request_id: str
     tokens: tuple[int, ...]
     finish: FinishReason | None = None
+    logprobs: tuple[float, ...] = ()
+    """One for each of ``tokens`` where the request asks for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

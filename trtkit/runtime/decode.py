@@ -47,6 +47,7 @@ __all__ = [
     "draft",
     "emitted",
     "fill_pending",
+    "log_probabilities",
     "pending",
     "pending_from",
     "prefill",
@@ -269,7 +270,7 @@ class Stepper:
 def decode_step(
     on: Stepper, at: Pending, shape: TreeShape | None, sampling: SamplingRows, *,
     switch: Sequence[SwitchRows] = (), fixed: bool = False, phase: Phase = _untimed,
-) -> AcceptedPath:  # fmt: skip
+) -> tuple[AcceptedPath, Verified]:  # fmt: skip
     """Draft, verify, accept: a pure function of tensors, apart from the cache and the contexts that it updates.
 
     ``shape`` None is plain decoding. With ``fixed``, no shape depends on the data and nothing waits for the device
@@ -289,9 +290,16 @@ def decode_step(
             last = path.nodes.gather(1, path.length[:, None] - 1)
             hidden = verified.hidden.gather(1, last[:, :, None].expand(-1, -1, verified.hidden.shape[2]))
             on.contexts.index_copy_(0, at.lines, hidden[:, 0])
-    return path
+    return path, verified
 
 
 def emitted(path: AcceptedPath) -> Tensor:
     """What the host reads of a step: int64 (R, 1 + D), number of emitted tokens, then the tokens drawn on the path."""
     return torch.cat([path.length[:, None], path.tokens], dim=1)
+
+
+def log_probabilities(logits: Tensor, path: AcceptedPath) -> Tensor:
+    """float32 (R, D): log softmax(logits) of ``path.tokens`` at the nodes that drew them; logits (R, N, V)."""
+    rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
+    at_nodes = logits[rows, path.nodes].float()
+    return at_nodes.gather(2, path.tokens[..., None]).squeeze(2) - at_nodes.logsumexp(dim=2)

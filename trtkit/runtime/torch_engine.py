@@ -209,9 +209,12 @@ class TorchEngine:
     def _decode(self, rows: Sequence[Row]) -> list[StepOutput]:
         shape = self._chooser.choose(len(rows))
         began = time.perf_counter()
-        lines = self._emit(rows, shape)
+        lines, scores = self._emit(rows, shape)
         with self._phase("accept"):
-            outputs = [self._advance(row, tokens[:length]) for row, (length, *tokens) in zip(rows, lines, strict=True)]
+            outputs = [
+                self._advance(row, tokens[:length], score)
+                for row, (length, *tokens), score in zip(rows, lines, scores, strict=True)
+            ]
         seconds = time.perf_counter() - began
         depths = range(1, 1 + (shape.length if shape else 0))
         accepted = [sum(length > depth for length, *_ in lines) for depth in depths]
@@ -221,20 +224,24 @@ class TorchEngine:
             self._accepted[depth] += count
         return outputs
 
-    def _emit(self, rows: Sequence[Row], shape: TreeShape | None) -> list[list[int]]:
-        """Draft, verify, accept: each row's number of emitted tokens, and the tokens drawn on its path."""
-        device = self._stepper.model.device
+    def _emit(self, rows: Sequence[Row], shape: TreeShape | None) -> tuple[list[list[int]], list[list[float]]]:
+        """Draft, verify, accept. For each row the number of emitted tokens and the tokens drawn on its path; their
+        log-probabilities where a row asks for them."""
+        scores: list[list[float]] = [[]] * len(rows)
         penalised = any(row.request.sampling.switch is not None for row in rows)
-        if self._graphs is not None and not penalised:
+        scored = any(row.request.logprobs for row in rows)
+        if self._graphs is not None and not penalised and not scored:
             with self._phase("verify"):  # one launch: its parts have no time of their own
-                return self._graphs.run(rows, shape)
-        sampling = self._sampling_of(rows)
+                return self._graphs.run(rows, shape), scores
         at = decode.pending(self._stepper.cache, rows, 1 if shape is None else shape.max_nodes)
-        switch = switch_rows(rows, device) if penalised else ()
-        path = decode.decode_step(self._stepper, at, shape, sampling, switch=switch, phase=self._phase)
+        switch = switch_rows(rows, self._model.device) if penalised else ()
+        sampling = self._sampling_of(rows)
+        path, verified = decode.decode_step(self._stepper, at, shape, sampling, switch=switch, phase=self._phase)
         with self._phase("accept"):
             lines: list[list[int]] = decode.emitted(path).tolist()
-        return lines
+            if scored:
+                scores = decode.log_probabilities(verified.logits, path).tolist()
+        return lines, scores
 
     def _prefill(self, plan: Schedule) -> None:
         fresh = [decode.Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
@@ -257,7 +264,7 @@ class TorchEngine:
             self._sampling = (names, sampling_rows(params, seeds, self._model.device))
         return self._sampling[1]
 
-    def _advance(self, row: Row, emitted: Sequence[int]) -> StepOutput:
+    def _advance(self, row: Row, emitted: Sequence[int], scores: Sequence[float]) -> StepOutput:
         """Append what was accepted, up to a stop id or the budget: what follows those inside the run is dropped."""
         finish = None
         kept = 0
@@ -277,7 +284,8 @@ class TorchEngine:
             row.ended = True
         elif finish is not None:
             self._scheduler.finish(row.request.id)
-        return StepOutput(request_id=row.request.id, tokens=tuple(emitted[:kept]), finish=finish)
+        logprobs = tuple(scores[:kept]) if row.request.logprobs else ()
+        return StepOutput(request_id=row.request.id, tokens=tuple(emitted[:kept]), finish=finish, logprobs=logprobs)
 
     def _count(self, plan: Schedule) -> None:
         self._steps += 1

@@ -86,7 +86,7 @@ class TrtllmEngine:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises :class:`RequestError`, or :class:`UsageError` for sampling that it cannot do."""
-        check_sampling(request.sampling, self._facts.kind)
+        check_sampling(request.sampling, self._facts.kind, logprobs=request.logprobs)
         wrong = []
         if request.id in self._rows:
             wrong.append("the id is in use by an unfinished request")

@@ -33,8 +33,13 @@ def kind_of(recipe: Recipe) -> EngineKind:
     return EngineKind(redrafter=recipe.tree is not None, greedy=recipe.tree is not None and recipe.greedy)
 
 
-def check_sampling(sampling: SamplingParams, kind: EngineKind) -> None:
+def check_sampling(sampling: SamplingParams, kind: EngineKind, *, logprobs: bool = False) -> None:
     """Raise :class:`UsageError` listing everything in ``sampling`` that the engine cannot do."""
+    if logprobs:
+        raise UsageError(
+            "tensorrt-llm engines report no log-probabilities here",
+            hint="weigh votes by something else than confidence, or solve with the torch backend",
+        )
     if sampling.switch is not None:
         raise UsageError(
             "tensorrt-llm engines cannot penalize thought switches: that changes logits between forward and sampling",
@@ -87,10 +92,10 @@ def notices(kind: EngineKind) -> tuple[str, ...]:
     return (f"this ReDrafter engine samples with the temperature only; temperature 0 runs as {COLD}",)
 
 
-def notices_for(manifest: EngineManifest, sampling: SamplingParams) -> tuple[str, ...]:
+def notices_for(manifest: EngineManifest, sampling: SamplingParams, *, logprobs: bool = False) -> tuple[str, ...]:
     """What to say before a run with this engine; nothing for torch. :class:`UsageError` when it cannot sample so."""
     if manifest.backend != "tensorrt-llm":
         return ()
     kind = kind_of(manifest.recipe)
-    check_sampling(sampling, kind)
+    check_sampling(sampling, kind, logprobs=logprobs)
     return notices(kind)

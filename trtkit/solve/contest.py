@@ -59,6 +59,7 @@ class Sample:
             ending=ending,
             forced=self.stream.forced,
             tool_calls=self.tool_calls,
+            confidence=self.stream.confidence,
         )
 
 
@@ -153,6 +154,7 @@ class Contest:
                 max_tokens=min(options.max_tokens, room) if room > 0 else options.max_tokens,
                 seed=sample_seed(options.seed, problem.id, index),
                 hold=options.forces or options.tools is not None,
+                logprobs=options.wants_logprobs,
             )
             try:
                 engine.submit(request)

@@ -6,6 +6,7 @@ tokens were cut into steps.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,11 +16,14 @@ from trtkit.runtime.api import FinishReason
 from trtkit.solve.answers import Answer, AnswerMode, extract_box, read_answer
 from trtkit.solve.stop_text import end_of_text
 
-__all__ = ["ANSWER_OPENING", "CLOSING_TOKENS", "End", "EndRules", "Ending", "Stream", "is_looping"]
+__all__ = ["ANSWER_OPENING", "CLOSING_TOKENS", "CONFIDENCE_TOKENS", "End", "EndRules", "Ending", "Stream", "is_looping"]
 
 ANSWER_OPENING = "\n\nThe answer is \\boxed{"
 CLOSING_TOKENS = 48
 """What a sample that is made to answer may spend on it."""
+
+CONFIDENCE_TOKENS = 2048
+"""The tail that says how sure a sample was: as in the tail confidence of DeepConf (arXiv 2508.15260)."""
 
 _LOOP_CHARACTERS, _LOOP_TIMES = 200, 3
 _LOOP_EVERY = 256
@@ -64,6 +68,8 @@ class Stream:
     """What it was made to answer for."""
     inserted: int = 0
     """Tokens that we wrote, not the model."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of the tokens that the model wrote, where they were asked for."""
     chunks: list[str] = field(default_factory=list)
     """Its text by stretches of ``_LOOP_EVERY`` tokens, as far as it was needed."""
 
@@ -76,6 +82,17 @@ class Stream:
     def forced(self) -> bool:
         """It was made to answer."""
         return self.closing_at is not None
+
+    @property
+    def confidence(self) -> float | None:
+        """Mean log-probability of its last ``CONFIDENCE_TOKENS``; None where they were not asked for."""
+        return statistics.fmean(self.logprobs[-CONFIDENCE_TOKENS:]) if self.logprobs else None
+
+    def cut(self, length: int) -> None:
+        """Take back what the model wrote after ``length`` tokens."""
+        if self.logprobs:
+            del self.logprobs[len(self.logprobs) - (len(self.tokens) - length) :]
+        del self.tokens[length:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,17 +119,20 @@ class EndRules:
         self._loops = loops
         self.stop_ids = tuple(dict.fromkeys((*self._think_ids, *chat.eos_ids)))
 
-    def add(self, stream: Stream, tokens: Sequence[int], finish: FinishReason | None) -> End | None:
+    def add(
+        self, stream: Stream, tokens: Sequence[int], finish: FinishReason | None, logprobs: Sequence[float] = ()
+    ) -> End | None:
         """Add what the engine reported; the sample's end if it is in there. Of several, the earliest counts."""
         seen = len(stream.tokens)
         stream.tokens.extend(tokens)
+        stream.logprobs.extend(logprobs)
         found = [end for end in (self._by_engine(stream, finish), self._by_text(stream, seen)) if end is not None]
         if stream.closing_at is None:
             found += [end for end in (self._by_box(stream, seen), self._by_loop(stream, seen)) if end is not None]
         if not found:
             return None
         end = min(found, key=lambda end: end.length)
-        del stream.tokens[end.length :]
+        stream.cut(end.length)
         return end
 
     def text(self, stream: Stream) -> str:
@@ -134,7 +154,8 @@ class EndRules:
 
     def replace(self, stream: Stream, length: int, tokens: Sequence[int]) -> None:
         """Take back what the sample said after ``length`` tokens, and have it read ``tokens`` instead."""
-        del stream.tokens[length:], stream.chunks[length // _LOOP_EVERY :]
+        stream.cut(length)
+        del stream.chunks[length // _LOOP_EVERY :]
         stream.tokens.extend(tokens)
         stream.inserted += len(tokens)
         if self._loops:

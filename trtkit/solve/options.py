@@ -76,6 +76,8 @@ class SolveOptions:
     """Name of the set of options that these came from; for the record."""
     save_text: bool = False
     """Keep each sample's text in the journal."""
+    save_confidence: bool = False
+    """Keep each sample's mean log-probability in the journal, also where votes do not weigh by it."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -122,8 +124,6 @@ class SolveOptions:
                     check(value)
                 except TrtkitError as problem:
                     wrong.append(f"{problem.message} ({problem.hint})")
-        if self.weighting.partition("+")[0].strip() == "confidence":
-            wrong.append("weighting confidence: no engine gives log-probabilities so far; use another one")
         if limit is None and self.reserve is not None:
             wrong.append(f"reserve {self.reserve:g} s: only with a time limit")
         if self.default_answer is not None and self.fallback is None:
@@ -145,6 +145,11 @@ class SolveOptions:
     def votes(self) -> Weighting:
         """How votes weigh."""
         return parse_weighting(self.weighting)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Samples have to know how sure the model was."""
+        return self.save_confidence or self.votes.by == "confidence"
 
     @property
     def fallback(self) -> Answer | None:

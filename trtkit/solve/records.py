@@ -38,7 +38,7 @@ class Attempt:
     forced: bool = False
     """Its thought was ended for it and the box opened, because its budget or its time was spent."""
     confidence: float | None = None
-    """Mean log-probability of its last tokens, where the engine gives it. No engine does so far."""
+    """Mean log-probability of its last tokens, where it was asked for (``ends.CONFIDENCE_TOKENS``)."""
     tool_calls: int = 0
     """Code blocks that were run for it."""
 

@@ -72,6 +72,7 @@ _ADDED = {
     "arguments.kill_loops": "false",
     "arguments.force_close": "false",
     "arguments.weighting": '"majority"',
+    "arguments.save_confidence": "false",
 }
 """What older versions did, which did not have these arguments: so their runs can be gone on with. Arguments that are
 null now need no entry."""

@@ -1,4 +1,4 @@
-"""The loop: N samples per problem in one in-flight batch, votes counted as they arrive, siblings cancelled
+"""The loop: N samples per problem in one in-flight batch, votes counted as they come in, siblings cancelled
 when settled.
 
 What a sample says depends on its seed alone, so its answer is the same in any order, batch and session, and samples are
@@ -216,7 +216,7 @@ class Solver:
 
     def _extend(self, sample: Sample, output: StepOutput) -> Attempt | None:
         """Add new tokens to a sample; the finished attempt if that ended it."""
-        end = self._ends.add(sample.stream, output.tokens, output.finish)
+        end = self._ends.add(sample.stream, output.tokens, output.finish, output.logprobs)
         if self._code is not None and self._code.take(sample, output, end):
             return None
         return None if end is None else self._finish(sample, end)

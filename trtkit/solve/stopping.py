@@ -4,8 +4,9 @@ A rule is written as text, ``unassailable`` or ``agree(4)``, so that runs can re
 joined by ``+`` and the first that holds ends the problem. To add one, write a function that takes its numbers and
 returns a :class:`Holds`, and list it in ``_RULES``.
 
-The rules see answers in order of arrival. In one batch short samples arrive first, so the samples behind a decision are
-no random draw of all: what ``beta`` and ``certificate`` say of their error is exact for samples in random order.
+The rules see answers in the order of :mod:`trtkit.solve.counting`. Short samples come first in it, so the samples
+behind a decision are no random draw of all: what ``beta`` and ``certificate`` say of their error is exact for samples
+in random order.
 """
 
 from __future__ import annotations

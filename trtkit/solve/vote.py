@@ -119,7 +119,7 @@ class Tally:
     votes: tuple[Vote, ...] = ()
     """One per distinct answer, in order of first appearance."""
     ballots: tuple[Ballot, ...] = ()
-    """One per answer, in order of arrival."""
+    """One per answer, in order of counting."""
     blank: int = 0
     """Samples that finished without an answer."""
     weighting: Weighting = field(default_factory=Weighting)
@@ -158,7 +158,7 @@ class Tally:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """For each answer in order of arrival: its place in ``votes``."""
+        """For each answer in order of counting: its place in ``votes``."""
         return tuple(ballot.place for ballot in self.ballots)
 
     @property

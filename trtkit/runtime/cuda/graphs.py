@@ -173,7 +173,7 @@ class StepGraphs:
             seeds=views["seeds"], temperature=views["temperature"], top_k=views["top_k"], top_p=views["top_p"],
             min_p=views["min_p"], cold=views["cold"] != 0, **dict(zip(_CUTS, key.cuts, strict=True)),
         )  # fmt: skip
-        path = decode_step(self._on, at, key.shape, sampling, fixed=True)
+        path, _ = decode_step(self._on, at, key.shape, sampling, fixed=True)
         self._out[: key.rows * (1 + key.path)].view(key.rows, -1).copy_(emitted(path))
 
     def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph:
