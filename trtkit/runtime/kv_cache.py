@@ -101,6 +101,10 @@ class KvCache:
         """Keys and values of every block as they are stored: (kv_heads, blocks, block_size * D) each."""
         return self._keys[layer], self._values[layer]
 
+    def scales(self, layer: int) -> tuple[float, float]:
+        """Size of one step of the stored keys and values: 1 where they are stored in the compute dtype."""
+        return (1.0, 1.0) if self._keys.dtype == self._dtype else self._scales[layer]
+
     def read(self, layer: int, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the listed blocks (R * B,), each (kv_heads, R, S, D) in the compute dtype."""
         shape = (self._kv_heads, rows, -1, self._head_dim)

@@ -16,6 +16,7 @@ from torch import Tensor
 from trtkit.checkpoint.unified import UnifiedCheckpoint
 from trtkit.decoder import Attend, LinearName, Norms, PlainPointwise, Pointwise, Rope, decoder_layer, rope_at
 from trtkit.quant.tensor import LinearWeights, dense
+from trtkit.runtime.cuda.kernels import open_cuda_kernels
 from trtkit.runtime.linear import Kernel, runtime_linear
 from trtkit.runtime.native.kernels import NativePointwise, open_kernels
 
@@ -44,7 +45,10 @@ class DecoderModel:
         self.dtype = dtype
         self.native = open_kernels(self.spec.parameters, device, dtype)
         """Whether everything but the products runs on the C++ kernels."""
-        self._pointwise: Pointwise = NativePointwise() if self.native else PlainPointwise()
+        cuda_kernels = open_cuda_kernels(device, dtype)
+        self.triton = cuda_kernels is not None
+        """Whether everything but the products runs on the Triton kernels."""
+        self._pointwise: Pointwise = NativePointwise() if self.native else cuda_kernels or PlainPointwise()
         self._layers = [self._load_layer(checkpoint, index) for index in range(self.spec.layers)]
         self.embedding = checkpoint.embedding().to(device=device, dtype=dtype)
         self._final_norm = checkpoint.final_norm().to(device).float()

@@ -1,0 +1,111 @@
+"""The attention and pointwise kernels as Triton's compiler and ptxas make them for GPUs that are not there.
+
+Compiled in a process of its own: in this one the kernels are the interpreter's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[3]
+QKV = dict.fromkeys(("q", "k", "v"), "*bf16")
+FLOATS = dict.fromkeys(("sums", "tops", "norms"), "*fp32")
+SIZES = dict.fromkeys(
+    ("q_stride", "k_stride", "v_stride", "pool_stride", "table_width", "mask_row", "mask_node", "nodes", "splits",
+     "m_tiles"), "i32",
+)  # fmt: skip
+SCALES = dict.fromkeys(("key_scale", "value_scale", "softmax_scale"), "fp32")
+
+
+def attention(stored: str, tile_m: int, head_dim: int = 128) -> tuple[str, dict[str, str], dict[str, Any], int]:
+    """The shapes of Qwen2.5-14B; ``head_dim`` 64 is that of 0.5B."""
+    types = {
+        **QKV, **FLOATS, **SIZES, **SCALES, "key_pool": stored, "value_pool": stored, "table": "*i64",
+        "cached": "*i64", "mask": "*u8", "slots": "*i64",
+    }  # fmt: skip
+    constants = {
+        "group": 5, "head_dim": head_dim, "block_size": 16, "tile_m": tile_m, "tile_s": 32, "tile_d": head_dim,
+        "split": 256 if tile_m <= 32 else 512,
+    }  # fmt: skip
+    return "attention.attend_split", types, constants, 4
+
+
+COMBINE = (
+    "attention.combine_splits",
+    {**FLOATS, "out": "*bf16", "cached": "*i64", "nodes": "i32", "splits": "i32", "value_scale": "fp32"},
+    {"group": 5, "head_dim": 128, "tile_d": 128, "split": 256, "chunk": 32},
+    4,
+)
+POINTWISE = (
+    (
+        "pointwise.add_norm",
+        {"out": "*bf16", "hidden": "*bf16", "delta": "*bf16", "weight": "*fp32", "out_stride": "i32",
+         "hidden_stride": "i32", "delta_stride": "i32", "eps": "fp32"},
+        {"width": 5120, "tile": 8192, "adds": True}, 8,
+    ),
+    (
+        "pointwise.rotate",
+        {"qkv": "*bf16", "cos": "*bf16", "sin": "*bf16", "q_weight": "*fp32", "k_weight": "*fp32", "stride": "i32",
+         "eps": "fp32"},
+        {"heads": 40, "head_dim": 128, "tile": 64, "norms": True}, 1,
+    ),
+    (
+        "pointwise.gated", {"out": "*bf16", "gate_up": "*bf16", "stride": "i32"}, {"width": 13824, "tile": 1024}, 4,
+    ),
+)  # fmt: skip
+SCRIPT = """
+import importlib, json, sys
+from tests.runtime.cuda.compiling import compile_for
+for name, types, constants, warps in json.load(sys.stdin):
+    module, kernel = name.split(".")
+    kernel = getattr(importlib.import_module("trtkit.runtime.cuda." + module), kernel)
+    made = compile_for(int(sys.argv[1]), kernel, types, constants, warps=warps)
+    facts = {"registers": made.registers, "spilled": made.spilled_bytes, "shared": made.shared_bytes}
+    facts["tensor_cores"] = "mma" in made.ptx
+    facts["async_copies"] = "cp.async" in made.ptx
+    print(json.dumps([name, constants, facts]), flush=True)
+"""
+
+
+def compiled(capability: int, kernels: list[Any]) -> list[Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(capability)], input=json.dumps(kernels), env=environment, cwd=ROOT,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", [89, 90])
+def test_attention_fits_several_programs_on_a_multiprocessor(capability: int) -> None:
+    """Two at least: 128 threads of 255 registers, and half of an L4's 99 KB. Fewer would leave memory idle."""
+    wanted = [attention(stored, tile_m) for stored in ("*bf16", "*fp8e4nv", "*i8") for tile_m in (16, 32, 64)]
+    made = compiled(capability, [*wanted, attention("*bf16", 16, 64), COMBINE])
+    assert len(made) == 11
+    for name, constants, facts in made:
+        assert facts["spilled"] == 0, (name, constants, facts)
+        assert facts["shared"] <= 49 * 1024, (name, constants, facts)
+        if name == "attention.attend_split":
+            assert facts["tensor_cores"]
+            assert facts["async_copies"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_pointwise_kernels_compile_without_spills(capability: int) -> None:
+    for name, _, facts in compiled(capability, list(POINTWISE)):
+        assert facts["spilled"] == 0, (name, facts)
