@@ -1,6 +1,6 @@
-"""The phases of a step over plain tensors: *prefill*, *draft*, *verify*, *accept*.
+"""The phases of a decode step over plain tensors: *draft*, *verify*, *accept* (*prefill* has a room of its own).
 
-Prefill computes keys and values of known tokens. Draft grows a tree on each row's pending token (without a drafter the
+Draft grows a tree on each row's pending token (without a drafter the
 tree is that token alone). Verify runs the tree's nodes through the model and gives logits at each. Accept draws one
 token at each node, with noise that depends on (seed, position) alone, follows the tree while it agrees, and keeps the
 keys and values of the nodes on the way.
@@ -30,7 +30,9 @@ from drafter.config import TreeShape
 from drafter.model import Drafter
 from drafter.tree import TokenTree, build_tree
 from trtkit.decoder import Attend
-from trtkit.runtime.attention import Span, VerifyBatch, attend_prefill, attend_verify
+from trtkit.runtime.attention import VerifyBatch, attend_verify
+from trtkit.runtime.cuda.batch import CudaVerifyBatch
+from trtkit.runtime.cuda.kernels import attend_fits
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.processors import SwitchRows, penalise
@@ -40,7 +42,6 @@ from trtkit.runtime.scheduler import Row
 __all__ = [
     "Pending",
     "Stepper",
-    "Stretch",
     "Verified",
     "accept",
     "decode_step",
@@ -50,13 +51,9 @@ __all__ = [
     "log_probabilities",
     "pending",
     "pending_from",
-    "prefill",
     "root_only",
     "verify",
 ]
-
-PREFILL_TOKENS = 2048
-"""Most tokens in one prefill pass: bounds the activations."""
 
 Redraw: TypeAlias = "Callable[[TokenTree, Pending, Tensor], Tensor]"
 """(trees, rows, tokens drawn at the nodes (R, N)) -> other tokens (R, N)."""
@@ -66,57 +63,6 @@ Phase: TypeAlias = Callable[[str], AbstractContextManager[None]]
 
 def _untimed(_name: str) -> AbstractContextManager[None]:
     return nullcontext()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stretch:
-    """Known tokens to compute: ``tokens`` stand at positions ``cached``, ``cached + 1``, ... in ``blocks``."""
-
-    tokens: Sequence[int]
-    cached: int
-    blocks: Sequence[int]
-
-
-def prefill(model: DecoderModel, cache: KvCache, stretches: Sequence[Stretch]) -> None:
-    """Fill the cache with the keys and values of all stretches, in passes of at most ``PREFILL_TOKENS`` tokens."""
-    batch: list[Stretch] = []
-    room = PREFILL_TOKENS
-    for stretch in stretches:
-        done = 0
-        while done < len(stretch.tokens):
-            part = stretch.tokens[done : done + room]
-            batch.append(Stretch(tokens=part, cached=stretch.cached + done, blocks=stretch.blocks))
-            done += len(part)
-            room -= len(part)
-            if room == 0:
-                _prefill_pass(model, cache, batch)
-                batch, room = [], PREFILL_TOKENS
-    if batch:
-        _prefill_pass(model, cache, batch)
-
-
-def _prefill_pass(model: DecoderModel, cache: KvCache, batch: Sequence[Stretch]) -> None:
-    device, size = model.device, cache.block_size
-    spans: list[Span] = []
-    slots: list[Tensor] = []
-    positions: list[Tensor] = []
-    start = 0
-    for stretch in batch:
-        count = len(stretch.tokens)
-        end = stretch.cached + count
-        blocks = torch.tensor(stretch.blocks[: -(-end // size)], device=device)
-        at = torch.arange(stretch.cached, end, device=device)
-        spans.append(Span(start=start, tokens=count, cached=stretch.cached, blocks=blocks))
-        positions.append(at)
-        slots.append(blocks[at // size] * size + at % size)
-        start += count
-    tokens = torch.tensor([token for stretch in batch for token in stretch.tokens], device=device)
-    flat_slots = torch.cat(slots)
-
-    def attend(layer: int) -> Attend:
-        return lambda q, k, v: attend_prefill(cache, layer, spans, flat_slots, q, k, v)
-
-    model.forward(tokens, torch.cat(positions), attend)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +156,13 @@ def _attention(
 ) -> Callable[[int], Attend]:
     """The attention of each layer. ``slots`` and ``places`` (R, N): the nodes' slots in the cache and in their row."""
     count, nodes = slots.shape
+    if model.triton and attend_fits(model.device, cache.kv_dtype):
+        from trtkit.runtime.cuda.attention import attend_verify_triton
+
+        on_device = CudaVerifyBatch(
+            rows=count, nodes=nodes, blocks=at.blocks, cached=at.cached, mask=tree.mask, slots=slots.flatten()
+        )
+        return lambda layer: lambda q, k, v: attend_verify_triton(cache, layer, on_device, q, k, v)
     seen = torch.arange(at.blocks.shape[1] * cache.block_size, device=model.device)
     hidden_slots = (seen >= at.cached[:, None])[:, None, :].repeat(1, nodes, 1)
     hidden_slots.scatter_(2, places[:, None, :].expand(-1, nodes, -1), ~tree.mask)

@@ -43,6 +43,7 @@ class KvCache:
     ) -> None:  # fmt: skip
         """``scales``: for each layer the size of one step of keys and of values; 8-bit caches only, 1 by default."""
         self.block_size = block_size
+        self.kv_dtype = kv_dtype
         self._dtype = dtype
         self._scales = list(scales) if scales is not None else [(1.0, 1.0)] * spec.layers
         self._kv_heads = spec.kv_heads

@@ -1,7 +1,7 @@
 """The embedded runtime: an ``Engine`` in PyTorch, on CPU or CUDA.
 
-One ``step`` is: schedule, prefill what is new, draft, verify, accept. See ``decode.py`` for the phases and
-``scheduler.py`` for who runs. With a drafter the tokens are the same, only sooner.
+One ``step`` is: schedule, prefill what is new, draft, verify, accept. See ``prefill.py`` and ``decode.py`` for the
+phases, ``scheduler.py`` for who runs. With a drafter the tokens are the same, only sooner.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from trtkit.runtime.blocks import BlockAllocator
 from trtkit.runtime.cuda.graphs import StepGraphs
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.prefill import Stretch, prefill
 from trtkit.runtime.processors import switch_rows
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row, Schedule, Scheduler
@@ -244,14 +245,13 @@ class TorchEngine:
         return lines, scores
 
     def _prefill(self, plan: Schedule) -> None:
-        fresh = [decode.Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
-        decode.prefill(self._model, self._stepper.cache, fresh)
+        fresh = [Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
+        prefill(self._model, self._stepper.cache, fresh)
         self._stepper.cache.copy_blocks(plan.copies)
         again = [
-            decode.Stretch(tokens=row.tokens[row.cached : -1], cached=row.cached, blocks=row.blocks)
-            for row in plan.recomputes
+            Stretch(tokens=row.tokens[row.cached : -1], cached=row.cached, blocks=row.blocks) for row in plan.recomputes
         ]
-        decode.prefill(self._model, self._stepper.cache, again)
+        prefill(self._model, self._stepper.cache, again)
         for row in plan.recomputes:
             row.cached = len(row.tokens) - 1
         self._prefill_tokens += sum(len(stretch.tokens) for stretch in (*fresh, *again))
