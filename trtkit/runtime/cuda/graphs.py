@@ -22,7 +22,7 @@ from torch import Tensor
 
 from drafter.config import TreeShape
 from trtkit.log import logger
-from trtkit.runtime.decode import Stepper, decode_step, emitted, fill_pending, pending_from
+from trtkit.runtime.decode import Pending, Stepper, decode_step, emitted, fill_pending, pending_from
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row
 
@@ -122,7 +122,7 @@ class StepGraphs:
     def run(self, rows: Sequence[Row], shape: TreeShape | None) -> list[list[int]]:
         """One decode step; each row's number of emitted tokens and the tokens drawn on its path, as ``emitted``."""
         key = self.fill(rows, shape)
-        self._in[: key.words].copy_(self._host_in[: key.words], non_blocking=True)
+        self.upload(key)
         if self._captures:
             graph = self._graphs.get(key)
             if graph is None:
@@ -164,17 +164,25 @@ class StepGraphs:
             self._filled = (key, names)
         return key
 
+    def upload(self, key: StepKey) -> None:
+        """Copy what ``fill`` wrote to the device."""
+        self._in[: key.words].copy_(self._host_in[: key.words], non_blocking=True)
+
     def step(self, key: StepKey) -> None:
         """The step from the input to the output buffer, both on the device. What a graph is captured of."""
+        at, sampling = self.inputs(key)
+        path, _ = decode_step(self._on, at, key.shape, sampling, fixed=True)
+        self._out[: key.rows * (1 + key.path)].view(key.rows, -1).copy_(emitted(path))
+
+    def inputs(self, key: StepKey) -> tuple[Pending, SamplingRows]:
+        """What the step reads, as views of the input buffer on the device."""
         stand = key.rows * (3 + key.width)
-        at = pending_from(self._in[:stand], key.rows, key.width)
         views = _sampling_views(self._in[stand : key.words], key.rows)
         sampling = SamplingRows(
             seeds=views["seeds"], temperature=views["temperature"], top_k=views["top_k"], top_p=views["top_p"],
             min_p=views["min_p"], cold=views["cold"] != 0, **dict(zip(_CUTS, key.cuts, strict=True)),
         )  # fmt: skip
-        path, _ = decode_step(self._on, at, key.shape, sampling, fixed=True)
-        self._out[: key.rows * (1 + key.path)].view(key.rows, -1).copy_(emitted(path))
+        return pending_from(self._in[:stand], key.rows, key.width), sampling
 
     def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph:
         """Warm up on a side stream, then record. The rows' contexts are left as they were."""
