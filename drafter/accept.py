@@ -31,6 +31,9 @@ class AcceptedPath:
 
 def follow(tree: TokenTree, picks: Tensor) -> AcceptedPath:
     """picks (R, N): the target's draw at every node of ``tree`` (R, N)."""
+    if tree.levels == 0:
+        root = torch.zeros_like(picks)
+        return AcceptedPath(nodes=root, length=root[:, 0] + 1, tokens=picks)
     if tree.chain:
         return _along(tree, picks)
     rows = picks.shape[0]
@@ -39,7 +42,7 @@ def follow(tree: TokenTree, picks: Tensor) -> AcceptedPath:
     length = torch.ones_like(node)
     alive = torch.ones_like(node, dtype=torch.bool)
     nodes, tokens = [node], [picks[row, node]]
-    for _ in range(int(tree.depth.max())):
+    for _ in range(tree.levels):
         child = (tree.parent == node[:, None]) & (tree.tokens == tokens[-1][:, None])
         alive = alive & child.any(dim=1)
         node = torch.where(alive, child.int().argmax(dim=1), node)

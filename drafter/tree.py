@@ -8,7 +8,7 @@ Worked example, root token 9, three beams of two tokens::
     depth   0    1    2    2    1    2
 
 Letters: R rows, B beams, L drafted tokens per beam, N nodes (the same for all rows; shorter trees are padded with nodes
-that nobody can reach).
+that nobody can reach: those of the batch's largest tree, or all 1 + B * L where shapes must not depend on the data).
 """
 
 from __future__ import annotations
@@ -33,12 +33,17 @@ class TokenTree:
     """int64 (R, N): 0 at the root; padding has depth 0."""
     mask: Tensor
     """bool (R, N, N): mask[r, i, j] when j is i or an ancestor of i: what node i may attend to."""
+    levels: int
+    """Depth of the deepest node: L, known without a look at the tensors."""
     chain: bool = False
     """Node i + 1 is the only child of node i, in every row."""
 
 
-def build_tree(root: Tensor, beams: Tensor) -> TokenTree:
-    """root (R,), beams (R, B, L) -> their token trees."""
+def build_tree(root: Tensor, beams: Tensor, *, fixed: bool = False) -> TokenTree:
+    """root (R,), beams (R, B, L) -> their token trees.
+
+    ``fixed``: keep room for 1 + B * L nodes, however many prefixes are shared; then nothing waits for the device.
+    """
     rows, width, length = beams.shape
     if width == 1:
         return _chain(root, beams[:, 0])
@@ -51,7 +56,7 @@ def build_tree(root: Tensor, beams: Tensor) -> TokenTree:
     index = flat.cumsum(dim=1).reshape(rows, width, length)  # 1.. at kept places; the root is 0
     node = index.gather(1, owner)  # (R, B, L): node of the j-th token of beam b
     above = torch.cat([torch.zeros_like(node[:, :, :1]), node[:, :, :-1]], dim=2)
-    count = int(flat.sum(dim=1).max()) + 1
+    count = 1 + (width * length if fixed else int(flat.sum(dim=1).max()))
 
     def scatter(values: Tensor, fill: int) -> Tensor:
         out = torch.full((rows, count + 1), fill, dtype=torch.int64, device=device)
@@ -61,8 +66,10 @@ def build_tree(root: Tensor, beams: Tensor) -> TokenTree:
 
     tokens, parent = scatter(beams, 0), scatter(above, -1)
     depth = scatter(torch.arange(1, length + 1, device=device).expand(rows, width, length), 0)
-    tokens[:, 0], parent[:, 0], depth[:, 0] = root, -1, 0
-    return TokenTree(tokens=tokens, parent=parent, depth=depth, mask=_ancestors(parent, length))
+    tokens[:, 0] = root
+    parent[:, 0].fill_(-1)
+    depth[:, 0].fill_(0)
+    return TokenTree(tokens=tokens, parent=parent, depth=depth, mask=_ancestors(parent, length), levels=length)
 
 
 def _chain(root: Tensor, beam: Tensor) -> TokenTree:
@@ -74,6 +81,7 @@ def _chain(root: Tensor, beam: Tensor) -> TokenTree:
         parent=(line - 1).expand(rows, -1),
         depth=line.expand(rows, -1),
         mask=seen.expand(rows, -1, -1),
+        levels=length,
         chain=True,
     )
 
@@ -81,9 +89,8 @@ def _chain(root: Tensor, beam: Tensor) -> TokenTree:
 def _ancestors(parent: Tensor, length: int) -> Tensor:
     rows, nodes = parent.shape
     mask = torch.eye(nodes, dtype=torch.bool, device=parent.device).expand(rows, -1, -1).clone()
-    at = parent
+    at, line = parent, torch.arange(nodes, device=parent.device)
     for _ in range(length):
-        reached = at >= 0
-        mask |= torch.nn.functional.one_hot(at.clamp_min(0), nodes).bool() & reached[:, :, None]
-        at = torch.where(reached, parent.gather(1, at.clamp_min(0)), -1)
+        mask |= at[:, :, None] == line
+        at = torch.where(at >= 0, parent.gather(1, at.clamp_min(0)), -1)
     return mask

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-import tomli_w
-
 from trtkit.errors import ConfigError, InputError, OutputError, TrtkitError
 
 __all__ = [
@@ -145,6 +143,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_toml(path: Path, value: Mapping[str, Any]) -> None:
     """Write a TOML document."""
+    import tomli_w  # here: running an engine writes none
+
     write_text(path, tomli_w.dumps(dict(value)))
 
 

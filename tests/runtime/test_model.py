@@ -15,6 +15,7 @@ from trtkit.runtime import decode
 from trtkit.runtime.blocks import BlockAllocator
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.prefill import Stretch, prefill
 from trtkit.runtime.scheduler import Scheduler
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -45,11 +46,11 @@ def _decode_logits(directory: Path, prompt: tuple[int, ...], following: tuple[in
     with torch.inference_mode():
         for token in (*following, None):
             plan = scheduler.schedule(nodes=1)
-            fresh = [decode.Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
-            decode.prefill(model, cache, fresh)
+            fresh = [Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
+            prefill(model, cache, fresh)
             cache.copy_blocks(plan.copies)
-            at = decode.pending(plan.rows, model.device)
-            verified = decode.verify(model, cache, plan.rows, at, decode.root_only(at))
+            at = decode.pending(cache, plan.rows, 1)
+            verified = decode.verify(model, cache, at, decode.root_only(at))
             collected.append(verified.logits[0, 0].float())
             if token is not None:
                 plan.rows[0].tokens.append(token)
@@ -72,7 +73,7 @@ def test_prefill_in_passes_equals_prefill_at_once(tmp_path: Path, monkeypatch: p
     save_tiny(tmp_path)
     (tokens,) = random_prompts(2, [120])
     whole = _decode_logits(tmp_path, tokens, (), torch.float32)
-    monkeypatch.setattr(decode, "PREFILL_TOKENS", 37)
+    monkeypatch.setattr("trtkit.runtime.prefill.PREFILL_TOKENS", 37)
     torch.testing.assert_close(_decode_logits(tmp_path, tokens, (), torch.float32), whole, rtol=0, atol=1e-4)
 
 

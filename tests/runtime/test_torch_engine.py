@@ -185,7 +185,7 @@ def test_an_eight_bit_cache_is_calibrated_and_used(kv_dtype: str, tmp_path: Path
     with open_engine(tmp_path / "engine", OpenOptions(device="cpu", dtype="float32")) as engine:
         tokens, _ = run_all(engine, requests)
         assert isinstance(engine, TorchEngine)
-        assert engine._cache._keys.dtype == {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[kv_dtype]
+        assert engine._stepper.cache._keys.dtype == {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[kv_dtype]
     # A random model's greedy tokens hang on thin margins; the first one must survive 8-bit keys and values.
     for i, prompt in enumerate(random_prompts(0, [20, 40])):
         assert tokens[str(i)][0] == _greedy_by_transformers(prompt, 1)[0]

@@ -1,18 +1,26 @@
-"""The phases of a step over plain tensors: *prefill*, *draft*, *verify*, *accept*.
+"""The phases of a decode step over plain tensors: *draft*, *verify*, *accept* (*prefill* has a room of its own).
 
-Prefill computes keys and values of known tokens. Draft grows a tree on each row's pending token (without a drafter the
+Draft grows a tree on each row's pending token (without a drafter the
 tree is that token alone). Verify runs the tree's nodes through the model and gives logits at each. Accept draws one
 token at each node, with noise that depends on (seed, position) alone, follows the tree while it agrees, and keeps the
 keys and values of the nodes on the way.
 
-Letters: R rows, N nodes, T tokens, S cache slots, H hidden, V vocab.
+``decode_step`` is the last three in a row. It works on tensors alone and, with ``fixed`` shapes, waits for nothing: a
+CUDA graph can replay it.
+
+Letters: R rows, N nodes, T tokens, B blocks of the widest row, S cache slots, H hidden, V vocab, D nodes of the longest
+path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +30,9 @@ from drafter.config import TreeShape
 from drafter.model import Drafter
 from drafter.tree import TokenTree, build_tree
 from trtkit.decoder import Attend
-from trtkit.runtime.attention import Span, VerifyBatch, attend_prefill, attend_verify
+from trtkit.runtime.attention import VerifyBatch, attend_verify
+from trtkit.runtime.cuda.batch import CudaVerifyBatch
+from trtkit.runtime.cuda.kernels import attend_fits
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.processors import SwitchRows, penalise
@@ -31,104 +41,89 @@ from trtkit.runtime.scheduler import Row
 
 __all__ = [
     "Pending",
-    "Stretch",
+    "Stepper",
     "Verified",
     "accept",
+    "decode_step",
     "draft",
+    "emitted",
+    "fill_pending",
     "log_probabilities",
     "pending",
-    "prefill",
+    "pending_from",
     "root_only",
     "verify",
 ]
 
-PREFILL_TOKENS = 2048
-"""Most tokens in one prefill pass: bounds the activations."""
+Redraw: TypeAlias = "Callable[[TokenTree, Pending, Tensor], Tensor]"
+"""(trees, rows, tokens drawn at the nodes (R, N)) -> other tokens (R, N)."""
+Phase: TypeAlias = Callable[[str], AbstractContextManager[None]]
+"""Times the phase of that name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stretch:
-    """Known tokens to compute: ``tokens`` stand at positions ``cached``, ``cached + 1``, ... in ``blocks``."""
-
-    tokens: Sequence[int]
-    cached: int
-    blocks: Sequence[int]
-
-
-def prefill(model: DecoderModel, cache: KvCache, stretches: Sequence[Stretch]) -> None:
-    """Fill the cache with the keys and values of all stretches, in passes of at most ``PREFILL_TOKENS`` tokens."""
-    batch: list[Stretch] = []
-    room = PREFILL_TOKENS
-    for stretch in stretches:
-        done = 0
-        while done < len(stretch.tokens):
-            part = stretch.tokens[done : done + room]
-            batch.append(Stretch(tokens=part, cached=stretch.cached + done, blocks=stretch.blocks))
-            done += len(part)
-            room -= len(part)
-            if room == 0:
-                _prefill_pass(model, cache, batch)
-                batch, room = [], PREFILL_TOKENS
-    if batch:
-        _prefill_pass(model, cache, batch)
-
-
-def _prefill_pass(model: DecoderModel, cache: KvCache, batch: Sequence[Stretch]) -> None:
-    device, size = model.device, cache.block_size
-    spans: list[Span] = []
-    slots: list[Tensor] = []
-    positions: list[Tensor] = []
-    start = 0
-    for stretch in batch:
-        count = len(stretch.tokens)
-        end = stretch.cached + count
-        blocks = torch.tensor(stretch.blocks[: -(-end // size)], device=device)
-        at = torch.arange(stretch.cached, end, device=device)
-        spans.append(Span(start=start, tokens=count, cached=stretch.cached, blocks=blocks))
-        positions.append(at)
-        slots.append(blocks[at // size] * size + at % size)
-        start += count
-    tokens = torch.tensor([token for stretch in batch for token in stretch.tokens], device=device)
-    flat_slots = torch.cat(slots)
-
-    def attend(layer: int) -> Attend:
-        return lambda q, k, v: attend_prefill(cache, layer, spans, flat_slots, q, k, v)
-
-    model.forward(tokens, torch.cat(positions), attend)
+def _untimed(_name: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
-    """Where R rows stand: their last tokens, and how much is in the cache."""
+    """Where R rows stand: their last tokens, and what is in the cache."""
 
     tokens: Tensor
     """int64 (R,): the pending tokens."""
     cached: Tensor
     """int64 (R,): tokens in the cache; the pending token's position."""
-    longest: int
-    """max(cached), known to the host."""
+    lines: Tensor
+    """int64 (R,): the rows' lines in the contexts."""
+    blocks: Tensor
+    """int64 (R, B): the block table."""
 
 
-def pending(rows: Sequence[Row], device: torch.device) -> Pending:
-    """The rows' state as tensors."""
-    cached = [row.cached for row in rows]
-    return Pending(
-        tokens=torch.tensor([row.tokens[-1] for row in rows], device=device),
-        cached=torch.tensor(cached, device=device),
-        longest=max(cached),
-    )
+def pending(cache: KvCache, rows: Sequence[Row], nodes: int) -> Pending:
+    """The rows' state as tensors, for a step that adds up to ``nodes`` nodes to each: one copy to the device."""
+    width = cache.blocks_for(max(row.cached for row in rows) + nodes)
+    words = np.empty(len(rows) * (3 + width), dtype=np.int64)
+    fill_pending(words, cache, rows, size=len(rows), width=width)
+    return pending_from(torch.from_numpy(words).to(cache.device), len(rows), width)
+
+
+def fill_pending(
+    words: npt.NDArray[np.int64], cache: KvCache, rows: Sequence[Row], *, size: int, width: int, pad_line: int = 0
+) -> None:
+    """Write what :func:`pending_from` reads, padded to ``size`` rows.
+
+    Rows that pad the batch hold nothing, and leave their keys and values in the spare block.
+    """
+    count = len(rows)
+    columns = words[: 3 * size].reshape(3, size)
+    columns[:, :count] = (
+        [row.tokens[-1] for row in rows], [row.cached for row in rows], [row.slot for row in rows],
+    )  # fmt: skip
+    table = words[3 * size :].reshape(size, width)
+    table[:count] = cache.block_table(rows, width)
+    if count < size:
+        columns[:, count:] = [[0], [0], [pad_line]]
+        table[count:] = cache.spare_block
+
+
+def pending_from(words: Tensor, rows: int, width: int) -> Pending:
+    """Views of int64 (R * (3 + B),): tokens, cached, lines, block table."""
+    tokens, cached, lines = words[: 3 * rows].view(3, rows).unbind()
+    return Pending(tokens=tokens, cached=cached, lines=lines, blocks=words[3 * rows :].view(rows, width))
 
 
 def root_only(at: Pending) -> TokenTree:
     """The tree of plain decoding: the pending token."""
     zero = torch.zeros_like(at.tokens)[:, None]
     seen = torch.ones(1, 1, 1, dtype=torch.bool, device=zero.device).expand(zero.shape[0], 1, 1)
-    return TokenTree(tokens=at.tokens[:, None], parent=zero - 1, depth=zero, mask=seen, chain=True)
+    return TokenTree(tokens=at.tokens[:, None], parent=zero - 1, depth=zero, mask=seen, levels=0, chain=True)
 
 
-def draft(drafter: Drafter, model: DecoderModel, contexts: Tensor, at: Pending, shape: TreeShape) -> TokenTree:
-    """Trees on the pending tokens; contexts (R, H) are the hidden states that drew them."""
-    return build_tree(at.tokens, beam_search(drafter, model.embed, contexts, at.tokens, shape))
+def draft(
+    drafter: Drafter, model: DecoderModel, contexts: Tensor, at: Pending, shape: TreeShape, *, fixed: bool = False
+) -> TokenTree:
+    """Trees on the pending tokens; contexts (R, H) are the hidden states that drew them. ``fixed`` as in build_tree."""
+    return build_tree(at.tokens, beam_search(drafter, model.embed, contexts, at.tokens, shape), fixed=fixed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,28 +138,43 @@ class Verified:
     """int64 (R, N): cache slots of the nodes' keys and values."""
 
 
-def verify(model: DecoderModel, cache: KvCache, rows: Sequence[Row], at: Pending, tree: TokenTree) -> Verified:
+def verify(model: DecoderModel, cache: KvCache, at: Pending, tree: TokenTree) -> Verified:
     """Run all nodes; node n of row r goes to the n-th slot after what the row has in the cache."""
     size, (count, nodes) = cache.block_size, tree.tokens.shape
-    table = cache.block_table(rows, at.longest + nodes)
     places = at.cached[:, None] + torch.arange(nodes, device=model.device)
-    slots = table.gather(1, places // size) * size + places % size
-    seen = torch.arange(table.shape[1] * size, device=model.device)
+    slots = at.blocks.gather(1, places // size) * size + places % size
+    attend = _attention(model, cache, at, tree, slots, places)
+    positions = at.cached[:, None] + tree.depth
+    hidden = model.forward(tree.tokens.flatten(), positions.flatten(), attend)
+    return Verified(
+        logits=model.logits(hidden).view(count, nodes, -1), hidden=hidden.view(count, nodes, -1), slots=slots
+    )
+
+
+def _attention(
+    model: DecoderModel, cache: KvCache, at: Pending, tree: TokenTree, slots: Tensor, places: Tensor
+) -> Callable[[int], Attend]:
+    """The attention of each layer. ``slots`` and ``places`` (R, N): the nodes' slots in the cache and in their row."""
+    count, nodes = slots.shape
+    if model.triton and attend_fits(model.device, cache.kv_dtype):
+        from trtkit.runtime.cuda.attention import attend_verify_triton
+
+        on_device = CudaVerifyBatch(
+            rows=count, nodes=nodes, blocks=at.blocks, cached=at.cached, mask=tree.mask, slots=slots.flatten()
+        )
+        return lambda layer: lambda q, k, v: attend_verify_triton(cache, layer, on_device, q, k, v)
+    seen = torch.arange(at.blocks.shape[1] * cache.block_size, device=model.device)
     hidden_slots = (seen >= at.cached[:, None])[:, None, :].repeat(1, nodes, 1)
     hidden_slots.scatter_(2, places[:, None, :].expand(-1, nodes, -1), ~tree.mask)
     batch = VerifyBatch(
-        rows=count, nodes=nodes, blocks=table.flatten(), slots=slots.flatten(), hidden_slots=hidden_slots,
+        rows=count, nodes=nodes, blocks=at.blocks.flatten(), slots=slots.flatten(), hidden_slots=hidden_slots,
         native=model.native,
     )  # fmt: skip
 
     def attend(layer: int) -> Attend:
         return lambda q, k, v: attend_verify(cache, layer, batch, q, k, v)
 
-    positions = at.cached[:, None] + tree.depth
-    hidden = model.forward(tree.tokens.flatten(), positions.flatten(), attend)
-    return Verified(
-        logits=model.logits(hidden).view(count, nodes, -1), hidden=hidden.view(count, nodes, -1), slots=slots
-    )
+    return attend
 
 
 def accept(
@@ -174,24 +184,71 @@ def accept(
     sampling: SamplingRows,
     at: Pending,
     switch: Sequence[SwitchRows] = (),
+    redraw: Redraw | None = None,
 ) -> AcceptedPath:
     """Draw at every node, follow the tree, and move the path's keys and values next to what the row had.
 
-    ``switch`` changes the logits in place.
+    ``switch`` changes the logits in place. ``redraw`` as in :class:`Stepper`.
     """
     count, nodes = tree.tokens.shape
     if switch:
         penalise(verified.logits, tree, switch)
     positions = at.cached[:, None] + 1 + tree.depth
     picks = pick(verified.logits.flatten(0, 1), sampling.repeat(nodes), positions.flatten()).view(count, nodes)
+    if redraw is not None:
+        picks = redraw(tree, at, picks)
     path = follow(tree, picks)
     if tree.chain:  # the accepted nodes already lie next to what the row had
         return path
-    step = torch.arange(path.nodes.shape[1], device=picks.device)
-    moved = (path.nodes != step) & (step < path.length[:, None])
-    if bool(moved.any()):
-        cache.move(verified.slots.gather(1, path.nodes)[moved], verified.slots[:, : len(step)][moved])
+    # Beyond the path, its last node is copied to slots that hold nothing anyone will read. The root stays.
+    moved = path.nodes[:, 1:]
+    cache.move(verified.slots.gather(1, moved).flatten(), verified.slots[:, 1 : 1 + moved.shape[1]].flatten())
     return path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stepper:
+    """What every decode step of an engine works on."""
+
+    model: DecoderModel
+    cache: KvCache
+    contexts: Tensor
+    """(slots + 1, H): the hidden state that drew each row's pending token; the last line is for rows that pad a batch.
+    A fresh row has none yet: its first draft is a poor one, which costs a little speed and nothing else."""
+    head: Drafter | None = None
+    redraw: Redraw | None = None
+    """For benchmarks that force an acceptance: replaces what was drawn at the nodes."""
+
+
+def decode_step(
+    on: Stepper, at: Pending, shape: TreeShape | None, sampling: SamplingRows, *,
+    switch: Sequence[SwitchRows] = (), fixed: bool = False, phase: Phase = _untimed,
+) -> tuple[AcceptedPath, Verified]:  # fmt: skip
+    """Draft, verify, accept: a pure function of tensors, apart from the cache and the contexts that it updates.
+
+    ``shape`` None is plain decoding. With ``fixed``, no shape depends on the data and nothing waits for the device
+    (pad the rows and the block table as you like: the rows' tokens are the same). A second call with the same input
+    draws the same tokens, though from another draft.
+    """
+    with phase("draft"):
+        if on.head is None or shape is None:
+            tree = root_only(at)
+        else:
+            tree = draft(on.head, on.model, on.contexts.index_select(0, at.lines), at, shape, fixed=fixed)
+    with phase("verify"):
+        verified = verify(on.model, on.cache, at, tree)
+    with phase("accept"):
+        path = accept(on.cache, verified, tree, sampling, at, switch, on.redraw)
+        if on.head is not None:
+            last = path.nodes.gather(1, path.length[:, None] - 1)
+            hidden = verified.hidden.gather(1, last[:, :, None].expand(-1, -1, verified.hidden.shape[2]))
+            on.contexts.index_copy_(0, at.lines, hidden[:, 0])
+    return path, verified
+
+
+def emitted(path: AcceptedPath) -> Tensor:
+    """What the host reads of a step: int64 (R, 1 + D), number of emitted tokens, then the tokens drawn on the path."""
+    return torch.cat([path.length[:, None], path.tokens], dim=1)
 
 
 def log_probabilities(logits: Tensor, path: AcceptedPath) -> Tensor:

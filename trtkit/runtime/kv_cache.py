@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -42,11 +43,14 @@ class KvCache:
     ) -> None:  # fmt: skip
         """``scales``: for each layer the size of one step of keys and of values; 8-bit caches only, 1 by default."""
         self.block_size = block_size
+        self.kv_dtype = kv_dtype
         self._dtype = dtype
         self._scales = list(scales) if scales is not None else [(1.0, 1.0)] * spec.layers
         self._kv_heads = spec.kv_heads
         self._head_dim = spec.head_dim
-        shape = (spec.layers, spec.kv_heads, blocks, block_size * spec.head_dim)
+        self.spare_block = blocks
+        """One block more than the scheduler hands out: where rows that pad a batch may write."""
+        shape = (spec.layers, spec.kv_heads, blocks + 1, block_size * spec.head_dim)
         # Zeros, not empty: masked slots still enter the product with the values, and 0 * NaN would be NaN.
         self._keys = torch.zeros(shape, dtype=_storage(kv_dtype, dtype), device=device)
         self._values = torch.zeros_like(self._keys)
@@ -62,19 +66,27 @@ class KvCache:
         for pool in (self._bytes(self._keys), self._bytes(self._values)):
             pool[:, :, target] = pool[:, :, source]
 
-    def block_table(self, rows: Sequence[Row], slots: int) -> Tensor:
-        """The block ids that cover ``slots`` token slots of each row: int64 (R, ceil(slots / block_size))."""
+    @property
+    def table_width(self) -> int:
+        """Blocks of the longest row."""
+        return int(self._table.shape[1])
+
+    def blocks_for(self, slots: int) -> int:
+        """Blocks that cover ``slots`` token slots."""
+        return -(-slots // self.block_size)
+
+    def block_table(self, rows: Sequence[Row], width: int) -> npt.NDArray[np.int64]:
+        """The first ``width`` block ids of each row: (R, B). Beyond a row's own stand ids of any block."""
         for row in rows:
             listed = self._listed[row.slot]
             if listed != row.blocks:
                 self._table[row.slot, : len(row.blocks)] = row.blocks
                 self._listed[row.slot] = list(row.blocks)
-        width = -(-slots // self.block_size)
-        lines = self._table[[row.slot for row in rows], :width]
-        return torch.from_numpy(lines).to(self.device)
+        lines: npt.NDArray[np.int64] = self._table[[row.slot for row in rows], :width]
+        return lines
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy the keys and values at slots ``source`` (M,) to ``target`` (M,) in every layer."""
+        """Copy the keys and values at slots ``source`` (M,) to ``target`` (M,) in every layer, all at once."""
         for pool in (self._bytes(self._keys), self._bytes(self._values)):
             flat = pool.view(*pool.shape[:2], -1, self._head_dim)
             flat[:, :, target] = flat[:, :, source]

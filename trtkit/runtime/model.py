@@ -8,19 +8,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtkit.checkpoint.unified import UnifiedCheckpoint
 from trtkit.decoder import Attend, LinearName, Norms, PlainPointwise, Pointwise, Rope, decoder_layer, rope_at
+from trtkit.model_spec import ModelSpec
 from trtkit.quant.tensor import LinearWeights, dense
 from trtkit.runtime.cuda.kernels import open_cuda_kernels
 from trtkit.runtime.linear import Kernel, runtime_linear
 from trtkit.runtime.native.kernels import NativePointwise, open_kernels
 
-__all__ = ["DecoderModel"]
+__all__ = ["DecoderModel", "WeightSource"]
 
 _NAMES: tuple[LinearName, ...] = ("qkv", "o", "gate_up", "down")
 
@@ -34,12 +35,29 @@ class _Layer:
         return self.kernels[name](x)
 
 
+class WeightSource(Protocol):
+    """What a model is made of, read once: a ``UnifiedCheckpoint``, or random numbers for a benchmark."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def linear(self, layer: int, name: LinearName) -> LinearWeights: ...
+
+    def norms(self, layer: int) -> Norms: ...
+
+    def kv_scales(self, layer: int) -> tuple[float, float] | None: ...
+
+    def embedding(self) -> Tensor: ...
+
+    def final_norm(self) -> Tensor: ...
+
+    def lm_head(self) -> Tensor: ...
+
+
 class DecoderModel:
     """Weights on a device, ready to run."""
 
-    def __init__(
-        self, checkpoint: UnifiedCheckpoint, *, device: torch.device, dtype: torch.dtype, max_tokens: int
-    ) -> None:
+    def __init__(self, checkpoint: WeightSource, *, device: torch.device, dtype: torch.dtype, max_tokens: int) -> None:
         self.spec = checkpoint.spec
         self.device = device
         self.dtype = dtype
@@ -59,7 +77,7 @@ class DecoderModel:
         """Step sizes of an 8-bit KV cache, where the checkpoint was calibrated for one."""
         self._rope = rope_at(self.spec, torch.arange(max_tokens, device=device), dtype)
 
-    def _load_layer(self, checkpoint: UnifiedCheckpoint, index: int) -> _Layer:
+    def _load_layer(self, checkpoint: WeightSource, index: int) -> _Layer:
         linears = {name: checkpoint.linear(index, name) for name in _NAMES}
         stored = checkpoint.norms(index)
         # The scale in front of qkv and gate_up is the norm's own output scale: fold it in, in float32, for nothing.

@@ -1,7 +1,7 @@
 """The embedded runtime: an ``Engine`` in PyTorch, on CPU or CUDA.
 
-One ``step`` is: schedule, prefill what is new, draft, verify, accept. See ``decode.py`` for the phases and
-``scheduler.py`` for who runs. With a drafter the tokens are the same, only sooner.
+One ``step`` is: schedule, prefill what is new, draft, verify, accept. See ``prefill.py`` and ``decode.py`` for the
+phases, ``scheduler.py`` for who runs. With a drafter the tokens are the same, only sooner.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from trtkit.errors import CapacityError, RequestError
 from trtkit.runtime import decode
 from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
 from trtkit.runtime.blocks import BlockAllocator
+from trtkit.runtime.cuda.graphs import StepGraphs
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.prefill import Stretch, prefill
 from trtkit.runtime.processors import switch_rows
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row, Schedule, Scheduler
@@ -46,6 +48,8 @@ class TorchLimits:
     kv_blocks: int
     block_size: int = 16
     kv_dtype: KvDtype = "model"
+    fixed_shapes: bool | None = None
+    """Pad decode steps to a few sizes, so that a CUDA graph can replay them; None means on CUDA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,14 +85,17 @@ class TorchEngine:
         if self._memory is not None:
             recall(self._memory, self._chooser)
         self._nodes = self._chooser.max_nodes
-        # The hidden state that drew a row's pending token, by slot. A fresh row has none yet: its first draft is a
-        # poor one, which costs a little speed and nothing else.
-        self._contexts = torch.zeros(limits.rows, model.spec.hidden, dtype=model.dtype, device=model.device)
-        self._cache = KvCache(
+        cache = KvCache(
             model.spec, blocks=limits.kv_blocks, block_size=limits.block_size, max_rows=limits.rows,
             max_tokens=limits.total_tokens + self._nodes, kv_dtype=limits.kv_dtype, dtype=model.dtype,
             device=model.device, scales=model.kv_scales,
         )  # fmt: skip
+        self._stepper = decode.Stepper(
+            model=model, cache=cache, head=None if drafting is None else drafting.head,
+            contexts=torch.zeros(limits.rows + 1, model.spec.hidden, dtype=model.dtype, device=model.device),
+        )  # fmt: skip
+        fixed = model.device.type == "cuda" if limits.fixed_shapes is None else limits.fixed_shapes
+        self._graphs = self._fixed_steps() if fixed else None
         self._allocator = BlockAllocator(limits.kv_blocks)
         self._scheduler = Scheduler(self._allocator, block_size=limits.block_size, max_rows=limits.rows)
         self._cancelled: list[str] = []
@@ -98,6 +105,9 @@ class TorchEngine:
         self._new_tokens = self._row_steps = self._preemptions = self._peak_rows = 0
         self._accepted = [0] * self._chooser.max_length
         self._drafted_row_steps = 0
+
+    def _fixed_steps(self) -> StepGraphs:
+        return StepGraphs(self._stepper, max_rows=self._limits.rows, max_path=1 + self._chooser.max_length)
 
     @property
     def max_total_tokens(self) -> int:
@@ -198,51 +208,50 @@ class TorchEngine:
         return outputs + self._decode(plan.rows)
 
     def _decode(self, rows: Sequence[Row]) -> list[StepOutput]:
-        model, cache = self._model, self._cache
         shape = self._chooser.choose(len(rows))
         began = time.perf_counter()
-        at = decode.pending(rows, model.device)
-        slots = torch.tensor([row.slot for row in rows], device=model.device)
-        with self._phase("draft"):
-            if self._drafting is None or shape is None:
-                tree = decode.root_only(at)
-            else:
-                tree = decode.draft(self._drafting.head, model, self._contexts[slots], at, shape)
-        with self._phase("verify"):
-            verified = decode.verify(model, cache, rows, at, tree)
+        lines, scores = self._emit(rows, shape)
         with self._phase("accept"):
-            sampling = self._sampling_of(rows)
-            switch = switch_rows(rows, model.device) if sampling.any_switch else ()
-            path = decode.accept(cache, verified, tree, sampling, at, switch)
-            if self._drafting is not None:
-                last = path.nodes.gather(1, path.length[:, None] - 1).squeeze(1)
-                line = torch.arange(len(rows), device=model.device)
-                self._contexts[slots] = verified.hidden[line, last]
-            lengths, tokens = path.length.tolist(), path.tokens.tolist()
-            scores: list[list[float]] = [[]] * len(rows)
-            if any(row.request.logprobs for row in rows):
-                scores = decode.log_probabilities(verified.logits, path).tolist()
             outputs = [
-                self._advance(row, emitted[:length], score)
-                for row, emitted, length, score in zip(rows, tokens, lengths, scores, strict=True)
+                self._advance(row, tokens[:length], score)
+                for row, (length, *tokens), score in zip(rows, lines, scores, strict=True)
             ]
         seconds = time.perf_counter() - began
-        accepted = [sum(length > depth for length in lengths) for depth in range(1, 1 + (shape.length if shape else 0))]
+        depths = range(1, 1 + (shape.length if shape else 0))
+        accepted = [sum(length > depth for length, *_ in lines) for depth in depths]
         self._chooser.observe(len(rows), shape, seconds=seconds, accepted=accepted)
         self._drafted_row_steps += len(rows) if shape else 0
         for depth, count in enumerate(accepted):
             self._accepted[depth] += count
         return outputs
 
+    def _emit(self, rows: Sequence[Row], shape: TreeShape | None) -> tuple[list[list[int]], list[list[float]]]:
+        """Draft, verify, accept. For each row the number of emitted tokens and the tokens drawn on its path; their
+        log-probabilities where a row asks for them."""
+        scores: list[list[float]] = [[]] * len(rows)
+        penalised = any(row.request.sampling.switch is not None for row in rows)
+        scored = any(row.request.logprobs for row in rows)
+        if self._graphs is not None and not penalised and not scored:
+            with self._phase("verify"):  # one launch: its parts have no time of their own
+                return self._graphs.run(rows, shape), scores
+        at = decode.pending(self._stepper.cache, rows, 1 if shape is None else shape.max_nodes)
+        switch = switch_rows(rows, self._model.device) if penalised else ()
+        sampling = self._sampling_of(rows)
+        path, verified = decode.decode_step(self._stepper, at, shape, sampling, switch=switch, phase=self._phase)
+        with self._phase("accept"):
+            lines: list[list[int]] = decode.emitted(path).tolist()
+            if scored:
+                scores = decode.log_probabilities(verified.logits, path).tolist()
+        return lines, scores
+
     def _prefill(self, plan: Schedule) -> None:
-        fresh = [decode.Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
-        decode.prefill(self._model, self._cache, fresh)
-        self._cache.copy_blocks(plan.copies)
+        fresh = [Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
+        prefill(self._model, self._stepper.cache, fresh)
+        self._stepper.cache.copy_blocks(plan.copies)
         again = [
-            decode.Stretch(tokens=row.tokens[row.cached : -1], cached=row.cached, blocks=row.blocks)
-            for row in plan.recomputes
+            Stretch(tokens=row.tokens[row.cached : -1], cached=row.cached, blocks=row.blocks) for row in plan.recomputes
         ]
-        decode.prefill(self._model, self._cache, again)
+        prefill(self._model, self._stepper.cache, again)
         for row in plan.recomputes:
             row.cached = len(row.tokens) - 1
         self._prefill_tokens += sum(len(stretch.tokens) for stretch in (*fresh, *again))
@@ -315,7 +324,7 @@ class TorchEngine:
         if self._memory is not None:
             remember(self._memory, self._chooser)
             self._memory = None
-        del self._cache, self._model, self._contexts, self._drafting
+        del self._graphs, self._stepper, self._model, self._drafting
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

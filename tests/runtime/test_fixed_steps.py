@@ -1,0 +1,194 @@
+"""Decode steps of fixed shapes, as CUDA graphs need them: the same tokens, and nothing inside waits for the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from drafter.config import DrafterConfig, TreeShape
+from drafter.model import Drafter
+from tests.engines import random_prompts, request, run_all
+from tests.tiny import save_tiny
+from trtkit.checkpoint.unified import open_unified
+from trtkit.runtime import decode
+from trtkit.runtime.api import Request, SwitchPenalty
+from trtkit.runtime.cuda.graphs import StepGraphs, padded_rows, padded_width
+from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.sampling import sampling_rows
+from trtkit.runtime.scheduler import Row
+from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+
+VOCAB = 12
+SHAPES = [None, TreeShape(beams=1, length=3), TreeShape(beams=4, length=4)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> DecoderModel:
+    directory = save_tiny(tmp_path_factory.mktemp("small"), vocab_size=VOCAB)
+    return DecoderModel(open_unified(directory), device=torch.device("cpu"), dtype=torch.float32, max_tokens=300)
+
+
+@pytest.fixture(scope="module")
+def head() -> Drafter:
+    torch.manual_seed(5)
+    made = Drafter(DrafterConfig(hidden_size=256, vocab_size=VOCAB, exit_dim=32))
+    return made.eval().requires_grad_(False)
+
+
+def _engine(model: DecoderModel, head: Drafter, shape: TreeShape | None, **limits: Any) -> TorchEngine:
+    drafting = None if shape is None else Drafting(head=head, trees=(shape,))
+    return TorchEngine(model, TorchLimits(**{"rows": 8, "total_tokens": 200, "kv_blocks": 300, **limits}), drafting)
+
+
+def _requests(seed: int, count: int = 8) -> list[Request]:
+    prompts = random_prompts(seed, [1, 9, 33], vocab=VOCAB)
+    sampling: list[dict[str, Any]] = [{"temperature": 1.0}, {"temperature": 0.0}, {"top_p": 0.8}, {"top_k": 4}]
+    return [
+        request(str(i), prompts[i % 3], seed=seed + i, max_tokens=1 + 9 * (i % 4), **sampling[i % 4])
+        for i in range(count)
+    ]
+
+
+@settings(max_examples=5)
+@given(
+    seed=st.integers(0, 1000), shape=st.sampled_from(SHAPES), rows=st.integers(1, 8), blocks=st.sampled_from([16, 300]),
+    arrivals=st.sampled_from([1, 100]),
+)  # fmt: skip
+def test_the_stream_is_the_plain_stream(
+    model: DecoderModel, head: Drafter, seed: int, shape: TreeShape | None, rows: int, blocks: int, arrivals: int
+) -> None:
+    """Rows that come and go, preemption, tables that grow: padding is invisible."""
+    requests = _requests(seed)
+    plain = run_all(_engine(model, head, None), requests)
+    engine = _engine(model, head, shape, rows=rows, kv_blocks=blocks, block_size=8, fixed_shapes=True)
+    assert run_all(engine, requests, arrivals_per_step=arrivals) == plain
+
+
+def _prepared(model: DecoderModel, head: Drafter, count: int) -> tuple[TorchEngine, list[Row]]:
+    """An engine whose ``count`` rows stand in the middle of their samples."""
+    engine = _engine(model, head, SHAPES[2], fixed_shapes=True)
+    for i, prompt in enumerate(random_prompts(3, [5 + 11 * i for i in range(count)], vocab=VOCAB)):
+        engine.submit(request(str(i), prompt, seed=i, max_tokens=60, temperature=float(i % 2)))
+    for _ in range(3):
+        engine.step()
+    return engine, list(engine._scheduler.schedule(nodes=17).rows)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_padded_step_is_the_step(model: DecoderModel, head: Drafter, shape: TreeShape | None) -> None:
+    """Three rows in buffers for four, a table wider than needed: tokens, cache and contexts come out equal."""
+    engine, rows = _prepared(model, head, 3)
+    on, graphs = engine._stepper, engine._graphs
+    assert graphs is not None
+    before = [on.cache._keys.clone(), on.cache._values.clone(), on.contexts.clone()]
+    nodes = 1 if shape is None else shape.max_nodes
+    sampling = sampling_rows([r.request.sampling for r in rows], [r.request.seed for r in rows], model.device)
+    path, _ = decode.decode_step(on, decode.pending(on.cache, rows, nodes), shape, sampling)
+    expected = decode.emitted(path).tolist()
+    after = [on.cache._keys.clone(), on.cache._values.clone(), on.contexts.clone()]
+    for now, then in zip((on.cache._keys, on.cache._values, on.contexts), before, strict=True):
+        now.copy_(then)
+    assert graphs.run(rows, shape) == expected
+    torch.testing.assert_close(on.contexts[:-1], after[2][:-1], rtol=1e-5, atol=1e-5)
+    size = on.cache.block_size
+    for row, (length, *_) in zip(rows, expected, strict=True):
+        slots = [row.blocks[i // size] * size + i % size for i in range(row.cached + length)]
+        for now, then in zip((on.cache._keys, on.cache._values), after, strict=False):
+            layers, heads = now.shape[:2]
+            kept, wanted = (pool.view(layers, heads, -1, 64)[:, :, slots] for pool in (now, then))
+            torch.testing.assert_close(kept, wanted, rtol=1e-5, atol=1e-5)
+            assert bool((kept != 0).any())
+
+
+_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique", "repeat_interleave.Tensor")
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Fails at operations that wait for the device, or copy from pageable host memory, on CUDA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        self.seen.add(name)
+        assert not name.startswith(_WAITS), f"{name} waits for the device"
+        if name.startswith("index"):
+            masks = [part for part in args[1] or () if part is not None] if isinstance(args[1], list | tuple) else []
+            assert all(mask.dtype != torch.bool for mask in masks), f"{name} with a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nothing_in_a_step_waits_for_the_device(
+    model: DecoderModel, head: Drafter, shape: TreeShape | None, temperature: float
+) -> None:
+    engine, rows = _prepared(model, head, 3)
+    for row in rows:
+        object.__setattr__(row.request.sampling, "temperature", temperature)
+    graphs = StepGraphs(engine._stepper, max_rows=8, max_path=5)
+    key = graphs.fill(rows, shape)
+    graphs._in.copy_(graphs._host_in)
+    with _NoWaiting() as watched:
+        graphs.step(key)
+    assert "mm.default" in watched.seen or "addmm.default" in watched.seen, "the mode saw nothing"
+
+
+@pytest.mark.parametrize("wait", ["item", "bool", "mask", "nonzero", "list"])
+def test_the_watch_notices(wait: str) -> None:
+    """The test above can fail."""
+    x = torch.arange(3)
+    work = {
+        "item": lambda: x.max().item(),
+        "bool": lambda: bool((x > 1).any()),
+        "mask": lambda: x[x > 1],
+        "nonzero": lambda: x.nonzero(),
+        "list": lambda: torch.tensor([1, 2]),
+    }[wait]
+    with pytest.raises(AssertionError, match="waits for the device"), _NoWaiting():
+        work()
+
+
+def test_rows_with_a_switch_penalty_take_the_plain_step(model: DecoderModel, head: Drafter) -> None:
+    penalty = SwitchPenalty(alpha=3.0, beta=20, tokens=(2, 3))
+    prompts = random_prompts(2, [4, 9], vocab=VOCAB)
+    requests = [request(str(i), p, seed=i, switch=penalty if i else None) for i, p in enumerate(prompts)]
+    plain, _ = run_all(_engine(model, head, None), requests)
+    assert run_all(_engine(model, head, SHAPES[1], fixed_shapes=True), requests)[0] == plain
+
+
+def test_sizes_are_few() -> None:
+    assert [padded_rows(rows) for rows in (1, 3, 5, 9, 13, 17, 33, 65, 257, 400)] == [
+        1, 4, 8, 12, 16, 24, 48, 96, 384, 512,
+    ]  # fmt: skip
+    assert [padded_width(blocks, 100) for blocks in (1, 2, 3, 33, 64, 65, 100)] == [1, 2, 4, 64, 64, 100, 100]
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_replay_is_the_plain_step(tmp_path: Path, head: Drafter, shape: TreeShape | None) -> None:
+    """On a GPU: graphs against steps launched kernel by kernel, greedy and sampled rows, batches that change."""
+    directory = save_tiny(tmp_path, vocab_size=VOCAB)
+    device = torch.device("cuda")
+    model = DecoderModel(open_unified(directory), device=device, dtype=torch.float32, max_tokens=300)
+    head = head.to(device)
+    try:
+        requests = [*_requests(11), request("long", (1, 2, 3), seed=9, max_tokens=120)]
+        plain = run_all(_engine(model, head, None, fixed_shapes=False), requests, arrivals_per_step=2)
+        engine = _engine(model, head, shape, fixed_shapes=True)
+        assert run_all(engine, requests, arrivals_per_step=2) == plain
+        assert engine._graphs is not None
+        assert len(engine._graphs) > 1
+    finally:
+        head.to("cpu")

@@ -1,0 +1,139 @@
+"""The GPU benchmark, as far as a CPU carries it: every line but the CUDA ones, on a tiny shape."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drafter.tree import build_tree
+from trtkit.bench.gpu import PUBLISHED_ACCEPTANCE, STAGES, main
+from trtkit.bench.gpu_targets import goals, lines
+from trtkit.bench.random_model import RandomWeights, forced_acceptance, shape_spec
+from trtkit.quant.tensor import linear_reference
+from trtkit.runtime.decode import Pending
+from trtkit.runtime.model import DecoderModel
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_NEEDED = ("rich", "tomli_w", "math_verify", "huggingface_hub", "matplotlib", "typer", "jinja2")
+"""What a bare GPU machine may lack."""
+
+
+def _run(out: Path, stages: str) -> dict[str, Any]:
+    code = main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", stages])
+    document: dict[str, Any] = json.loads(out.read_text())
+    assert document["failures"] == {}
+    assert code == 0
+    return document
+
+
+def test_a_tiny_run_measures_what_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = _run(tmp_path / "bench.json", "environment,bandwidth,bf16")
+    assert document["environment"]["torch"] == torch.__version__
+    one, twelve = document["points"]
+    assert (one["rows"], twelve["rows"]) == (1, 12)
+    assert one["tokens_per_step"] == 1
+    weights = 2 * (shape_spec("tiny").parameters - 512 * 256)
+    # The biases and norms are not counted as reads; 64 prompt tokens and what was generated are in the cache.
+    assert one["step_bytes"] == pytest.approx(weights + 70 * 2 * 2 * 128 * 2, rel=0.02)
+    assert one["copy_fraction"] == pytest.approx(
+        one["step_bytes"] / one["step_ms"] * 1e3 / document["copy_bytes_per_second"]
+    )
+    assert set(one["phase_ms"]) == {"draft", "verify", "accept", "step", "host"}
+    assert one["kernel_us"]
+    table = capsys.readouterr().out
+    assert "bf16, 1 row: share of copy bandwidth" in table
+    assert "MISSED" in table
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_stage_runs(tmp_path: Path) -> None:
+    document = _run(tmp_path / "bench.json", ",".join(STAGES))
+    drafted = [point for point in document["points"] if point["tree"]]
+    assert [point["draft_vocabulary"] for point in drafted] == [512, 64]
+    assert all(abs(point["tokens_per_step"] - 3.25) < 0.6 for point in drafted)
+    assert document["long"]["rows"] == 64
+    assert [figure["compiled"] for figure in document["transformers"]["figures"]] == [False, True]
+    assert {goal["name"].split(",")[0] for goal in document["goals"]} >= {"bf16", "int8", "fp8", "int4"}
+
+
+def test_a_failing_stage_does_not_take_the_others_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_bench: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(STAGES, "bf16", (broken, 0.0))
+    out = tmp_path / "bench.json"
+    assert main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16,bandwidth"]) == 1
+    document = json.loads(out.read_text())
+    assert document["failures"] == {"bf16": "RuntimeError: out of luck"}
+    assert document["copy_bytes_per_second"] > 0
+
+
+def test_goals_compare_what_was_measured() -> None:
+    def point(precision: str, rows: int, speed: float, share: float, **more: Any) -> dict[str, Any]:
+        return {
+            "precision": precision, "rows": rows, "tree": None, "tokens_per_second": speed, "copy_fraction": share,
+            "context": 1, "kv_dtype": "model", "step_ms": 1.0, **more,
+        }  # fmt: skip
+
+    document: dict[str, Any] = {
+        "points": [
+            point("bf16", 1, 100, 0.91), point("int4", 1, 300, 0.7), point("bf16", 12, 1000, 0.8),
+            point("fp8", 12, 1800, 0.8), point("fp8", 12, 3300, 0.8, tree="1x3", draft_vocabulary=7),
+        ],
+        "transformers": {"figures": [{"compiled": True, "tokens_per_second": 50.0}]}, "failures": {"long": "no memory"},
+    }  # fmt: skip
+    document["goals"] = goals(document)
+    found = {goal["name"]: (goal["value"], goal["met"]) for goal in document["goals"]}
+    assert found == {
+        "bf16, 1 row: share of copy bandwidth": (0.91, True),
+        "int4, 1 row: share of copy bandwidth": (0.7, False),
+        "fp8, 12 rows: times bf16": (1.8, True),
+        "fp8 + draft head of 7 tokens, 12 rows: times bf16": (3.3, True),
+        "bf16, 1 row: times transformers, compiled": (2.0, True),
+    }
+    text = "\n".join(lines(document))
+    assert "not measured: long: no memory" in text
+    assert text.count("forced acceptance, not a model's") == 1
+
+
+def test_the_forced_acceptance_follows_the_profile() -> None:
+    """Lengths by the profile, whatever was drawn; drawn tokens stay where they need not change."""
+    rows, vocab = 20000, 50
+    drafted = torch.randint(0, vocab, (rows, 1, 3))
+    tree = build_tree(torch.zeros(rows, dtype=torch.int64), drafted)
+    at = Pending(
+        tokens=tree.tokens[:, 0], cached=torch.arange(rows) % 100, lines=torch.arange(rows),
+        blocks=torch.zeros(rows, 1, dtype=torch.int64),
+    )  # fmt: skip
+    drawn = torch.randint(0, vocab, (rows, 4))
+    forced = forced_acceptance(PUBLISHED_ACCEPTANCE, vocab)(tree, at, drawn)
+    right = (forced[:, :3] == drafted[:, 0]).cumprod(dim=1)
+    torch.testing.assert_close(
+        right.double().mean(dim=0), torch.tensor(PUBLISHED_ACCEPTANCE).double(), atol=0.01, rtol=0
+    )
+    assert forced.max() < vocab
+    assert torch.equal(forced[:, 3], drawn[:, 3])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int8-sq", "fp8", "int4"])
+def test_random_weights_make_a_model(precision: str) -> None:
+    weights = RandomWeights(spec=shape_spec("tiny"), precision=precision, device=torch.device("cpu"))  # type: ignore[arg-type]
+    qkv = weights.linear(0, "qkv")
+    assert linear_reference(torch.randn(2, 256), qkv).std() == pytest.approx(0.02 * 16, rel=0.2)
+    model = DecoderModel(weights, device=torch.device("cpu"), dtype=torch.float32, max_tokens=8)
+    assert model.logits(torch.randn(3, 256)).shape == (3, 512)
+
+
+def test_engine_and_benchmark_need_little(tmp_path: Path) -> None:
+    """They import with torch, transformers, safetensors and numpy alone."""
+    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in NOT_NEEDED)
+    code = f"import sys; {blocked}; import trtkit.runtime.torch_engine, trtkit.bench.gpu, trtkit.runtime.draft_head"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

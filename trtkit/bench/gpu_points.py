@@ -1,0 +1,123 @@
+"""One measurement of ``scripts/gpu_bench``: an engine with random weights at one batch size and context."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from drafter.config import TreeShape
+from drafter.model import Drafter
+from trtkit.bench.device_clock import device_seconds, kernels_of
+from trtkit.bench.random_model import StandingEngine, forced_acceptance, standing_rows
+from trtkit.model_spec import ModelSpec
+from trtkit.plan import step_bytes
+from trtkit.runtime.blocks import blocks_for
+from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.torch_engine import Drafting, TorchLimits
+from trtkit.scheme import KvDtype, Precision, scheme_named
+
+__all__ = ["BLOCK_SIZE", "PointPlan", "measure_point", "standing_engine"]
+
+BLOCK_SIZE = 16
+_WARM_UP = 8
+"""Steps before the clock starts: graphs are captured, and the block table grows past its size at the start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointPlan:
+    """What is measured."""
+
+    precision: Precision
+    rows: int
+    context: int
+    """Tokens in each row's cache when it begins."""
+    steps: int
+    kv_dtype: KvDtype = "model"
+    shares: tuple[float, ...] = ()
+    """With a head: the forced acceptance."""
+
+    @property
+    def tree(self) -> TreeShape | None:
+        """A chain as long as the profile."""
+        return TreeShape(beams=1, length=len(self.shares)) if self.shares else None
+
+    @property
+    def new_tokens(self) -> int:
+        """Most tokens that a row can gain."""
+        return (self.steps + _WARM_UP + 2) * (1 + len(self.shares))
+
+    @property
+    def blocks(self) -> int:
+        """KV blocks of all rows."""
+        reach = self.context + self.new_tokens + 1 + len(self.shares)
+        return self.rows * (blocks_for(reach, BLOCK_SIZE) + 1)
+
+
+def standing_engine(model: DecoderModel, plan: PointPlan, head: Drafter | None = None) -> StandingEngine:
+    """An engine whose rows are all at ``plan.context`` tokens."""
+    limits = TorchLimits(
+        rows=plan.rows, total_tokens=plan.context + plan.new_tokens, kv_blocks=plan.blocks, block_size=BLOCK_SIZE,
+        kv_dtype=plan.kv_dtype, fixed_shapes=True,
+    )  # fmt: skip
+    drafting = None if head is None or plan.tree is None else Drafting(head=head, trees=(plan.tree,))
+    engine = StandingEngine(model, limits, drafting)
+    engine.fill_cache()
+    if drafting is not None:
+        engine.force(forced_acceptance(plan.shares, model.spec.vocab))
+    standing_rows(engine, plan.rows, plan.context, plan.new_tokens, model.spec.vocab)
+    return engine
+
+
+@torch.inference_mode()
+def measure_point(
+    model: DecoderModel, plan: PointPlan, copy: float, head: Drafter | None = None, *, profiled: bool = True
+) -> dict[str, Any]:
+    """Time ``plan.steps`` steps through the engine, scheduling included; ``copy`` is the bandwidth to compare with."""
+    engine = standing_engine(model, plan, head)
+    for _ in range(_WARM_UP):
+        engine.step()
+    before = engine.stats()
+    seconds: list[float] = []
+    for _ in range(plan.steps):
+        begin = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - begin)
+    after = engine.stats()
+    assert after.row_steps - before.row_steps == plan.rows * plan.steps, "a row ended while the clock ran"
+    total, tokens = sum(seconds), after.new_tokens - before.new_tokens
+    read = _bytes(model.spec, plan, head, context=plan.context + (before.new_tokens + tokens / 2) / plan.rows)
+    result = {
+        **asdict(plan), "tree": None if plan.tree is None or head is None else str(plan.tree),
+        "tokens_per_second": tokens / total, "tokens_per_step": tokens / (plan.rows * plan.steps),
+        "step_ms": 1e3 * total / plan.steps, "best_step_ms": 1e3 * min(seconds), "step_bytes": read,
+        "copy_fraction": read * plan.steps / total / copy,
+    }  # fmt: skip
+    if profiled:
+        try:
+            result |= _profile(engine, plan, 1e3 * total / plan.steps)
+        except Exception as problem:  # the figures above stand without it
+            result["profile_error"] = f"{type(problem).__name__}: {problem}"
+    engine.close()
+    return result
+
+
+def _bytes(spec: ModelSpec, plan: PointPlan, head: Drafter | None, context: float) -> float:
+    """Weights, lm_head, keys and values, and the head's own weights once per drafted token."""
+    drafting = 0.0
+    if head is not None and plan.tree is not None:
+        lines = head.config.vocab_size if head.token_ids is None else len(head.token_ids)
+        values = head.config.parameters - (head.config.vocab_size - lines) * head.config.exit_dim
+        drafting = 2.0 * values * plan.tree.length
+    scheme = scheme_named(plan.precision)
+    return drafting + step_bytes(spec, scheme, rows=plan.rows, context=context, kv_dtype=plan.kv_dtype)
+
+
+def _profile(engine: StandingEngine, plan: PointPlan, wall_ms: float) -> dict[str, Any]:
+    """Device time of each phase, of the whole step, and of its longest kernels; ``host`` is what they leave over."""
+    works, whole = engine.parts(plan.tree)
+    phases = {name: 1e3 * device_seconds(work, engine.device) for name, work in works.items()}
+    phases["host"] = wall_ms - phases["step"]
+    return {"phase_ms": phases, "kernel_us": kernels_of(whole, engine.device, repeats=4)}
