@@ -73,7 +73,7 @@ def ensure_environment(name: str, directory: Path, log: Path) -> Path:
             stream.write(f"$ {shlex.join(command)}\n")
             stream.flush()
             # Niced: a source build takes all cores, and a person may be working beside it.
-            code = subprocess.call(["nice", *command], stdout=stream, stderr=subprocess.STDOUT)
+            code = subprocess.call(["nice", "-n", "5", *command], stdout=stream, stderr=subprocess.STDOUT)
             if code:
                 raise InstallError(f"not installed: {last_words(log)} (see {log})")
 
