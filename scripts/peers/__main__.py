@@ -154,8 +154,6 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 
 def _show(plan: Plan, run: Run) -> None:
-    import statistics
-
     rows = rows_of(run, plan.lines)
     known = _facts(plan)
     read = run.read_bytes_per_second
@@ -164,7 +162,7 @@ def _show(plan: Plan, run: Run) -> None:
         {
             "cpu": f"{known['machine']['cpu']} ({' '.join(known['machine']['features']) or 'no AVX2'})",
             "threads": f"{plan.threads} of {cores()} usable cores",
-            "memory": f"reads {statistics.median(read) / 1e9:.1f} GB/s ({min(read) / 1e9:.1f} to {max(read) / 1e9:.1f})"
+            "memory": f"reads {max(read) / 1e9:.1f} GB/s (best of {len(read)}, lowest {min(read) / 1e9:.1f})"
             if read
             else "not measured",
             "task": f"{plan.model}, {len(plan.prompt)} prompt and {plan.new_tokens} new tokens, medians of "

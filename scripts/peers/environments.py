@@ -38,7 +38,7 @@ class Environment:
 ENVIRONMENTS: dict[str, Environment] = {
     "transformers": Environment(packages=("transformers==5.24.0", "accelerate==1.14.0")),
     "llama": Environment(
-        torch=False, packages=("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors==0.8.0"),
+        torch=False, packages=("llama-cpp-python==0.3.36", "gguf==0.19.0"),
         note="built from its sources: needs a C++ compiler, a few minutes",
     ),
     "openvino": Environment(

@@ -50,7 +50,7 @@ class Row:
 
 def rows_of(run: Run, lines: Sequence[Line]) -> list[Row]:
     """A row for every line with at least one good process, in the order of ``lines``."""
-    bandwidth = statistics.median(run.read_bytes_per_second) if run.read_bytes_per_second else None
+    bandwidth = max(run.read_bytes_per_second, default=None)
     rows = []
     for line in lines:
         found = [a.outcome for a in run.attempts if (a.peer, a.variant) == (line.peer, line.variant) and a.outcome]

@@ -90,7 +90,7 @@ def run_peers(plan: Plan, run: Run, say: Callable[[str], None], save: Callable[[
     todo = [(turn, line) for turn in range(plan.rounds) for line in rotated(plan.lines, turn, plan.rounds)]
     for index, (turn, line) in enumerate(todo):
         if index % max(1, len(plan.lines)) == 0:
-            _probe(plan, run)
+            _probe(plan, run, say)
         if str(line) in run.unavailable:
             continue
         left = _seconds_left(run, [other for _, other in todo[index:]])
@@ -102,7 +102,7 @@ def run_peers(plan: Plan, run: Run, say: Callable[[str], None], save: Callable[[
             run.unavailable[str(line)] = attempt.failure
             say(f"  {attempt.failure}")
         save()
-    _probe(plan, run)
+    _probe(plan, run, say)
     save()
 
 
@@ -213,8 +213,9 @@ def _failure(code: int, log: Path) -> str | None:
     return f"failed: {last_words(log)} (see {log})"
 
 
-def _probe(plan: Plan, run: Run) -> None:
-    """One reading of the memory bandwidth, in a process of its own."""
+def _probe(plan: Plan, run: Run, say: Callable[[str], None]) -> None:
+    """One reading of the memory bandwidth, in a process of its own. The best reading counts: others only lower it."""
+    _quiet(plan, say)
     code = (
         "import sys, torch; from trtkit.bench.machine import measure_machine\n"
         "torch.set_num_threads(int(sys.argv[1])); print(measure_machine('cpu').read_bytes_per_second)"

@@ -31,7 +31,7 @@ FAR_MORE = 0.5
 def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither wait for a quiet machine nor measure its memory."""
     monkeypatch.setattr(run, "idle_share", lambda: 0.0)
-    monkeypatch.setattr(run, "_probe", lambda plan, found: found.read_bytes_per_second.append(1e9))
+    monkeypatch.setattr(run, "_probe", lambda plan, found, say: found.read_bytes_per_second.append(1e9))
 
 
 def measured(tmp_path: Path, peers: dict[str, Peer], names: list[str], **changes: Any) -> tuple[Plan, Run, list[str]]:
