@@ -3,6 +3,7 @@ faster."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,14 @@ class _Model:
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
             task.model, dtype=dtype, attn_implementation="sdpa"
         ).eval()
-        self._prompt = torch.tensor([task.prompt])
         self.weight_bytes = directory_bytes(Path(task.model), "*.safetensors") * dtype.itemsize // 2
 
-    def generate(self, batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
+    def generate(self, prompt: Sequence[int], batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
         import torch
         import transformers
 
         def stop(tokens: torch.Tensor, _scores: Any, **_more: Any) -> torch.Tensor:
-            mark(batch * (tokens.shape[1] - self._prompt.shape[1]))
+            mark(batch * (tokens.shape[1] - len(prompt)))
             return torch.zeros(len(tokens), dtype=torch.bool)
 
         # Everything named: a checkpoint's generation_config.json may cut the distribution.
@@ -36,13 +36,13 @@ class _Model:
         )  # fmt: skip
         torch.manual_seed(seed)
         self._model.generation_config = asked
-        prompts = self._prompt.expand(batch, -1).contiguous()
+        prompts = torch.tensor([list(prompt)]).repeat(batch, 1)
         with torch.inference_mode():
             found = self._model.generate(
                 prompts, attention_mask=torch.ones_like(prompts), generation_config=asked,
                 stopping_criteria=transformers.StoppingCriteriaList([stop]),
             )  # fmt: skip
-        return found[:, self._prompt.shape[1] :].tolist()
+        return found[:, len(prompt) :].tolist()
 
 
 def _load(task: Task) -> tuple[dict[str, str], Any]:

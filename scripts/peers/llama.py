@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ class _Model:
         self.weight_bytes = _file(task).stat().st_size
         self._made: tuple[int, Any] | None = None
 
-    def generate(self, batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
-        api, prompt = self._api, self._task.prompt
+    def generate(self, prompt: Sequence[int], batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
+        api = self._api
         context = self._context(batch)
         samplers = [self._sampler(seed + row) for row in range(batch)]
         # The prompt is computed once and its cache copied to the other sequences.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ class _Model:
     def __init__(self, task: Task) -> None:
         import openvino_genai
 
-        self._task = task
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.max_num_batched_tokens = max(4096, max(task.batches) * (len(task.prompt) + 8))
+        # The same prompt in every run must be computed in every run.
+        scheduler.enable_prefix_caching = False
         scheduler.max_num_seqs = max(task.batches)
         scheduler.cache_size = 2  # GB
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
@@ -48,12 +50,12 @@ class _Model:
         self.weight_bytes = directory_bytes(Path(task.prepared), "openvino_model.bin")
         self._requests = 0
 
-    def generate(self, batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
+    def generate(self, prompt: Sequence[int], batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
         import numpy
         import openvino
         import openvino_genai
 
-        prompt = openvino.Tensor(numpy.array([self._task.prompt], dtype=numpy.int64))
+        ids = openvino.Tensor(numpy.array([list(prompt)], dtype=numpy.int64))
         handles = []
         for row in range(batch):
             asked = openvino_genai.GenerationConfig()
@@ -61,7 +63,7 @@ class _Model:
             asked.do_sample, asked.temperature, asked.rng_seed = True, 1.0, seed + row
             asked.max_new_tokens, asked.ignore_eos = new_tokens, True
             self._requests += 1
-            handles.append(self._pipeline.add_request(self._requests, prompt, asked))
+            handles.append(self._pipeline.add_request(self._requests, ids, asked))
         rows: list[list[int]] = [[] for _ in handles]
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()

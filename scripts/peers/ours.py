@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ class _Model:
         from trtkit.runtime.load import OpenOptions, open_engine
         from trtkit.scheme import scheme_named
 
-        self._task = task
         options = OpenOptions(
             device="cpu", threads=task.threads, rows=max(task.batches), speculative=task.variant.endswith(DRAFTING)
         )
@@ -55,7 +55,7 @@ class _Model:
         self.weight_bytes = round(step_bytes(spec, scheme_named(_precision(task)), rows=0, context=0))
         self._requests = 0
 
-    def generate(self, batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
+    def generate(self, prompt: Sequence[int], batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
         from trtkit.runtime.api import Request, SamplingParams
 
         rows: dict[str, list[int]] = {}
@@ -64,7 +64,7 @@ class _Model:
             rows[str(self._requests)] = []
             self._engine.submit(
                 Request(
-                    id=str(self._requests), prompt=self._task.prompt, sampling=SamplingParams(temperature=1.0),
+                    id=str(self._requests), prompt=tuple(prompt), sampling=SamplingParams(temperature=1.0),
                     max_tokens=new_tokens, seed=seed + row,
                 )
             )  # fmt: skip

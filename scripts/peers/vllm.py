@@ -1,23 +1,25 @@
-"""Worker: vLLM's CPU engine in this process, stepped by hand; bf16, and W8A8 from a compressed-tensors checkpoint."""
+"""Worker: vLLM's CPU engine in this process, stepped by hand; W8A8 from a compressed-tensors checkpoint. float32 too:
+its bf16 linears have no fast kernel on CPUs without bf16 arithmetic."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peers.worker import Mark, Opened, Task, directory_bytes, run_worker, versions_of
 
-VARIANTS = ("bf16", "W8A8")
+VARIANTS = ("bf16", "fp32", "W8A8")
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def _prepare(task: Task) -> None:
     """W8A8: per-channel int8 weights, activations quantized per token at run time, lm_head left in bf16."""
     out = Path(task.prepared)
-    if task.variant == "bf16" or out.is_dir():
+    if task.variant != "W8A8" or out.is_dir():
         return
     import torch
     from safetensors import safe_open
@@ -65,19 +67,21 @@ class _Model:
     def __init__(self, task: Task) -> None:
         from vllm import EngineArgs, LLMEngine
 
-        self._task = task
-        directory = task.model if task.variant == "bf16" else task.prepared
+        directory = task.prepared if task.variant == "W8A8" else task.model
+        dtype = "float32" if task.variant == "fp32" else "bfloat16"
         rows = max(task.batches)
         arguments = EngineArgs(
-            model=directory, dtype="bfloat16", max_model_len=task.total_tokens, max_num_seqs=rows,
+            model=directory, dtype=dtype, max_model_len=task.total_tokens, max_num_seqs=rows,
             # All prompts of a batch in one step, so that every row decodes the same steps.
-            max_num_batched_tokens=max(2048, rows * task.total_tokens), skip_tokenizer_init=True, seed=task.seed,
+            max_num_batched_tokens=max(2048, rows * task.total_tokens), skip_tokenizer_init=True,
+            # The same prompt in every run must be computed in every run.
+            enable_prefix_caching=False, seed=0,
         )  # fmt: skip
         self._engine = LLMEngine.from_engine_args(arguments)
-        self.weight_bytes = directory_bytes(Path(directory), "*.safetensors")
+        self.weight_bytes = directory_bytes(Path(directory), "*.safetensors") * (2 if task.variant == "fp32" else 1)
         self._requests = 0
 
-    def generate(self, batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
+    def generate(self, prompt: Sequence[int], batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
         from vllm import SamplingParams
 
         rows: dict[str, list[int]] = {}
@@ -88,7 +92,7 @@ class _Model:
                 detokenize=False,
             )  # fmt: skip
             rows[str(self._requests)] = []
-            self._engine.add_request(str(self._requests), {"prompt_token_ids": list(self._task.prompt)}, asked)
+            self._engine.add_request(str(self._requests), {"prompt_token_ids": list(prompt)}, asked)
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 # The ids so far, counted from the beginning.
@@ -101,7 +105,8 @@ def _load(task: Task) -> tuple[dict[str, str], Any]:
     # One process, so that steps can be timed and memory counted; threads before anything asks for them.
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="2", VLLM_NO_USAGE_STATS="1",
-        OMP_NUM_THREADS=str(task.threads), VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_USE_V1="1",
+        OMP_NUM_THREADS=str(task.threads), VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_CACHE_ROOT=str(Path(task.prepared).parent / "cache"),
     )  # fmt: skip
     import torch
 

@@ -13,7 +13,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from peers.machine import ForeignLoad
 
 __all__ = ["Mark", "Opened", "Outcome", "Point", "Task", "directory_bytes", "run_worker"]
 
+_WARM_UP = 16
+"""Prompt tokens of the warm-up."""
 Mark = Callable[[int], None]
 """Called after every step with the tokens generated so far, all rows together."""
 
@@ -85,8 +87,8 @@ class Opened(Protocol):
 
     weight_bytes: int
 
-    def generate(self, batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
-        """``batch`` samples of the prompt, ``new_tokens`` each: temperature 1, all tokens, no stop token."""
+    def generate(self, prompt: Sequence[int], batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
+        """``batch`` samples of ``prompt``, ``new_tokens`` each: temperature 1, all tokens, no stop token."""
 
 
 def run_worker(
@@ -123,11 +125,14 @@ def _measure(task: Task, load: Callable[[Task], tuple[dict[str, str], Callable[[
 
 
 def _point(model: Opened, task: Task, batch: int) -> Point:
-    model.generate(batch, 3, task.seed + 1000, lambda _: None)  # warm-up: buffers, kernels chosen by shape
+    # Warm-up: buffers, kernels chosen by shape. The prompt is short, since several peers compute it for every row.
+    model.generate(task.prompt[:_WARM_UP], batch, 3, task.seed + 1000, lambda _: None)
     marks: list[tuple[float, int]] = []
     load = ForeignLoad()
     begin = time.perf_counter()
-    rows = model.generate(batch, task.new_tokens, task.seed, lambda tokens: marks.append((time.perf_counter(), tokens)))
+    rows = model.generate(
+        task.prompt, batch, task.new_tokens, task.seed, lambda tokens: marks.append((time.perf_counter(), tokens))
+    )
     foreign = load.share()
     wrong = _wrong(rows, batch, task.new_tokens)
     first = next((index for index, (_, tokens) in enumerate(marks) if tokens >= batch), None)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from peers.worker import Mark, Task, run_worker
 
@@ -16,7 +17,7 @@ class _Model:
         self.weight_bytes = 1000
         self._variant = task.variant
 
-    def generate(self, batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
+    def generate(self, prompt: Sequence[int], batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
         if self._variant == "crash":
             os.kill(os.getpid(), signal.SIGILL)
         if self._variant == "child":  # left running, it would disturb whoever comes next
