@@ -76,7 +76,7 @@ def test_products_match_the_reference(kind: str, rows: int, device: torch.device
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("fused", "swap"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("fused", "swap"), [(True, False), (False, True)])
 def test_every_way_through_the_kernel(kind: str, fused: bool, swap: bool, device: torch.device) -> None:
     weights = made(kind, 64, 512, bias=False, pre=kind != "bf16")
     x = torch.randn(8, 512).bfloat16()
