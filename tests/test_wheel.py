@@ -20,6 +20,9 @@ def test_the_wheel_brings_everything(tmp_path: Path) -> None:
     practice = {path.name for path in (ROOT / "engines" / "practice").iterdir() if path.is_file()}
     assert {f"trtkit/_engines/practice/{name}" for name in practice} <= names
     assert {"trtkit/cli/app.py", "drafter/model.py", "trtkit/report/templates/page.html.j2"} <= names
+    kernels = {path.name for path in (ROOT / "trtkit/runtime/native").iterdir() if path.suffix in (".cpp", ".h")}
+    assert len(kernels) > 1
+    assert {f"trtkit/runtime/native/{name}" for name in kernels} <= names
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
     (entry,) = (name for name in names if name.endswith("entry_points.txt"))
     assert "trtkit = trtkit.cli.app:main" in zipfile.ZipFile(wheel).read(entry).decode()

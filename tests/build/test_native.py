@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.chat_files import save_chat_files
 from tests.tiny import save_tiny
 from trtkit.build import native
 from trtkit.errors import CheckpointError
+from trtkit.quant.calibrate import DataFree
 from trtkit.recipe import Limits, Recipe
+from trtkit.scheme import QuantScheme
 
 
 def test_a_checkpoint_that_changes_under_the_build_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +38,32 @@ def test_a_checkpoint_that_changes_under_the_build_is_noticed(tmp_path: Path, mo
         native.build_native(recipe, tmp_path / "engine", device="cpu")
     assert caught.value.offenders == ("model.safetensors",)
     assert not (tmp_path / "engine").exists()
+
+
+def test_weights_that_are_not_finite_are_found_before_minutes_of_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "model")
+    save_chat_files(source)
+    weights = load_file(source / "model.safetensors")
+    bad = ("model.layers.1.mlp.down_proj.weight", "model.norm.weight")
+    for name in bad:
+        weights[name].reshape(-1)[-1] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(native, "_calibrator", no_calibrator)
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"problem": "1 + 1?", "generated_solution": "two"}\n' * 16)
+    for precision, calibration in (("int8", None), ("fp8", text)):
+        recipe = Recipe(
+            model=str(source), precision=precision, limits=Limits(batch=2, prompt_tokens=64, total_tokens=128)
+        )  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match="not finite") as caught:
+            native.build_native(recipe, tmp_path / "engine", calibration=calibration, device="cpu")
+        assert caught.value.offenders == tuple(f"{name}: 1 value(s) are NaN or Inf" for name in bad)
+        assert not (tmp_path / "engine").exists()
+
+
+def no_calibrator(recipe: Recipe, scheme: QuantScheme, *_: object) -> DataFree:
+    """The one that needs no data; none other may be asked for."""
+    assert not scheme.calibrated
+    return DataFree()

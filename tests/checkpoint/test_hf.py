@@ -205,6 +205,21 @@ def test_writer_makes_files_that_safetensors_reads(tmp_path: Path) -> None:
                 assert found.reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
 
 
+def test_a_large_tensor_has_memory_of_its_own(tmp_path: Path) -> None:
+    # Large enough for huge pages.
+    tensors = {"a": torch.arange(3_000_000, dtype=torch.int32), "b": torch.full((2_100_001,), -1, dtype=torch.int32)}
+    writer = ShardWriter(tmp_path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.close()
+    shards, _ = open_shards(tmp_path)
+    first, again, other = shards.tensor("a"), shards.tensor("a"), shards.tensor("b")
+    first += 1
+    assert first.equal(tensors["a"] + 1)
+    assert again.equal(tensors["a"])
+    assert other.equal(tensors["b"])
+
+
 def test_a_disk_that_cannot_hold_it_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="too full"):
         ShardWriter(tmp_path, {"a": (torch.float32, (1 << 50,))})

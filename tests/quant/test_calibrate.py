@@ -133,7 +133,7 @@ def test_blocks_of_rows_change_nothing(precision: str, monkeypatch: pytest.Monke
     clips = tuple(torch.rand(rows, 2) / 2 + 0.5 for rows in (20, 6)) if precision == "int4" else None
     scales = GroupScales(pre_scale=pre, clips=clips)
     whole = quantize_group(parts, SCHEMES[precision], scales)
-    monkeypatch.setattr("trtkit.quant.group._BLOCK_VALUES", 256 * 4)
+    monkeypatch.setattr("trtkit.quant.in_cache._BLOCK_VALUES", 256 * 4)
     blocked = quantize_group(parts, SCHEMES[precision], scales)
     for one, other, part in zip(whole, blocked, parts, strict=True):
         assert one.weight.data.view(torch.uint8).equal(other.weight.data.view(torch.uint8))

@@ -1,6 +1,6 @@
 """The optional C++ kernels against their pure-torch definitions, and life without a compiler.
 
-The first test with kernels compiles them, some ten seconds the first time on a machine.
+The first test with kernels compiles them, some twenty seconds the first time on a machine.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from drafter.beam import beam_search
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all, tiny_engine_dir
+from tests.runtime.logits import KINDS, adversarial_logits
 from trtkit.checkpoint.unified import open_unified
 from trtkit.decoder import Norms, PlainPointwise, rope_at
 from trtkit.model_spec import ModelSpec, RopeSpec
@@ -184,35 +185,32 @@ def test_attention_is_that_of_torch(
 
 
 @pytest.mark.usefixtures("native")
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     vocab=st.sampled_from([1, 17, 128, 1000, 5003]),
-    spread=st.sampled_from([0.0, 0.1, 3.0, 40.0]),
+    kind=st.sampled_from(KINDS),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 0, 1, 5, 300, 4000]),
+    top_p=st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.999999, 1e-6]),
+    min_p=st.sampled_from([0.0, 0.0, 0.05, 1e-9, 1.0]),
     dtype=st.sampled_from(list(TOLERANCE)),
 )
-def test_picks_are_those_of_torch(seed: int, vocab: int, spread: float, temperature: float, dtype: torch.dtype) -> None:
-    """Bit for bit: mixed temperatures, flat and peaked logits, ties, and the two ends of the uniform interval."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(40, vocab, generator=generator) * spread).to(dtype)
-    params = [SamplingParams(temperature=temperature if i % 3 else 1.0) for i in range(40)]
-    rows = sampling_rows(params, range(seed, seed + 40), CPU)
+def test_picks_are_those_of_torch(
+    seed: int, vocab: int, kind: str, temperature: float, top_k: int, top_p: float, min_p: float, dtype: torch.dtype
+) -> None:
+    """Bit for bit: mixed parameters, all kinds of logits, and the two ends of the uniform interval."""
+    logits = adversarial_logits(kind, 40, vocab, seed).to(dtype)
+    cut = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    rows = sampling_rows([cut if i % 3 else SamplingParams() for i in range(40)], range(seed, seed + 40), CPU)
     positions = torch.arange(40)
     assert torch.equal(sampling.pick(logits, rows, positions), pick_plain(logits, rows, positions))
     uniform = uniforms(rows.seeds, positions)
     uniform[::4], uniform[1::4] = 0.0, 1 - 2.0**-53
     expected = sampling.invert_cdf(sampling.sampling_weights(logits, rows), uniform)
     warm = torch.zeros(40, dtype=torch.bool)
-    assert torch.equal(kernels.draw_tokens(logits, rows.temperature, warm, uniform), expected)
-
-
-@pytest.mark.usefixtures("native")
-def test_logits_that_are_no_numbers_are_left_to_torch() -> None:
-    logits = torch.randn(4, 300)
-    logits[1, 7], logits[2] = float("nan"), float("-inf")
-    rows = sampling_rows([SamplingParams()] * 4, range(4), CPU)
-    assert torch.equal(sampling.pick(logits, rows, torch.arange(4)), pick_plain(logits, rows, torch.arange(4)))
+    got = kernels.draw_tokens(logits, rows.temperature, warm, uniform, rows.top_k, rows.top_p, rows.min_p)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.usefixtures("native")

@@ -13,9 +13,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from tests.reference.sampling import keep, scan
 from trtkit.errors import RequestError
 from trtkit.runtime.api import SamplingParams
-from trtkit.runtime.sampling import invert_cdf, pick, sampling_rows, sampling_weights, uniforms
+from trtkit.runtime.sampling import LARGEST_WEIGHT, invert_cdf, pick, sampling_rows, sampling_weights, uniforms
 
 CPU = torch.device("cpu")
 
@@ -46,8 +47,58 @@ def _transformers_distribution(logits: torch.Tensor, params: SamplingParams) -> 
 def test_distribution_is_that_of_transformers(params: SamplingParams) -> None:
     logits = torch.randn(5, 1000) * 3
     ours = sampling_weights(logits, sampling_rows([params] * 5, range(5), CPU))
-    ours = ours / ours.sum(dim=1, keepdim=True)
-    torch.testing.assert_close(ours, _transformers_distribution(logits, params), rtol=1e-4, atol=1e-7)
+    ours = (ours.double() / ours.sum(dim=1, keepdim=True)).float()
+    torch.testing.assert_close(ours, _transformers_distribution(logits, params), rtol=1e-5, atol=1e-9)
+
+
+def _weights_at(x: torch.Tensor) -> torch.Tensor:
+    """The weights of logits x below a largest logit of 0."""
+    rows = sampling_rows([SamplingParams()], [0], CPU)
+    return sampling_weights(torch.cat([torch.zeros(1), x])[None], rows)[0, 1:]
+
+
+def test_weights_are_the_exponential_within_the_stated_bound() -> None:
+    x = torch.cat([torch.linspace(-45, 0, 300_001), -torch.logspace(-30, 1.5, 10_001), torch.tensor([-torch.inf])])
+    exact = x.double().exp() * LARGEST_WEIGHT
+    weights = _weights_at(x)
+    assert ((weights - exact).abs() <= 1 + exact * 2**-23.5).all()
+    assert _weights_at(torch.zeros(1)).item() == LARGEST_WEIGHT
+    assert (weights[x < -27.8] == 0).all()
+
+
+def test_a_smaller_logit_never_has_a_larger_weight() -> None:
+    """Runs of 2^16 neighbouring float32 numbers in every part of the range; all of them in the slow test."""
+    for bits in range(0x2F000000, 0x42200000, 0x00410000):
+        _check_falling(bits, 1 << 16)
+
+
+@pytest.mark.slow
+def test_no_smaller_logit_at_all_has_a_larger_weight() -> None:
+    """Every float32 from -2^-33 to -32."""
+    for bits in range(0x2F000000, 0x42000000, 1 << 21):
+        _check_falling(bits, 1 << 21)
+
+
+def _check_falling(first: int, count: int) -> None:
+    x = -torch.arange(first - 1, first + count, dtype=torch.int32).view(torch.float32)
+    assert (_weights_at(x).diff() <= 0).all()
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 1.0, 1.25, -3.0, 4.5, -60.0, -torch.inf]), min_size=1, max_size=40),
+    st.integers(0, 45),
+    st.sampled_from([1.0, 0.9999999, 0.9, 0.5, 1e-9]),
+    st.sampled_from([0.0, 1e-13, 0.05, 0.3, 1.0]),
+)
+def test_cuts_are_those_of_a_sort(logits: list[float], top_k: int, top_p: float, min_p: float) -> None:
+    """In a batch with an uncut row, whose weights are the reference's start."""
+    logits.append(0.5)
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
+    cut, whole = sampling_weights(
+        torch.tensor([logits, logits]), sampling_rows([params, SamplingParams()], [0, 0], CPU)
+    ).tolist()
+    assert cut == keep(whole, params)
+    assert max(cut) == LARGEST_WEIGHT
 
 
 def test_a_row_does_not_see_its_neighbours() -> None:
@@ -88,20 +139,23 @@ def test_uniforms_are_uniform_and_uncorrelated() -> None:
         assert abs(torch.corrcoef(torch.stack([sample[:-1], sample[1:]]))[0, 1]) < 0.02
 
 
-@given(
-    st.lists(st.sampled_from([0.0, 0.1, 1.0, 1e-6, 7.0]), min_size=1, max_size=400), st.floats(0, 1, exclude_max=True)
-)
-def test_inverse_cdf_matches_a_scan(weights: list[float], uniform: float) -> None:
-    if not any(weights):
-        weights[-1] = 1.0
-    row = torch.tensor([weights])
-    found = int(invert_cdf(row, torch.tensor([uniform], dtype=torch.float64))[0])
+@given(st.lists(st.sampled_from([0, 1, 7, 1 << 22, LARGEST_WEIGHT]), max_size=400), st.floats(0, 1, exclude_max=True))
+def test_inverse_cdf_is_a_scan(weights: list[int], uniform: float) -> None:
+    weights.append(3)
+    found = int(invert_cdf(torch.tensor([weights]), torch.tensor([uniform], dtype=torch.float64))[0])
+    assert found == scan(weights, uniform)
     assert weights[found] > 0
-    below = sum(row[0, :found].double().tolist())
-    total = sum(row[0].double().tolist())
-    # float32 block sums may move a boundary by a rounding error, never further.
-    slack = 1e-5 * total
-    assert below - slack <= uniform * total <= below + weights[found] + slack
+
+
+def test_shares_of_the_unit_interval_are_the_probabilities() -> None:
+    """Enumerated: a token is drawn by exactly those of 2^12 even steps that its share of the sum contains."""
+    logits = torch.tensor([[0.0, -1.0, -torch.inf, -0.25, -9.0]])
+    weights = sampling_weights(logits, sampling_rows([SamplingParams()], [0], CPU))
+    steps = 1 << 12
+    uniform = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    counts = invert_cdf(weights.expand(steps, -1), uniform).bincount(minlength=5)
+    assert ((counts / steps - logits[0].double().softmax(0)).abs() <= 1 / steps).all()
+    assert counts[2] == 0
 
 
 def test_frequencies_follow_the_distribution() -> None:
@@ -118,6 +172,17 @@ def test_frequencies_follow_the_distribution() -> None:
 def test_temperature_zero_takes_the_lowest_of_tied_maxima() -> None:
     rows = sampling_rows([SamplingParams(temperature=0)], [1], CPU)
     assert pick(torch.tensor([[0.0, 3.0, 3.0, 1.0]]), rows, torch.tensor([0])).tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_without_a_distribution_give_token_0(temperature: float) -> None:
+    """And leave their neighbours alone."""
+    logits = torch.zeros(4, 300)
+    logits[:3, 5], logits[3, 7] = 2.0, 50.0
+    logits[0, 7], logits[1], logits[2, 9] = torch.nan, -torch.inf, torch.inf
+    rows = sampling_rows([SamplingParams(temperature=temperature)] * 4, range(4), CPU)
+    picks = pick(logits, rows, torch.arange(4)).tolist()
+    assert picks == [0, 0, 9 if temperature == 0 else 0, 7]
 
 
 def test_parameters_out_of_range_are_listed_together() -> None:

@@ -1,16 +1,25 @@
-"""Stream a checkpoint into the unified layout, one layer at a time: read, calibrate, quantize, write."""
+"""Stream a checkpoint into the unified layout, one layer at a time: read, calibrate, quantize, write.
+
+The three stages overlap: one thread reads (and looks for NaN and Inf while it does), the caller's calibrates and
+quantizes, one hashes and writes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import itertools
 import shutil
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from trtkit.checkpoint.hf import EMBEDDING, LM_HEAD, HfCheckpoint, expected_layer, layer_prefix
+from trtkit.checkpoint.hf import HfCheckpoint, finite_tensors, layer_of, layer_prefix, norms_of
+from trtkit.checkpoint.pipeline import consumed, produced
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.unified import QUANT_FILE, quant_config, unified_config, unified_layout
 from trtkit.decoder import LINEAR_PARTS, LinearName
@@ -20,7 +29,7 @@ from trtkit.log import Progress
 from trtkit.model_spec import ModelSpec
 from trtkit.quant.calibrate import Calibrator, LayerScales
 from trtkit.quant.group import quantize_group
-from trtkit.quant.tensor import FP8_MAX, LinearWeights
+from trtkit.quant.tensor import FP8_MAX, LinearWeights, dense
 from trtkit.scheme import QuantScheme
 
 __all__ = ["COMPANIONS", "check_alignment", "convert"]
@@ -30,6 +39,13 @@ COMPANIONS = (
     "generation_config.json", "LICENSE*",
 )  # fmt: skip
 """Files that belong to the model and go where its weights go."""
+
+_AHEAD_BYTES = 1 << 29
+"""Read ahead of the quantizer: about one layer of a 14B model."""
+_BEHIND_BYTES = 1 << 28
+"""Quantized and not yet written."""
+
+Named: TypeAlias = tuple[str, Tensor]
 
 
 def check_alignment(spec: ModelSpec, scheme: QuantScheme) -> None:
@@ -59,55 +75,94 @@ def convert(
 ) -> dict[str, str]:
     """Write the whole checkpoint into the existing directory ``out``; returns SHA-256 by file name.
 
-    ``pre_scale``: the calibrator gives a pre-scale for every product. Peak memory is one layer (or one table block) and
-    what the calibrator holds. ``OSError`` passes through: call inside ``files.staged_dir``.
+    ``pre_scale``: the calibrator gives a pre-scale for every product. The source is read ahead and the result written
+    behind; memory is that of the layer (or table block) in work, of what lies in the two lines, and of the calibrator.
+
+    Raises :class:`CheckpointError` that names every tensor with NaN or Inf. ``OSError`` passes through: call inside
+    ``files.staged_dir``.
     """
     layout = unified_layout(source.spec, scheme, pre_scale=pre_scale)
     writer = ShardWriter(out, layout)
 
-    def copy(name: str) -> None:
-        writer.write(name, (block.to(layout[name][0]) for block in source.shards.blocks(name)))
+    def write(tensors: Iterator[Named]) -> None:
+        for name, pieces in itertools.groupby(tensors, key=lambda named: named[0]):
+            writer.write(name, (piece for _, piece in pieces))
+        digests.update(writer.close())
 
+    digests: dict[str, str] = {}
     try:
-        copy(EMBEDDING)
-        with Progress("convert", total=source.spec.layers, unit="layers") as progress:
-            for layer in range(source.spec.layers):
-                tensors = dict(_layer(source, layer, scheme, calibrator))
-                # File order is the layout's, which readers of one layer find together.
-                prefix = layer_prefix(layer)
-                for name in [name for name in layout if name.startswith(prefix)]:
-                    writer.write(name, tensors.pop(name).to(layout[name][0]))
-                assert not tensors, sorted(tensors)
-                progress.advance(note=scheme.name)
-        copy("model.norm.weight")
-        if not source.spec.tied:
-            copy(LM_HEAD)
-        digests = writer.close()
+        with (
+            produced(finite_tensors(source), size=_nbytes, limit=_AHEAD_BYTES) as tensors,
+            consumed(write, size=_nbytes, limit=_BEHIND_BYTES) as put,
+            Progress("convert", total=source.spec.layers, unit="layers") as progress,
+        ):
+            for layer, members in itertools.groupby(tensors, key=lambda named: layer_of(named[0])):
+                if layer is not None:
+                    members = _quantized(source.spec, layer, dict(members), scheme, calibrator)
+                    prefix = layer_prefix(layer)
+                    # File order is the layout's, which readers of one layer find together.
+                    members = _in_order([name for name in layout if name.startswith(prefix)], members)
+                for name, tensor in members:
+                    put((name, tensor.to(layout[name][0])))
+                if layer is not None:
+                    progress.advance(note=scheme.name)
     finally:
         writer.abandon()
     return digests | _companions(source, out, scheme, pre_scale)
 
 
-def _layer(
-    source: HfCheckpoint, layer: int, scheme: QuantScheme, calibrator: Calibrator
-) -> Iterator[tuple[str, Tensor]]:
-    """The layer's tensors by their names in the unified layout."""
+def _nbytes(named: Named) -> int:
+    return named[1].nbytes
+
+
+def _in_order(names: Sequence[str], tensors: Iterator[Named]) -> Iterator[Named]:
+    """The tensors in the order of ``names``, each as soon as those before it have come."""
+    ready: dict[str, Tensor] = {}
+    left = deque(names)
+    for name, tensor in tensors:
+        ready[name] = tensor
+        while left and left[0] in ready:
+            yield left[0], ready.pop(left.popleft())
+    assert not left, left
+    assert not ready, sorted(ready)
+
+
+def _quantized(
+    spec: ModelSpec, layer: int, tensors: dict[str, Tensor], scheme: QuantScheme, calibrator: Calibrator
+) -> Iterator[Named]:
+    """The layer's tensors by their names in the unified layout; ``tensors``, the source's, is used up."""
     prefix = layer_prefix(layer)
-    norms = source.norms(layer)
+    norms = norms_of(tensors.__getitem__, spec, layer)
     parts: dict[LinearName, list[LinearWeights]] = {
-        name: [source.part(layer, part) for part in members] for name, members in LINEAR_PARTS.items()
+        name: [
+            LinearWeights(
+                weight=dense(tensors.pop(f"{prefix}{part}.weight")), bias=tensors.pop(f"{prefix}{part}.bias", None)
+            )
+            for part in members
+        ]
+        for name, members in LINEAR_PARTS.items()
     }
     scales = calibrator.layer(layer, norms, parts)
-    for name in expected_layer(source.spec, layer):
-        if "norm" in name:
-            yield name, source.shards.tensor(name)
+    yield from tensors.items()
     for group, members in LINEAR_PARTS.items():
-        quantized = quantize_group(parts.pop(group), scheme, scales.groups[group])
+        with _one_thread_less():
+            quantized = quantize_group(parts.pop(group), scheme, scales.groups[group])
         for member, linear in zip(members, quantized, strict=True):
             yield from _linear_tensors(f"{prefix}{member}", linear)
     if scheme.kv_dtype != "model":
         for member, value in zip(("k_proj.k_scale", "v_proj.v_scale"), _kv_scales(scheme, scales), strict=True):
             yield f"{prefix}self_attn.{member}", torch.tensor(value)
+
+
+@contextlib.contextmanager
+def _one_thread_less() -> Iterator[None]:
+    """Leave a core to reading and writing: many short operations on all cores would wait for the slowest each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _linear_tensors(name: str, linear: LinearWeights) -> Iterator[tuple[str, Tensor]]:

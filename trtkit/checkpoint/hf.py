@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -26,7 +27,10 @@ __all__ = [
     "HfCheckpoint",
     "check_finite",
     "expected_shapes",
+    "finite_tensors",
+    "layer_of",
     "layer_prefix",
+    "norms_of",
     "open_source",
     "read_config",
     "resolve_source",
@@ -46,6 +50,11 @@ Shapes: TypeAlias = dict[str, tuple[int, ...]]
 def layer_prefix(layer: int) -> str:
     """``model.layers.N.``"""
     return f"model.layers.{layer}."
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to; None for the tables and the final norm."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
 def resolve_source(model: str) -> Path:
@@ -122,14 +131,14 @@ class HfCheckpoint:
 
     def norms(self, layer: int) -> Norms:
         """The norm weights of a layer."""
-        return read_norms(self.shards, self.spec, layer)
+        return norms_of(self.shards.tensor, self.spec, layer)
 
 
-def read_norms(shards: Shards, spec: ModelSpec, layer: int) -> Norms:
-    """The norm weights of a layer: (H,) each, q and k (D,) for Qwen3."""
+def norms_of(tensor: Callable[[str], Tensor], spec: ModelSpec, layer: int) -> Norms:
+    """The norm weights of a layer, by full name from ``tensor``: (H,) each, q and k (D,) for Qwen3."""
 
     def get(name: str) -> Tensor:
-        return shards.tensor(f"{layer_prefix(layer)}{name}.weight")
+        return tensor(f"{layer_prefix(layer)}{name}.weight")
 
     return Norms(
         input=get("input_layernorm"),
@@ -197,19 +206,41 @@ def open_source(directory: Path) -> HfCheckpoint:
 
 def check_finite(source: HfCheckpoint) -> None:
     """Read all weights once; raises :class:`CheckpointError` naming every tensor with NaN or Inf."""
-    problems: list[str] = []
-    names = expected_shapes(source.spec)
-    total = sum(source.shards.entries[name].nbytes for name in names)
+    total = sum(source.shards.entries[name].nbytes for name in expected_shapes(source.spec))
     with Progress("check weights", total=-(-total // 1_000_000), unit="MB") as progress:
         done = 0
-        for name in names:
-            bad = 0
-            for block in source.shards.blocks(name):
-                # NaN and Inf survive min and max, which is three times faster than isfinite over everything.
-                if not torch.isfinite(torch.stack(torch.aminmax(block)).float()).all():
-                    bad += int((~torch.isfinite(block)).sum())
-                done += block.nbytes
-                progress.advance(-(-done // 1_000_000) - progress.done)
-            if bad:
-                problems.append(f"{name}: {bad} value(s) are NaN or Inf")
+        for _, tensor in finite_tensors(source):
+            done += tensor.nbytes
+            progress.advance(-(-done // 1_000_000) - progress.done)
+
+
+def finite_tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
+    """All weights by name, in the order of :func:`expected_shapes`: the two tables in flat blocks, the others whole.
+
+    Nothing follows the first value that is NaN or Inf: the rest is only read, and :class:`CheckpointError` names every
+    tensor that has one.
+    """
+    bad: dict[str, int] = {}
+    for name, tensor in _tensors(source):
+        found = _not_finite(tensor)
+        if found:
+            bad[name] = bad.get(name, 0) + found
+        if not bad:
+            yield name, tensor
+    problems = [f"{name}: {count} value(s) are NaN or Inf" for name, count in bad.items()]
     raise_damaged(source.directory, problems, "the weights are not finite")
+
+
+def _tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
+    for name in expected_shapes(source.spec):
+        if name in (EMBEDDING, LM_HEAD):
+            yield from ((name, block) for block in source.shards.blocks(name))
+        else:
+            yield name, source.shards.tensor(name)
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or Inf. Both survive min and max, three times faster than isfinite over everything."""
+    if torch.isfinite(torch.stack(torch.aminmax(tensor)).float()).all():
+        return 0
+    return int((~torch.isfinite(tensor)).sum())

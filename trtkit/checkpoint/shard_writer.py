@@ -21,6 +21,9 @@ from trtkit.files import write_json
 __all__ = ["ShardWriter", "check_space", "layout_bytes"]
 
 
+_STEP_BYTES = 1 << 24
+
+
 class ShardWriter:
     """Writes tensors in the order of ``layout`` into shards of about ``shard_bytes``, one tensor at a time.
 
@@ -43,6 +46,7 @@ class ShardWriter:
         self._stream: BinaryIO | None = None
         self._shard = -1
         self._hash = hashlib.sha256()
+        self._sent = 0
         self.digests: dict[str, str] = {}
         """SHA-256 by file name, complete after :meth:`close`."""
         check_space(directory, layout_bytes(layout))
@@ -85,6 +89,7 @@ class ShardWriter:
         self._finish()
         self._shard = shard
         self._stream = (self._directory / self._files[shard]).open("wb", buffering=0)
+        self._sent = 0
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name in self._plan[shard]:
@@ -98,9 +103,21 @@ class ShardWriter:
 
     def _put(self, data: memoryview) -> None:
         assert self._stream is not None
-        self._hash.update(data)
-        while data:
-            data = data[self._stream.write(data) :]
+        for start in range(0, len(data), _STEP_BYTES):
+            step = data[start : start + _STEP_BYTES]
+            self._hash.update(step)
+            while step:
+                step = step[self._stream.write(step) :]
+            self._start_writeback()
+
+    def _start_writeback(self) -> None:
+        """Send what has been written to the disk now, without waiting: the sync at the end then finds little to do."""
+        assert self._stream is not None
+        end = self._stream.tell()
+        if end - self._sent >= _STEP_BYTES and hasattr(os, "posix_fadvise"):
+            # "Not needed" makes Linux write dirty pages out; they stay cached, being dirty.
+            os.posix_fadvise(self._stream.fileno(), self._sent, end - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = end
 
     def _finish(self) -> None:
         if self._stream is not None:

@@ -37,9 +37,9 @@ from trtkit.checkpoint.hf import (
     MODEL_DTYPES,
     expected_layer,
     layer_prefix,
+    norms_of,
     open_source,
     read_config,
-    read_norms,
 )
 from trtkit.checkpoint.shards import Layout, Shards, open_shards, raise_damaged
 from trtkit.decoder import LINEAR_PARTS, LinearName, Norms
@@ -187,7 +187,7 @@ class UnifiedCheckpoint:
 
     def norms(self, layer: int) -> Norms:
         """The norm weights of a layer."""
-        return read_norms(self.shards, self.spec, layer)
+        return norms_of(self.shards.tensor, self.spec, layer)
 
     def kv_scales(self, layer: int) -> tuple[float, float] | None:
         """Scales of an 8-bit cache: a key is stored as k / scale. None where the checkpoint gives none."""

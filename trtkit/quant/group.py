@@ -5,20 +5,17 @@ Letters: N rows, K inputs, G = K / 128 groups.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trtkit.quant.tensor import LinearWeights, QuantTensor, quantize_fp8, quantize_int4, quantize_int8
+from trtkit.quant.in_cache import fp8_matrix, int4_matrix, int8_matrix, largest_magnitude
+from trtkit.quant.tensor import LinearWeights, QuantTensor
 from trtkit.scheme import QuantScheme
 
 __all__ = ["GroupScales", "effective_weight", "quantize_group"]
-
-_BLOCK_VALUES = 1 << 20
-"""Weights quantized at a time: the float32 copies then stay in the CPU's cache, and memory stays small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +36,7 @@ def quantize_group(parts: Sequence[LinearWeights], scheme: QuantScheme, scales: 
         return list(parts)
     amax = None
     if scheme.weight_format == "fp8":
-        amax = torch.stack([part.weight.data.abs().amax() for part in parts]).amax().float()
+        amax = torch.stack([largest_magnitude(part.weight.data) for part in parts]).amax()
     clips = scales.clips or (None,) * len(parts)
     return [
         LinearWeights(
@@ -55,29 +52,13 @@ def quantize_group(parts: Sequence[LinearWeights], scheme: QuantScheme, scales: 
 def _quantize(
     weight: Tensor, scheme: QuantScheme, pre_scale: Tensor | None, amax: Tensor | None, clip: Tensor | None
 ) -> QuantTensor:
-    rows, width = weight.shape
-    # An even number of rows: int4 packs pairs.
-    step = max(2, _BLOCK_VALUES // width // 2 * 2)
-    blocks: list[QuantTensor] = []
-    for start in range(0, rows, step):
-        block = weight[start : start + step]
-        if pre_scale is not None:
-            block = block.float() / pre_scale.float()
-        if scheme.weight_format == "fp8":
-            blocks.append(quantize_fp8(block, amax=amax))
-        elif scheme.weight_format == "int8":
-            blocks.append(quantize_int8(block, steps=127 if scheme.activations == "int8" else 128))
-        else:
-            assert scheme.group_size is not None
-            part = None if clip is None else clip[start : start + step]
-            blocks.append(quantize_int4(block, group_size=scheme.group_size, clip=part))
-    scales = [block.scale for block in blocks if block.scale is not None]
-    return dataclasses.replace(
-        blocks[0],
-        data=torch.cat([block.data for block in blocks]),
-        scale=scales[0] if scheme.weight_format == "fp8" else torch.cat(scales),
-        shape=(rows, width),
-    )
+    if scheme.weight_format == "fp8":
+        assert amax is not None
+        return fp8_matrix(weight, amax=amax, pre_scale=pre_scale)
+    if scheme.weight_format == "int8":
+        return int8_matrix(weight, steps=127 if scheme.activations == "int8" else 128, pre_scale=pre_scale)
+    assert scheme.group_size is not None
+    return int4_matrix(weight, group_size=scheme.group_size, pre_scale=pre_scale, clip=clip)
 
 
 def effective_weight(linear: LinearWeights, dequantized: Tensor) -> Tensor:

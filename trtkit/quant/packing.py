@@ -16,8 +16,8 @@ def pack_int4(codes: Tensor) -> Tensor:
     """int8 codes in -8..7, (N, K) with N even -> uint8 (N / 2, K)."""
     assert codes.dtype == torch.int8
     assert codes.shape[0] % 2 == 0
-    nibbles = codes.view(torch.uint8) & 0x0F
-    return nibbles[0::2] | (nibbles[1::2] << 4)
+    # As signed bytes: 16 * high + (low mod 16) lies in -128..127.
+    return (codes[0::2] & 0x0F).add_(codes[1::2], alpha=16).view(torch.uint8)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:

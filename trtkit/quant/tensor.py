@@ -18,6 +18,7 @@ from trtkit.scheme import WeightFormat
 
 __all__ = [
     "FP8_MAX",
+    "TINY",
     "LinearWeights",
     "QuantTensor",
     "concat_rows",
@@ -32,7 +33,8 @@ __all__ = [
 FP8_MAX = 448.0
 """Largest finite float8_e4m3fn."""
 
-_TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny
+"""Smallest scale: that of zero weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +84,9 @@ def quantize_int8(weight: Tensor, *, steps: int) -> QuantTensor:
     codes are made with the unrounded one) and 127 for SmoothQuant (ModelOpt's rule, scale kept in float32).
     """
     wide = weight.float()
-    exact = (wide.abs().amax(dim=1) / steps).clamp_min(_TINY)
+    exact = (wide.abs().amax(dim=1) / steps).clamp_min(TINY)
     codes = _round_half_away(wide / exact[:, None]).clamp_(-128, 127).to(torch.int8)
-    scale = exact.to(weight.dtype).float().clamp_min(_TINY) if steps == 128 else exact
+    scale = exact.to(weight.dtype).float().clamp_min(TINY) if steps == 128 else exact
     return QuantTensor(data=codes, scale=scale, format="int8", shape=(weight.shape[0], weight.shape[1]))
 
 
@@ -95,7 +97,7 @@ def quantize_fp8(weight: Tensor, *, amax: Tensor | None = None) -> QuantTensor:
     """
     wide = weight.float()
     top = wide.abs().amax() if amax is None else amax.float()
-    scale = (top / FP8_MAX).clamp_min(_TINY)
+    scale = (top / FP8_MAX).clamp_min(TINY)
     codes = (wide / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return QuantTensor(data=codes, scale=scale, format="fp8", shape=(weight.shape[0], weight.shape[1]))
 
@@ -110,7 +112,7 @@ def quantize_int4(weight: Tensor, *, group_size: int = 128, clip: Tensor | None 
     amax = groups.abs().amax(dim=2)
     if clip is not None:
         amax = amax * clip
-    scale = (amax / 7).clamp_min(_TINY)
+    scale = (amax / 7).clamp_min(TINY)
     codes = torch.round(groups / scale[:, :, None]).clamp_(-8, 7).to(torch.int8).reshape(rows, width)
     return QuantTensor(data=pack_int4(codes), scale=scale, format="int4", shape=(rows, width))
 

@@ -1,9 +1,11 @@
 """The matrix product against a stored weight, by the best kernel measured for the device and the row count.
 
-CPU, bfloat16 (oneDNN): prepacked bf16 weights for any row count; int8 and int4 read their packed codes while there are
-few rows (a decode step of a few sequences is bound by weight traffic) and expanded ones above; W8A8 runs oneDNN's int8
-product; fp8 has no CPU kernel, its codes are expanded once at load (e4m3 values are exact in bf16).
-Everything else (float32, CUDA until its own kernels) multiplies expanded codes: the same numbers, plainly.
+CPU, bfloat16, where oneDNN has bf16 kernels (AVX512, AMX): prepacked bf16 weights for any row count; int8 and int4 read
+their packed codes while there are few rows (a decode step of a few sequences is bound by weight traffic) and expanded
+ones above; W8A8 runs oneDNN's int8 product; fp8 has no CPU kernel, its codes are expanded once at load (e4m3 values are
+exact in bf16). Where oneDNN has none (AVX2), torch falls back to slow loops: our own kernels run every format there.
+CUDA, bfloat16: ``cuda/linear.py``.
+Everything else (float32, no compiler, odd shapes on CUDA) multiplies expanded codes: the same numbers, plainly.
 
 ``linear_reference`` in ``quant/tensor.py`` is the definition that each kernel is tested against.
 Letters: T tokens, N output features, K input features.
@@ -21,6 +23,7 @@ from torch import Tensor
 from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import FP8_MAX, LinearWeights, dequantize
 from trtkit.runtime.native.kernels import activation_codes, loaded
+from trtkit.runtime.native.linear import native_linear
 
 __all__ = ["Kernel", "runtime_linear"]
 
@@ -35,8 +38,18 @@ INT4_PACKED_ROWS = 3
 
 def runtime_linear(weights: LinearWeights, *, device: torch.device, dtype: torch.dtype) -> Kernel:
     """The kernel for one linear. ``weights`` may be released afterwards; the kernel keeps what it needs."""
+    if device.type == "cuda":
+        # Triton comes with CUDA builds of torch only.
+        from trtkit.runtime.cuda.linear import cuda_linear
+
+        on_cuda = cuda_linear(weights, device=device, dtype=dtype)
+        if on_cuda is not None:
+            return on_cuda
     kind = weights.weight.format
-    onednn = device.type == "cpu" and dtype == torch.bfloat16 and _has_onednn_bf16()
+    cpu = device.type == "cpu" and dtype == torch.bfloat16
+    onednn = cpu and _has_onednn_bf16()
+    if cpu and not onednn and loaded():
+        return native_linear(weights)
     if kind == "int8" and weights.input_scale is not None and onednn:
         kernel = _w8a8_onednn(weights)
     else:

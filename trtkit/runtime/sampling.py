@@ -4,7 +4,11 @@ A pick depends on the row's logits, its sampling parameters and one uniform numb
 No generator is advanced, so a sample never depends on what else is in the batch, and a speculative step that looks at
 several positions draws the numbers that plain decoding would have drawn.
 
-One uniform and a two-level inverse CDF cost a seventh of ``torch.multinomial`` over a 152k vocabulary on a CPU.
+Weights are whole numbers. Each is made from its logit by float32 operations that IEEE 754 rounds in one way, and from
+there on everything is integer arithmetic, whose sums do not depend on their order. So torch, the C++ kernel and the
+Triton kernel draw the same token from the same logits, on any device, with any number of threads. What that costs in
+exactness is bounded in :func:`sampling_weights`.
+
 Letters: M picks (rows, or rows x nodes), V vocab.
 """
 
@@ -19,9 +23,19 @@ from torch import Tensor
 from trtkit.runtime.api import SamplingParams
 from trtkit.runtime.native.kernels import draw_tokens, loaded
 
-__all__ = ["SamplingRows", "invert_cdf", "pick", "pick_plain", "sampling_rows", "sampling_weights", "uniforms"]
+__all__ = [
+    "LARGEST_WEIGHT",
+    "SamplingRows",
+    "invert_cdf",
+    "pick",
+    "pick_plain",
+    "sampling_rows",
+    "sampling_weights",
+    "uniforms",
+]
 
-_CDF_BLOCK = 128
+LARGEST_WEIGHT = 1 << 40
+"""The weight of a row's most likely token. The sum over a vocabulary of up to 2^22 stays inside int64."""
 
 
 def _signed(value: int) -> int:
@@ -110,90 +124,107 @@ def sampling_rows(params: Sequence[SamplingParams], seeds: Sequence[int], device
     )
 
 
-def sampling_weights(logits: Tensor, rows: SamplingRows) -> Tensor:
-    """The sampling distribution up to a factor: float32 (M, V), largest weight 1, zero outside the cuts.
+# e^r = 1 + r + r^2 q(r) for |r| <= ln2 / 2, within 2^-27.9: minimax coefficients of q, highest power first.
+_EXP = (0.0013814611593261361, 0.008368710987269878, 0.04166838899254799, 0.1666652113199234, 0.4999999403953552)
+_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
+_TO_WHOLE = 12582912.0
+"""1.5 x 2^23: adding and subtracting it rounds a small float32 to the nearest whole number."""
+_DEAD = -40.0
+"""Logits further below the largest have weight 0 (from -27.8 on)."""
 
-    softmax(logits / temperature), then top_k, then top_p on what is left, then min_p. Tokens that tie with the last
-    one inside a cut are all kept, so that the set does not depend on a sort order.
+
+def _weights_of(x: Tensor) -> Tensor:
+    """floor(2^40 e^x) for float32 x <= 0, up to the rounding of p: int64, never falling as x grows; 0 for a NaN.
+
+    e^x = p 2^-n with p in [0.7, 1.42]. Each line below is one or more rounded float32 operations, none fused.
+    """
+    x = x.nan_to_num(nan=_DEAD).clamp_min(_DEAD)
+    n = x.mul(_LOG2_E).add_(_TO_WHOLE).sub_(_TO_WHOLE)
+    r = x.sub_(n * _LN2_HIGH).sub_(n * _LN2_LOW)
+    q = r * _EXP[0]
+    for coefficient in _EXP[1:-1]:
+        q = q.add_(coefficient).mul_(r)
+    p = q.add_(_EXP[-1]).mul_(r * r).add_(r).add_(1.0)
+    return p.mul_(2.0**24).long().bitwise_left_shift_(16).bitwise_right_shift_(n.neg_().long())
+
+
+def sampling_weights(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """The sampling distribution up to a factor: int64 (M, V), largest weight 2^40, zero outside the cuts.
+
+    softmax(logits / temperature), then top_k, then top_p on what is left, then min_p. The first two are the largest
+    thresholds that leave enough: top_k tokens; a sum of top_p x the sum before, rounded up. min_p's is its share of
+    2^40, rounded up. Tokens that tie with the last one inside a cut are all kept, so that the set does not depend on
+    a sort order.
+
+    A weight is e^(x / temperature) 2^40, x the distance to the largest logit, within one unit and a relative 2^-23.5
+    (twice float32's own rounding). So a probability is off by 2^-40 of the largest one, and tokens below 2^-40 of it
+    are never drawn: over 151,936 tokens 1.4e-7 of the largest at most. A larger logit never has a smaller weight.
+
+    A row with a NaN, and one whose largest logit is infinite, has no distribution: all its weights are 0.
     """
     scaled = logits.float() / rows.temperature[:, None]
-    weights = (scaled - scaled.amax(dim=1, keepdim=True)).exp_()
+    weights = _weights_of(scaled - scaled.amax(dim=1, keepdim=True))
     if rows.any_top_k:
-        weights = _cut_top_k(weights, rows.top_k)
+        cut = (rows.top_k > 0) & (rows.top_k < weights.shape[1])
+        weights = _keep_largest(weights, cut, rows.top_k, count=True)
     if rows.any_top_p:
-        weights = _cut_top_p(weights, rows.top_p)
+        total = weights.sum(dim=1)
+        enough = torch.minimum((total.double() * rows.top_p.double()).ceil().long(), total)
+        weights = _keep_largest(weights, rows.top_p < 1, enough, count=False)
     if rows.any_min_p:
-        weights = weights * (weights >= rows.min_p[:, None])
+        floor = (rows.min_p.double() * LARGEST_WEIGHT).ceil().long()
+        weights = weights * (weights >= floor[:, None])
     return weights
 
 
-def _cut_top_k(weights: Tensor, top_k: Tensor) -> Tensor:
-    width = weights.shape[1]
-    kept = torch.where(top_k > 0, top_k, width).clamp_max(width)
-    largest = torch.topk(weights, int(torch.where(kept < width, kept, 1).max()), dim=1).values
-    floor = largest.gather(1, (kept.clamp_max(largest.shape[1]) - 1)[:, None])
-    floor = torch.where((kept < width)[:, None], floor, 0.0)
-    return weights * (weights >= floor)
+def _keep_largest(weights: Tensor, cut: Tensor, enough: Tensor, *, count: bool) -> Tensor:
+    """Keep the largest weights until their sum, or with ``count`` their number, reaches ``enough`` (M,), where ``cut``.
 
-
-def _cut_top_p(weights: Tensor, top_p: Tensor) -> Tensor:
-    """Keep the largest weights until their sum reaches top_p of the total.
-
-    The head of the sorted distribution is enough: it is grown until it covers every row, instead of sorting the
-    whole vocabulary.
+    On a CPU the head of the sorted distribution is grown until it covers every row, instead of sorting the whole
+    vocabulary; elsewhere looking would cost a synchronization.
     """
-    target = weights.sum(dim=1, dtype=torch.float64) * top_p.double()
-    # A hair below the total: float32 weights summed in another order must not make 0.9999999 * total unreachable.
-    target = target.clamp_max(weights.sum(dim=1, dtype=torch.float64) * (1 - 1e-9))
     width = weights.shape[1]
-    size = min(256, width)
+    enough = torch.where(cut, enough, 1)[:, None]
+    size = min(256, width) if weights.device.type == "cpu" else width
     while True:
         head = torch.topk(weights, size, dim=1).values
-        mass = head.cumsum(dim=1, dtype=torch.float64)
-        if size == width or bool((mass[:, -1] >= target).all()):
+        reached = (torch.ones_like(head) if count else head).cumsum(dim=1)
+        if size == width or bool((reached[:, -1:] >= enough).all()):
             break
         size = min(size * 8, width)
-    last = (mass < target[:, None]).sum(dim=1, keepdim=True).clamp_max(size - 1)
-    floor = torch.where((top_p < 1)[:, None], head.gather(1, last), 0.0)
+    last = (reached < enough).sum(dim=1, keepdim=True).clamp_max(size - 1)
+    floor = torch.where(cut[:, None], head.gather(1, last), 0)
     return weights * (weights >= floor)
 
 
 def invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     """The first token whose cumulative weight exceeds uniform x total: int64 (M,). Never picks a zero weight.
 
-    Two levels: sums over blocks of 128 ids locate the block, a short cumulative sum the token.
+    weights int64 (M, V), uniform float64 (M,). Of a row without any weight it picks token 0.
     """
-    picks, width = weights.shape
-    blocks = -(-width // _CDF_BLOCK)
-    if blocks * _CDF_BLOCK != width:
-        weights = torch.nn.functional.pad(weights, (0, blocks * _CDF_BLOCK - width))
-    weights = weights.view(picks, blocks, _CDF_BLOCK)
-    cumulative = weights.sum(dim=2).cumsum(dim=1, dtype=torch.float64)
-    target = uniform * cumulative[:, -1]
-    # cumulative > target holds at the last block with weight, because uniform < 1.
-    block = (cumulative <= target[:, None]).sum(dim=1).clamp_max(blocks - 1)
-    row = torch.arange(picks, device=weights.device)
-    inside = weights[row, block].double().cumsum(dim=1)
-    before = torch.where(block > 0, cumulative[row, (block - 1).clamp_min(0)], 0.0)
-    index = (inside <= (target - before)[:, None]).sum(dim=1)
-    # Rounding between the two levels can push the target past the block's own sum: then take its last token.
-    last = (inside < inside[:, -1:]).sum(dim=1)
-    return block * _CDF_BLOCK + torch.minimum(index, last)
+    cumulative = weights.cumsum(dim=1)
+    total = cumulative[:, -1]
+    target = torch.minimum((uniform * total.double()).long(), total - 1)
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
 def _most_likely(logits: Tensor) -> Tensor:
-    """The largest logit's id, the lowest on a tie: int64 (M,)."""
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    return torch.where(logits == logits.amax(dim=1, keepdim=True), ids, logits.shape[1]).amin(dim=1)
+    """The largest logit's id, the lowest on a tie: int64 (M,); 0 in a row with a NaN."""
+    width = logits.shape[1]
+    ids = torch.arange(width, device=logits.device)
+    return torch.where(logits == logits.amax(dim=1, keepdim=True), ids, width).amin(dim=1) % width
 
 
 def pick(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
-    """Draw one token for each row of logits (M, V) at its position (M,): int64 (M,)."""
-    if loaded() and logits.device.type == "cpu" and not (rows.any_top_k or rows.any_top_p or rows.any_min_p):
-        picks = draw_tokens(logits, rows.temperature, rows.cold, uniforms(rows.seeds, positions))
-        if bool((picks >= 0).all()):
-            return picks
-        return torch.where(picks >= 0, picks, pick_plain(logits, rows, positions))
+    """Draw one token for each row of logits (M, V) at its position (M,): int64 (M,).
+
+    Whatever runs it, the token is that of ``pick_plain``, and on a GPU nothing waits for the device. A row with a NaN,
+    and a sampled one whose largest logit is infinite, gives token 0.
+    """
+    if loaded() and logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
+        return draw_tokens(
+            logits, rows.temperature, rows.cold, uniforms(rows.seeds, positions), rows.top_k, rows.top_p, rows.min_p
+        )
     return pick_plain(logits, rows, positions)
 
 

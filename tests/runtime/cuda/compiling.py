@@ -25,6 +25,8 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     ptx: str
+    ttgir: str
+    """Triton's own code for GPUs, the layouts of the products included."""
 
 
 def compile_for(
@@ -46,8 +48,9 @@ def compile_for(
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spilled = _assembled(compiled.asm["ptx"])
     return Resources(
-        registers=registers, spilled_bytes=spilled, shared_bytes=compiled.metadata.shared, ptx=compiled.asm["ptx"]
-    )
+        registers=registers, spilled_bytes=spilled, shared_bytes=compiled.metadata.shared, ptx=compiled.asm["ptx"],
+        ttgir=compiled.asm["ttgir"],
+    )  # fmt: skip
 
 
 def _index(param: Any) -> int:

@@ -29,6 +29,8 @@ __all__ = ["attend_split", "attend_verify_triton", "combine_splits", "split_shap
 _TILE = 32
 """Slots of a tile. Registers allow three or four programs on a multiprocessor, enough reads in flight for its share of
 the memory's bandwidth."""
+_STAGES = 5
+"""The pipeliner's: two tiles in shared memory at a time, as a tile's addresses wait for the block table."""
 _COMBINED = 32
 """Splits that the second launch folds at once."""
 
@@ -44,9 +46,14 @@ def split_shape(query_rows: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _decoded(codes, like):
-    """Stored numbers in the dtype of the products; their scale is applied to the sums."""
-    return codes.to(like.dtype)
+def _tiles(keys, values, blocks, slot, end, d, like, block_size: tl.constexpr, head_dim: tl.constexpr):
+    """Keys and values (S, D) at the slots before ``end``, in the dtype of ``like``; their scale is for the sums."""
+    place = tl.load(blocks + slot // block_size, mask=slot < end, other=0).to(tl.int64) * block_size
+    where = (place + slot % block_size)[:, None] * head_dim + d[None, :]
+    real = (slot < end)[:, None] & (d < head_dim)[None, :]
+    tile_k = tl.load(keys + where, mask=real, other=0.0)
+    tile_v = tl.load(values + where, mask=real, other=0.0)
+    return tile_k.to(like.dtype), tile_v.to(like.dtype)
 
 
 @triton.jit
@@ -65,8 +72,30 @@ def _encoded(x, scale, stored: tl.constexpr):
 
 
 @triton.jit
+def _write_nodes(
+    k, v, key_scale, value_scale, keys, values, slots, first, end, k_stride, v_stride, d, head_dim: tl.constexpr
+):
+    """Store the row's slots ``first`` to ``end``. k, v and ``slots`` point to where slot 0 would be.
+
+    Every program that reads a node writes it itself, query tiles of one stretch the same numbers: none waits for
+    another.
+    """
+    for at in range(first, end, 16):
+        slot = at + tl.arange(0, 16)
+        fresh = (slot < end)[:, None] & (d < head_dim)[None, :]
+        where = tl.load(slots + slot, mask=slot < end, other=0)[:, None] * head_dim + d[None, :]
+        new_k = tl.load(k + slot[:, None] * k_stride + d[None, :], mask=fresh, other=0.0)
+        new_v = tl.load(v + slot[:, None] * v_stride + d[None, :], mask=fresh, other=0.0)
+        tl.store(keys + where, _encoded(new_k, key_scale, keys.dtype.element_ty), mask=fresh)
+        tl.store(values + where, _encoded(new_v, value_scale, values.dtype.element_ty), mask=fresh)
+
+
+@triton.jit
 def _absorb(query, keys, values, seen, top, norm, acc, scale):
-    """Take one tile into the running max, sum and weighted values of every query row. ``seen`` (M, S) or a scalar."""
+    """Take one tile into the running max (M,), sums (M, S) and weighted values (M, D). ``seen`` (M, S) or a scalar.
+
+    The sums over S wait for the end: each would make the warps wait for one another.
+    """
     scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
     scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
@@ -76,7 +105,7 @@ def _absorb(query, keys, values, seen, top, norm, acc, scale):
     fade = tl.exp2(top - finite)
     acc = acc * fade[:, None]
     acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
-    return higher, norm * fade + tl.sum(weights, 1), acc
+    return higher, norm * fade[:, None] + weights, acc
 
 
 @triton.jit(do_not_specialize=["table_width", "mask_row", "mask_node", "nodes", "splits", "m_tiles"])
@@ -107,47 +136,36 @@ def attend_split(
     asked = (node < nodes)[:, None] & (d < head_dim)[None, :]
     at_q = (row * nodes + node) * q_stride + (head * group + line % group) * head_dim
     query = tl.load(q + at_q[:, None] + d[None, :], mask=asked, other=0.0)
+    if key_pool.dtype.element_ty.primitive_bitwidth == 8 and query.dtype == tl.bfloat16:
+        # float16 holds 8-bit codes, rounds the weights finer, and is one instruction away on every GPU with fp8.
+        query = query.to(tl.float16)
     keys = key_pool + head.to(tl.int64) * pool_stride
     values = value_pool + head.to(tl.int64) * pool_stride
     blocks = table + row * table_width
     scale = key_scale * softmax_scale
     top = tl.full((tile_m,), float("-inf"), tl.float32)
-    norm = tl.zeros((tile_m,), tl.float32)
+    norm = tl.zeros((tile_m, tile_s), tl.float32)
     acc = tl.zeros((tile_m, tile_d), tl.float32)
 
     if end > before:
-        # Every program that reads a node writes it first, query tiles of one stretch the same numbers: none waits for
-        # another.
-        for at in range(tl.maximum(start, before), end, 16):
-            slot = at + tl.arange(0, 16)
-            fresh = (slot < end)[:, None] & (d < head_dim)[None, :]
-            token = row * nodes + slot - before
-            new_k = tl.load(k + token[:, None] * k_stride + head * head_dim + d[None, :], mask=fresh, other=0.0)
-            new_v = tl.load(v + token[:, None] * v_stride + head * head_dim + d[None, :], mask=fresh, other=0.0)
-            where = tl.load(slots + token, mask=slot < end, other=0)[:, None] * head_dim + d[None, :]
-            tl.store(keys + where, _encoded(new_k, key_scale, key_pool.dtype.element_ty), mask=fresh)
-            tl.store(values + where, _encoded(new_v, value_scale, key_pool.dtype.element_ty), mask=fresh)
+        shift = row * nodes - before  # from a slot to its node's token
+        _write_nodes(
+            k + shift * k_stride + head * head_dim, v + shift * v_stride + head * head_dim, key_scale, value_scale,
+            keys, values, slots + shift, tl.maximum(start, before), end, k_stride, v_stride, d, head_dim,
+        )  # fmt: skip
         tl.debug_barrier()
 
     # Tiles of cached slots only: everything is seen.
     own = tl.minimum(end, before // tile_s * tile_s)
     for at in range(start, own, tile_s):
         slot = at + tl.arange(0, tile_s)
-        place = tl.load(blocks + slot // block_size).to(tl.int64) * block_size + slot % block_size
-        where = place[:, None] * head_dim + d[None, :]
-        real = (d < head_dim)[None, :]
-        tile_k = _decoded(tl.load(keys + where, mask=real, other=0.0), query)
-        tile_v = _decoded(tl.load(values + where, mask=real, other=0.0), query)
+        tile_k, tile_v = _tiles(keys, values, blocks, slot, own, d, query, block_size, head_dim)
         top, norm, acc = _absorb(query, tile_k, tile_v, True, top, norm, acc, scale)
 
     # The last tiles: cached slots, then the nodes.
     for at in tl.range(tl.maximum(start, own), end, tile_s, num_stages=1):
         slot = at + tl.arange(0, tile_s)
-        place = tl.load(blocks + slot // block_size, mask=slot < end, other=0).to(tl.int64) * block_size
-        where = (place + slot % block_size)[:, None] * head_dim + d[None, :]
-        real = (slot < end)[:, None] & (d < head_dim)[None, :]
-        tile_k = _decoded(tl.load(keys + where, mask=real, other=0.0), query)
-        tile_v = _decoded(tl.load(values + where, mask=real, other=0.0), query)
+        tile_k, tile_v = _tiles(keys, values, blocks, slot, end, d, query, block_size, head_dim)
         other = slot - before
         at_mask = row * mask_row + node[:, None] * mask_node + other[None, :]
         is_node = (other >= 0) & (slot < end)
@@ -156,7 +174,7 @@ def attend_split(
 
     at_part = ((row * tl.num_programs(1) + head) * splits + part).to(tl.int64) * (nodes * group) + line
     tl.store(tops + at_part, top, mask=node < nodes)
-    tl.store(norms + at_part, norm, mask=node < nodes)
+    tl.store(norms + at_part, tl.sum(norm, 1), mask=node < nodes)
     tl.store(sums + at_part[:, None] * head_dim + d[None, :], acc, mask=asked)
 
 
@@ -204,7 +222,7 @@ def attend_verify_triton(cache: KvCache, layer: int, batch: CudaVerifyBatch, q: 
     for x in (q, k, v):
         assert x.stride()[1:] == (head_dim, 1)
     assert batch.blocks.is_contiguous()
-    mask = batch.mask.view(torch.uint8)
+    mask = batch.mask.to(torch.int32)
     assert batch.nodes == 1 or mask.stride(2) == 1
     group = heads // kv_heads
     lines = batch.nodes * group
@@ -222,7 +240,7 @@ def attend_verify_triton(cache: KvCache, layer: int, batch: CudaVerifyBatch, q: 
         q.stride(0), k.stride(0), v.stride(0), key_pool.stride(0), batch.blocks.stride(0), mask.stride(0),
         mask.stride(1), batch.nodes, splits, m_tiles, key_scale, value_scale, head_dim**-0.5 * math.log2(math.e),
         group=group, head_dim=head_dim, block_size=cache.block_size, tile_m=tile_m, tile_s=_TILE,
-        tile_d=tile_d, split=split, num_warps=4, num_stages=2,
+        tile_d=tile_d, split=split, num_warps=4, num_stages=_STAGES,
     )  # fmt: skip
     combine_splits[(heads, tokens)](
         out, sums, stats[0], stats[1], batch.cached, batch.nodes, splits, value_scale,

@@ -28,7 +28,9 @@ class CudaVerifyBatch:
     cached: Tensor
     """int32 or int64 (R,): tokens in the cache."""
     mask: Tensor
-    """bool (R, N, N): ``mask[r, n, j]`` where node n may look at node j, itself included (``TokenTree.mask``).
-    May be expanded along R."""
+    """bool or int32 (R, N, N): ``mask[r, n, j]`` where node n may look at node j, itself included (``TokenTree.mask``).
+    May be expanded along R. The kernel reads int32 (bytes would change the order in which tensor cores sum): convert
+    once a step, or every layer does.
+    """
     slots: Tensor
     """int64 (R * N,): where the nodes' keys and values go, block id x block_size + offset."""

@@ -85,9 +85,11 @@ def attend(
     return out
 
 
-def draw_tokens(logits: Tensor, temperature: Tensor, cold: Tensor, uniform: Tensor) -> Tensor:
-    """int64 (M,): the tokens of ``pick`` without cuts, bit for bit; -1 for a row of logits that are not all numbers."""
-    out: Tensor = torch.ops.trtkit_cpu.pick(logits.contiguous(), temperature, cold, uniform)
+def draw_tokens(
+    logits: Tensor, temperature: Tensor, cold: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """int64 (M,): the tokens of ``pick_plain``, bit for bit; logits (M, V) in bfloat16 or float32."""
+    out: Tensor = torch.ops.trtkit_cpu.pick(logits.contiguous(), temperature, cold, uniform, top_k, top_p, min_p)
     return out
 
 

@@ -1,0 +1,141 @@
+"""The C++ linears against the product by definition, and the order of their sums, which nothing may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from trtkit.quant.tensor import (
+    LinearWeights,
+    QuantTensor,
+    dense,
+    linear_reference,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+)
+from trtkit.runtime import linear
+from trtkit.runtime.native import loader
+from trtkit.runtime.native.linear import native_linear
+
+KINDS = ["bf16", "int8", "int8-sq", "fp8", "fp8-weights", "int4"]
+# Whole panels, part of a panel, less than one; widths of no multiple of 4; several pieces of 256; one group.
+SHAPES = [(384, 256), (130, 333), (7, 30), (66, 1100), (64, 128)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels() -> None:
+    if not loader.load():
+        pytest.skip("no compiler, or a CPU without AVX2")
+
+
+def _weights(kind: str, out: int, width: int, *, plain: bool = False) -> LinearWeights:
+    if kind == "int4":
+        out, width = out + out % 2, -(-width // 128) * 128
+    matrix = torch.randn(out, width) * 0.1
+    makers: dict[str, Callable[[Tensor], QuantTensor]] = {
+        "bf16": lambda w: dense(w.bfloat16()),
+        "int8": lambda w: quantize_int8(w, steps=128),
+        "int8-sq": lambda w: quantize_int8(w, steps=127),
+        "fp8": quantize_fp8,
+        "fp8-weights": quantize_fp8,
+        "int4": quantize_int4,
+    }
+    step = {"int8-sq": 3.0 / 127, "fp8": 3.0 / 448}.get(kind)
+    return LinearWeights(
+        weight=makers[kind](matrix),
+        bias=None if plain else torch.randn(out),
+        input_scale=None if step is None else torch.tensor(step),
+        pre_scale=None if plain else torch.rand(width) + 0.5,
+    )
+
+
+def _input(rows: int, weights: LinearWeights) -> Tensor:
+    return torch.randn(rows, weights.weight.shape[1]).bfloat16()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_and_row_count_matches_the_definition(kind: str, shape: tuple[int, int], plain: bool) -> None:
+    weights = _weights(kind, *shape, plain=plain)
+    kernel = native_linear(weights)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 20, 121):
+        x = _input(rows, weights)
+        out, wanted = kernel(x), linear_reference(x, weights)
+        assert out.dtype == torch.bfloat16
+        assert out.shape == wanted.shape
+        # One rounding to bf16 (half of 2^-8) and float32 sums: a hundredth of it for cancellation.
+        torch.testing.assert_close(out.float(), wanted, rtol=2**-8, atol=1e-3 * float(wanted.std()))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int8-sq", "fp8", "int4"])
+def test_a_row_does_not_depend_on_its_company(kind: str) -> None:
+    """Bit for bit: neither on the other rows, nor on how many there are, nor on the threads."""
+    weights = _weights(kind, 2000, 640)
+    kernel = native_linear(weights)
+    x = _input(250, weights)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = kernel(x)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for rows in (1, 2, 3, 4, 5, 6, 7, 8, 11, 32, 130, 250):
+                for start in {0, 250 - rows, (250 - rows) // 3}:
+                    assert torch.equal(kernel(x[start : start + rows]), whole[start : start + rows]), (count, rows)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_large_input_leaves_the_others_exact(kind: str) -> None:
+    """The offset inside the packed numbers is taken off: an outlier against zero weights adds nothing visible."""
+    weights = _weights(kind, 64, 256, plain=True)
+    codes = weights.weight.data
+    codes[:, 17] = 0
+    x = _input(3, weights)
+    x[:, 17] = 1000.0
+    wanted = linear_reference(x, weights)
+    torch.testing.assert_close(native_linear(weights)(x).float(), wanted, rtol=2**-8, atol=0.01 * float(wanted.std()))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8-sq"])
+def test_activations_are_rounded_as_defined(kind: str) -> None:
+    """Every bf16 number but NaN, one at a time through an identity: codes, ties, subnormals and saturation."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(torch.bfloat16)
+    values = values[values.isfinite()]
+    x = torch.zeros(len(values), 4, dtype=torch.bfloat16)
+    x[:, 2] = values
+    identity = torch.eye(4)
+    weight = quantize_fp8(identity) if kind == "fp8" else quantize_int8(identity, steps=127)
+    weights = LinearWeights(weight=weight, input_scale=torch.tensor(0.25))
+    torch.testing.assert_close(native_linear(weights)(x), linear_reference(x, weights).bfloat16(), rtol=0, atol=0)
+
+
+def test_a_row_that_is_not_a_number_stays_alone() -> None:
+    weights = _weights("int8", 64, 128)
+    x = _input(9, weights)
+    clean = native_linear(weights)(x)
+    x[4, 5] = float("nan")
+    out = native_linear(weights)(x)
+    assert out[4].isnan().all()
+    others = [row for row in range(9) if row != 4]
+    assert torch.equal(out[others], clean[others])
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_it_runs_where_onednn_has_no_bf16(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[LinearWeights] = []
+    monkeypatch.setattr(linear, "_has_onednn_bf16", lambda: onednn)
+    monkeypatch.setattr(linear, "_matmul", lambda *_, **__: lambda x: x)
+    monkeypatch.setattr(linear, "loaded", lambda: True)
+    monkeypatch.setattr(linear, "native_linear", lambda weights: chosen.append(weights))
+    weights = _weights("bf16", 64, 128)
+    linear.runtime_linear(weights, device=torch.device("cpu"), dtype=torch.bfloat16)
+    linear.runtime_linear(weights, device=torch.device("cpu"), dtype=torch.float32)
+    assert len(chosen) == (0 if onednn else 1)

@@ -1,0 +1,58 @@
+"""Triton kernels around the products: activations to codes, weights to bfloat16, integer sums to outputs.
+
+Letters: M rows of x, N output features, K input features.
+"""
+# ruff: noqa: N803, N806 -- constants of a kernel are in capitals, as are the sizes of its tensors
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,no-redef"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from trtkit.runtime.cuda.products import activation_codes, codes_of
+
+__all__ = ["expand_words", "quantize_activations", "rescale"]
+
+
+@triton.jit(do_not_specialize=["count"])
+def quantize_activations(x_ptr, pre_ptr, inverse_ptr, codes_ptr, count, K, PRE: tl.constexpr, BLOCK: tl.constexpr):
+    """``count`` values of x (M, K), times ``pre`` (K,), to int8 or e4m3 codes of a static step."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if PRE:
+        x = x * tl.load(pre_ptr + at % K, mask=inside, other=0.0).to(tl.float32)
+    codes = activation_codes(x, tl.load(inverse_ptr), codes_ptr.dtype.element_ty)
+    tl.store(codes_ptr + at, codes, mask=inside)
+
+
+@triton.jit
+def expand_words(w_ptr, ratio_ptr, scale_ptr, out_ptr, N, K, WIDTH, COLUMNS: tl.constexpr, BITS: tl.constexpr):
+    """64 words of ``COLUMNS`` rows of int8 or int4 codes to bfloat16 numbers (N, K)."""
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    block = tl.program_id(1)
+    depth = tl.arange(0, 64)
+    inside = (n < N)[:, None]
+    words = tl.load(w_ptr + n[:, None].to(tl.int64) * WIDTH + (block * 64 + depth)[None, :], mask=inside, other=0)
+    scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
+    PARTS: tl.constexpr = 16 // BITS
+    for part in tl.static_range(PARTS):
+        factor = scale
+        if BITS == 4:
+            factor *= tl.load(ratio_ptr + (block * 2 + part // 2) * N + n, mask=n < N, other=0.0)
+        values = codes_of(words, BITS, part).to(tl.float32) * factor[:, None]
+        k = (block * PARTS + part) * 64 + depth
+        where = out_ptr + n[:, None].to(tl.int64) * K + k[None, :]
+        tl.store(where, values.to(tl.bfloat16), mask=inside & (k < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["count"])
+def rescale(sums_ptr, scale_ptr, bias_ptr, out_ptr, count, N, BLOCK: tl.constexpr):
+    """``count`` int32 sums (M, N) times the scale of their column, plus its bias."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    n = at % N
+    y = tl.load(sums_ptr + at, mask=inside, other=0).to(tl.float32) * tl.load(scale_ptr + n, mask=inside, other=0.0)
+    y += tl.load(bias_ptr + n, mask=inside, other=0.0)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,134 @@
+// Norms, rotation and activation codes, in one pass over their data each.
+#include "vectors.h"
+
+#include <cmath>
+#include <optional>
+
+namespace {
+
+template <typename E>
+inline void norm_row(const E* x, const float* weight, E* out, int64_t width, float eps) {
+  vec total = all(0.0f);
+  int64_t i = 0;
+  for (; i + W <= width; i += W) {
+    const vec value = load(x + i);
+    total += value * value;
+  }
+  float squares = sum(total);
+  for (; i < width; i++) squares += wide(x[i]) * wide(x[i]);
+  const float scale = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
+  for (i = 0; i + W <= width; i += W) store(out + i, load(x + i) * scale * load(weight + i));
+  for (; i < width; i++) out[i] = narrow<E>(wide(x[i]) * scale * weight[i]);
+}
+
+// hidden (T, H) += delta in place where there is one; the norm of the sum comes back.
+Tensor add_norm(const Tensor& hidden, const std::optional<Tensor>& delta, const Tensor& weight, double eps) {
+  TORCH_CHECK(hidden.is_contiguous() && weight.scalar_type() == at::kFloat && weight.is_contiguous());
+  TORCH_CHECK(!delta || (delta->is_contiguous() && delta->sizes() == hidden.sizes()));
+  const int64_t width = hidden.size(-1), rows = hidden.numel() / width;
+  Tensor out = at::empty(hidden.sizes(), hidden.options());
+  for_type(hidden, [&](auto tag) {
+    using E = decltype(tag);
+    E* x = hidden.data_ptr<E>();
+    E* y = out.data_ptr<E>();
+    const E* add = delta ? delta->data_ptr<E>() : nullptr;
+    const float* w = weight.data_ptr<float>();
+    at::parallel_for(0, rows, grain(width), [&](int64_t from, int64_t to) {
+      for (int64_t row = from; row < to; row++) {
+        E* line = x + row * width;
+        if (add != nullptr) {
+          const E* more = add + row * width;
+          int64_t i = 0;
+          for (; i + W <= width; i += W) store(line + i, load(line + i) + load(more + i));
+          for (; i < width; i++) line[i] = narrow<E>(wide(line[i]) + wide(more[i]));
+        }
+        norm_row(line, w, y + row * width, width, static_cast<float>(eps));
+      }
+    });
+  });
+  return out;
+}
+
+template <typename E>
+inline void turn_head(E* head, const E* cos, const E* sin, int64_t half) {
+  int64_t i = 0;
+  for (; i + W <= half; i += W) {
+    const vec a = load(head + i), b = load(head + i + half);
+    store(head + i, a * load(cos + i) - b * load(sin + i));
+    store(head + i + half, b * load(cos + i + half) + a * load(sin + i + half));
+  }
+  for (; i < half; i++) {
+    const float a = wide(head[i]), b = wide(head[i + half]);
+    head[i] = narrow<E>(a * wide(cos[i]) - b * wide(sin[i]));
+    head[i + half] = narrow<E>(b * wide(cos[i + half]) + a * wide(sin[i + half]));
+  }
+}
+
+// The q and k heads of qkv (T, (heads + 2 kv) * D), normed where the model norms them, turned in place by cos and sin
+// (T, 1, D).
+void rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t heads, int64_t kv_heads,
+            const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps) {
+  const int64_t tokens = qkv.size(0), width = qkv.size(1), dim = width / (heads + 2 * kv_heads);
+  TORCH_CHECK(qkv.is_contiguous() && cos.is_contiguous() && sin.is_contiguous() && cos.numel() == tokens * dim);
+  TORCH_CHECK(cos.scalar_type() == qkv.scalar_type());
+  const float* q_weight = q_norm ? q_norm->data_ptr<float>() : nullptr;
+  const float* k_weight = k_norm ? k_norm->data_ptr<float>() : nullptr;
+  for_type(qkv, [&](auto tag) {
+    using E = decltype(tag);
+    E* data = qkv.data_ptr<E>();
+    const E *c = cos.data_ptr<E>(), *s = sin.data_ptr<E>();
+    at::parallel_for(0, tokens, grain(width), [&](int64_t from, int64_t to) {
+      for (int64_t token = from; token < to; token++) {
+        for (int64_t head = 0; head < heads + kv_heads; head++) {
+          E* x = data + token * width + head * dim;
+          const float* weight = head < heads ? q_weight : k_weight;
+          if (weight != nullptr) norm_row(x, weight, x, dim, static_cast<float>(eps));
+          turn_head(x, c + token * dim, s + token * dim, dim / 2);
+        }
+      }
+    });
+  });
+}
+
+// round(x * inverse) + 128 as bytes: the unsigned activation codes of W8A8.
+Tensor codes(const Tensor& x, double inverse) {
+  TORCH_CHECK(x.is_contiguous());
+  Tensor out = at::empty(x.sizes(), x.options().dtype(at::kByte));
+  const float scale = static_cast<float>(inverse);
+  for_type(x, [&](auto tag) {
+    using E = decltype(tag);
+    const E* in = x.data_ptr<E>();
+    uint8_t* y = out.data_ptr<uint8_t>();
+    at::parallel_for(0, x.numel(), 32768, [&](int64_t from, int64_t to) {
+      typedef uint8_t codes_in_memory __attribute__((vector_size(16), aligned(1), may_alias));
+      int64_t i = from;
+      for (; i + W <= to; i += W) {
+        // Clamped first, which changes nothing between two whole numbers; then rounded by a number without fractions.
+        vec value = load(in + i) * scale;
+        value = value < -128.0f ? all(-128.0f) : value;
+        value = value > 127.0f ? all(127.0f) : value;
+        const vec whole = (value + 12582912.0f) - 12582912.0f;
+        *reinterpret_cast<codes_in_memory*>(y + i) =
+            __builtin_convertvector(__builtin_convertvector(whole, ivec) + 128, codes_in_memory);
+      }
+      for (; i < to; i++) {
+        float value = std::nearbyint(wide(in[i]) * scale) + 128.0f;
+        value = value < 0.0f ? 0.0f : value;
+        value = value > 255.0f ? 255.0f : value;
+        y[i] = static_cast<uint8_t>(static_cast<int32_t>(value));
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(trtkit_cpu, m) {
+  m.def("add_norm(Tensor(a!) hidden, Tensor? delta, Tensor weight, float eps) -> Tensor", add_norm);
+  m.def(
+      "rotate(Tensor(a!) qkv, Tensor cos, Tensor sin, int heads, int kv_heads, Tensor? q_norm, Tensor? k_norm, float eps)"
+      " -> ()",
+      rotate);
+  m.def("codes(Tensor x, float inverse) -> Tensor", codes);
+}

@@ -1,0 +1,93 @@
+// The vectors and element helpers that all CPU kernels share, with what they have in common.
+//
+// The definitions are the pure-torch functions (trtkit/decoder.py, trtkit/runtime/attention.py, sampling.py, linear.py).
+// Every result depends on its own row alone: work is split over rows and heads, never inside a sum, so that neither the
+// batch nor the thread count changes a bit.
+//
+// GCC and Clang vector types of 16 floats: one register with AVX512, two with AVX2.
+//
+// Letters: T tokens, R rows, N nodes, S slots, D head_dim, V vocab, Q query rows of one KV head (group x nodes).
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/BFloat16.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace {  // a copy for each source: they may be compiled with different flags
+
+using at::Tensor;
+using bf16 = c10::BFloat16;
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef uint16_t hvec __attribute__((vector_size(32)));
+// The same in memory, at any address. Not memcpy: GCC moves that in halves and then waits for the whole.
+typedef float vec_in_memory __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t hvec_in_memory __attribute__((vector_size(32), aligned(2), may_alias));
+constexpr int64_t W = 16;  // floats in a vec
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+inline float wide(float x) { return x; }
+inline float wide(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+template <typename E>
+inline E narrow(float x);
+template <>
+inline float narrow<float>(float x) { return x; }
+template <>
+inline bf16 narrow<bf16>(float x) {  // to nearest even; branch-free so that loops over it vectorize
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  return bf16(static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded), bf16::from_bits());
+}
+
+inline vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
+inline vec load(const bf16* p) {
+  return (vec)(__builtin_convertvector(*reinterpret_cast<const hvec_in_memory*>(p), ivec) << 16);
+}
+inline void store(float* p, vec x) { *reinterpret_cast<vec_in_memory*>(p) = x; }
+inline void store(bf16* p, vec x) {  // as ``narrow``
+  typedef uint32_t uvec __attribute__((vector_size(64)));
+  const uvec bits = (uvec)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
+  *reinterpret_cast<hvec_in_memory*>(p) = __builtin_convertvector(x == x ? rounded : nan, hvec);
+}
+inline vec all(float x) { return vec{} + x; }
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+inline float sum(vec x) {
+  float out = 0;
+  for (int i = 0; i < W; i++) out += x[i];
+  return out;
+}
+inline float largest(vec x) {
+  float out = x[0];
+  for (int i = 1; i < W; i++) out = x[i] > out ? x[i] : out;
+  return out;
+}
+
+// Rows in a parallel piece: about 16k elements, so that small batches stay on one thread.
+inline int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)); }
+
+template <typename F>
+void for_type(const Tensor& like, F run) {
+  if (like.scalar_type() == at::kBFloat16) {
+    run(bf16{});
+  } else {
+    TORCH_CHECK(like.scalar_type() == at::kFloat, "trtkit_cpu: bfloat16 or float32 only");
+    run(float{});
+  }
+}
+
+}  // namespace
