@@ -180,9 +180,13 @@ def test_sizes_are_few() -> None:
 
 @pytest.mark.gpu
 @torch.inference_mode()
+@pytest.mark.parametrize("kernels", ["0", "1"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_replay_is_the_plain_step(tmp_path: Path, head: Drafter, shape: TreeShape | None) -> None:
+def test_a_replay_is_the_plain_step(
+    tmp_path: Path, head: Drafter, shape: TreeShape | None, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU: graphs against steps launched kernel by kernel, greedy and sampled rows, batches that change."""
+    monkeypatch.setenv("TRTKIT_NATIVE", kernels)
     directory = save_tiny(tmp_path, vocab_size=VOCAB)
     device = torch.device("cuda")
     model = DecoderModel(open_unified(directory), device=device, dtype=torch.float32, max_tokens=300)
