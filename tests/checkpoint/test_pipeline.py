@@ -58,20 +58,20 @@ def test_items_pass_in_order_through_all_stages(limit: int) -> None:
 
 
 def test_the_stages_run_in_threads_of_their_own() -> None:
-    seen: dict[str, int] = {}
+    seen: dict[str, threading.Thread] = {}
 
     def source() -> Iterator[int]:
-        seen["source"] = threading.get_ident()
+        seen["source"] = threading.current_thread()
         yield 1
 
     def sink(items: Iterator[int]) -> None:
-        seen["sink"] = threading.get_ident()
+        seen["sink"] = threading.current_thread()
         assert list(items) == [1]
 
     with produced(source(), size=itself, limit=1) as items, consumed(sink, size=itself, limit=1) as put:
         for item in items:
             put(item)
-    assert len({threading.get_ident(), *seen.values()}) == 3
+    assert len({threading.current_thread(), *seen.values()}) == 3
 
 
 def test_the_producer_stays_within_its_limit() -> None:

@@ -47,7 +47,8 @@ def build_native(
 
     Raises :class:`QualityError` when the mean KL exceeds ``max_kl`` (nothing is kept), and for bad input
     :class:`InputError`, :class:`ConfigError`, :class:`CheckpointError`, :class:`UnsupportedError`, :class:`HubError`,
-    :class:`OutputError`, :class:`MissingDependency`, all but a filled disk before the first weight is converted.
+    :class:`OutputError`, :class:`MissingDependency`, all before the first weight is converted but a filled disk,
+    and NaN or Inf among the weights where nothing is calibrated: the conversion itself looks for them as it reads.
     """
     scheme = dataclasses.replace(scheme_named(recipe.precision), kv_dtype=recipe.kv_dtype)
     if max_kl is not None and not max_kl > 0:
