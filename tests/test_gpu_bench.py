@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from drafter.tree import build_tree
 from trtkit.bench.gpu import PUBLISHED_ACCEPTANCE, STAGES, main
+from trtkit.bench.gpu_machine import time_limit
 from trtkit.bench.gpu_targets import goals, lines
 from trtkit.bench.random_model import RandomWeights, forced_acceptance, shape_spec
 from trtkit.quant.tensor import linear_reference
@@ -73,6 +75,15 @@ def test_a_failing_stage_does_not_take_the_others_along(tmp_path: Path, monkeypa
     document = json.loads(out.read_text())
     assert document["failures"] == {"bf16": "RuntimeError: out of luck"}
     assert document["copy_bytes_per_second"] > 0
+
+
+def test_a_stage_may_not_take_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trtkit.bench.gpu.time_limit", lambda _seconds, real=time_limit: real(0.2))
+    monkeypatch.setitem(STAGES, "bf16", (lambda _bench: time.sleep(60), 0.0))
+    out = tmp_path / "bench.json"
+    assert main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16,environment"]) == 1
+    document = json.loads(out.read_text())
+    assert document["failures"] == {"bf16": "TimeoutError: not done after 0 s"}
 
 
 def test_goals_compare_what_was_measured() -> None:

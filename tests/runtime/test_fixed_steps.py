@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.engines import random_prompts, request, run_all
 from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
 from trtkit.runtime import decode
-from trtkit.runtime.api import Request, SwitchPenalty
+from trtkit.runtime.api import Request, SamplingParams, SwitchPenalty
 from trtkit.runtime.cuda.graphs import StepGraphs, padded_rows, padded_width
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.sampling import sampling_rows
@@ -128,19 +129,22 @@ class _NoWaiting(TorchDispatchMode):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_p": 0.8, "top_k": 4, "min_p": 0.1}]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_nothing_in_a_step_waits_for_the_device(
-    model: DecoderModel, head: Drafter, shape: TreeShape | None, temperature: float
+    model: DecoderModel, head: Drafter, shape: TreeShape | None, sampling: dict[str, float]
 ) -> None:
     engine, rows = _prepared(model, head, 3)
     for row in rows:
-        object.__setattr__(row.request.sampling, "temperature", temperature)
+        row.request = dataclasses.replace(row.request, sampling=SamplingParams(**sampling))  # type: ignore[arg-type]
     graphs = StepGraphs(engine._stepper, max_rows=8, max_path=5)
     key = graphs.fill(rows, shape)
     graphs._in.copy_(graphs._host_in)
     with _NoWaiting() as watched:
         graphs.step(key)
+    engine._tune(3, shape)
     assert "mm.default" in watched.seen or "addmm.default" in watched.seen, "the mode saw nothing"
 
 
@@ -176,9 +180,13 @@ def test_sizes_are_few() -> None:
 
 @pytest.mark.gpu
 @torch.inference_mode()
+@pytest.mark.parametrize("kernels", ["0", "1"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_replay_is_the_plain_step(tmp_path: Path, head: Drafter, shape: TreeShape | None) -> None:
+def test_a_replay_is_the_plain_step(
+    tmp_path: Path, head: Drafter, shape: TreeShape | None, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU: graphs against steps launched kernel by kernel, greedy and sampled rows, batches that change."""
+    monkeypatch.setenv("TRTKIT_NATIVE", kernels)
     directory = save_tiny(tmp_path, vocab_size=VOCAB)
     device = torch.device("cuda")
     model = DecoderModel(open_unified(directory), device=device, dtype=torch.float32, max_tokens=300)

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import torch
 
 from drafter.model import Drafter
 from trtkit.bench.device_clock import copy_bandwidth
+from trtkit.bench.gpu_machine import environment, time_limit
 from trtkit.bench.gpu_points import BLOCK_SIZE, PointPlan, measure_point
 from trtkit.bench.gpu_subprocess import gpu_tests, peer_figures
 from trtkit.bench.gpu_targets import goals, lines
@@ -60,6 +59,11 @@ class GpuBenchOptions:
     def tiny(self) -> bool:
         """Sizes for a test of the benchmark itself."""
         return self.shape == "tiny"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
     def context(self) -> int:
@@ -108,7 +112,8 @@ class GpuBench:
             self.document["failures"][name] = f"skipped: {self.left:.0f} s of the budget were left"
         else:
             try:
-                work(self)
+                with time_limit(max(self.left, 20.0)):
+                    work(self)
             except Exception as problem:  # one stage must not take the others along
                 self.document["failures"][name] = f"{type(problem).__name__}: {str(problem)[:2000]}"
         self.free()
@@ -135,7 +140,7 @@ class GpuBench:
                 spec=shape_spec(self.options.shape), precision=precision, device=self.options.device
             )
             reach = 17408 if not self.options.tiny else 1024
-            made = DecoderModel(weights, device=self.options.device, dtype=torch.bfloat16, max_tokens=reach)
+            made = DecoderModel(weights, device=self.options.device, dtype=self.options.dtype, max_tokens=reach)
             self._model = (precision, made)
         return self._model[1]
 
@@ -149,7 +154,9 @@ class GpuBench:
         cuda = self.options.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        copy = float(self.document.get("copy_bytes_per_second", float("nan")))
+        if "copy_bytes_per_second" not in self.document:
+            _bandwidth(self)
+        copy: float = self.document["copy_bytes_per_second"]
         found = measure_point(self.model(plan.precision), plan, copy, head, profiled=profiled) | notes
         found["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else 0
         self.document["points"].append(found)
@@ -162,26 +169,7 @@ class GpuBench:
 
 
 def _environment(bench: GpuBench) -> None:
-    device = bench.options.device
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "shape": bench.options.shape,
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {
-            "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
-            "memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
-        }  # fmt: skip
-    else:
-        facts["device"] = platform.processor() or platform.machine()
-    for name in ("triton", "transformers"):
-        try:
-            facts[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            facts[name] = None
+    facts = {"shape": bench.options.shape, **environment(bench.options.device)}
     bench.document["environment"] = facts
     bench.say("  " + ", ".join(f"{key} {value}" for key, value in facts.items()))
 
@@ -207,7 +195,7 @@ def _draft(bench: GpuBench) -> None:
         precision="fp8", rows=12, context=options.context, steps=options.steps, shares=PUBLISHED_ACCEPTANCE
     )  # fmt: skip
     for vocabulary in (None, 64 if options.tiny else DRAFT_VOCABULARY):
-        head = random_head(spec, device=options.device, dtype=torch.bfloat16, vocabulary=vocabulary)
+        head = random_head(spec, device=options.device, dtype=options.dtype, vocabulary=vocabulary)
         bench.point(plan, head, draft_vocabulary=vocabulary or spec.vocab, acceptance="forced, not a model's")
         del head
         bench.free()

@@ -16,6 +16,8 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM, StoppingCriteria
 
 from trtkit.bench.random_model import shape_spec
 from trtkit.model_spec import spec_to_config
@@ -23,36 +25,36 @@ from trtkit.model_spec import spec_to_config
 __all__ = ["main", "measure_peer", "random_peer"]
 
 
+class _Clock(StoppingCriteria):
+    """Notes when each token is there; never stops."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        if input_ids.device.type == "cuda":
+            torch.cuda.synchronize(input_ids.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
 def measure_peer(model: Any, context: int, new_tokens: int, *, compiled: bool) -> float:
-    """Tokens per second of greedy decoding with batch 1 in bfloat16, prefill taken out by a difference."""
-    device = model.device
-    ids = torch.randint(0, model.config.vocab_size, (1, context), device=device)
-
-    def seconds(count: int) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-            cache_implementation="static", disable_compile=not compiled, pad_token_id=0,
+    """Tokens per second of greedy decoding with batch 1 in bfloat16, without the prefill and the first few tokens."""
+    ids = torch.randint(0, model.config.vocab_size, (1, context), device=model.device)
+    for _ in range(2):  # the first one compiles
+        clock = _Clock()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+            do_sample=False, cache_implementation="static", disable_compile=not compiled, pad_token_id=0,
+            stopping_criteria=[clock],
         )  # fmt: skip
-        assert out.shape[1] == context + count
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
-
-    # Two warm-ups: the second has the cache's length of the timed run, which the compiled graph is made for.
-    short = max(2, new_tokens // 8)
-    for count in (short, new_tokens):
-        seconds(count)
-    least = min(seconds(short) for _ in range(2))
-    return (new_tokens - short) / max(min(seconds(new_tokens) for _ in range(2)) - least, 1e-9)
+    assert len(clock.times) == new_tokens
+    skipped = new_tokens // 4
+    return (new_tokens - 1 - skipped) / (clock.times[-1] - clock.times[skipped])
 
 
 def random_peer(shape: str, device: torch.device) -> Any:
     """The same shape in transformers, with random weights made on the device."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     foreign = ("architectures", "model_type", "torch_dtype")
     fields = {key: value for key, value in spec_to_config(shape_spec(shape)).items() if key not in foreign}
     with torch.device("meta"):

@@ -93,7 +93,7 @@ def measure_point(
         **asdict(plan), "tree": None if plan.tree is None or head is None else str(plan.tree),
         "tokens_per_second": tokens / total, "tokens_per_step": tokens / (plan.rows * plan.steps),
         "step_ms": 1e3 * total / plan.steps, "best_step_ms": 1e3 * min(seconds), "step_bytes": read,
-        "copy_fraction": read * plan.steps / total / copy,
+        "graphs": engine.captured, "copy_fraction": read * plan.steps / total / copy,
     }  # fmt: skip
     if profiled:
         try:

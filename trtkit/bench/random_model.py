@@ -168,6 +168,11 @@ class StandingEngine(TorchEngine):
         """Where it runs."""
         return self._model.device
 
+    @property
+    def captured(self) -> int:
+        """CUDA graphs that it has captured; 0 on a CPU, or where capturing failed."""
+        return 0 if self._graphs is None else len(self._graphs)
+
     def parts(self, shape: TreeShape | None) -> tuple[dict[str, Callable[[], object]], Callable[[], object]]:
         """The phases of the next step and the step itself as calls that can be repeated; and the step as the engine
         runs it, host and all. With fixed shapes only."""

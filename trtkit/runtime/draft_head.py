@@ -23,10 +23,11 @@ from trtkit.files import read_json
 from trtkit.model_spec import ModelSpec
 from trtkit.quant.tensor import LinearWeights, dense, quantize_int8
 from trtkit.recipe import TOKEN_ORDER_FILE, TRAINING_FILE
+from trtkit.runtime.cuda.linear import prepare_linears
 from trtkit.runtime.linear import Kernel, runtime_linear
 from trtkit.runtime.native.kernels import DRAFT_ROWS, draft_chain
 
-__all__ = ["DraftPrecision", "HeadOptions", "measured_acceptance", "open_head", "with_kernels"]
+__all__ = ["DraftPrecision", "HeadOptions", "measured_acceptance", "open_head", "prepare_head", "with_kernels"]
 
 DraftPrecision: TypeAlias = Literal["model", "int8"]
 
@@ -114,10 +115,15 @@ class _KernelLinear(nn.Module):
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__()
-        self._kernel = kernel
+        self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._kernel(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        return self.kernel(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+def prepare_head(head: Drafter, tokens: int) -> None:
+    """As ``DecoderModel.prepare``: ``tokens`` is rows x beams."""
+    prepare_linears([layer.kernel for layer in head.modules() if isinstance(layer, _KernelLinear)], tokens)
 
 
 def with_kernels(

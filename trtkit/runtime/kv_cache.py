@@ -89,7 +89,7 @@ class KvCache:
         """Copy the keys and values at slots ``source`` (M,) to ``target`` (M,) in every layer, all at once."""
         for pool in (self._bytes(self._keys), self._bytes(self._values)):
             flat = pool.view(*pool.shape[:2], -1, self._head_dim)
-            flat[:, :, target] = flat[:, :, source]
+            flat.index_copy_(2, target, flat.index_select(2, source))
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v (T, kv_heads, D) at ``slots`` (T,): block id x block_size + offset."""

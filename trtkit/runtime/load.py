@@ -50,6 +50,8 @@ class OpenOptions:
     """The draft tree; None lets the engine take the fastest one, or none, at each batch size."""
     head: HeadOptions = field(default_factory=HeadOptions)
     """How to run the draft head."""
+    cuda_graphs: bool = True
+    """On CUDA: decode steps as graphs over padded shapes. Without, they are launched kernel by kernel."""
     drafter: Path | None = None
     """A draft head in place of the engine's own, or for an engine without one."""
 
@@ -197,7 +199,7 @@ def _limits(
         )
     return TorchLimits(
         rows=rows, total_tokens=total_tokens, kv_blocks=min(affordable, rows * least), block_size=_BLOCK_SIZE,
-        kv_dtype=kv_dtype,
+        kv_dtype=kv_dtype, fixed_shapes=None if options.cuda_graphs else False,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from trtkit.decoder import Attend, LinearName, Norms, PlainPointwise, Pointwise,
 from trtkit.model_spec import ModelSpec
 from trtkit.quant.tensor import LinearWeights, dense
 from trtkit.runtime.cuda.kernels import open_cuda_kernels
+from trtkit.runtime.cuda.linear import prepare_linears
 from trtkit.runtime.linear import Kernel, runtime_linear
 from trtkit.runtime.native.kernels import NativePointwise, open_kernels
 
@@ -93,6 +94,11 @@ class DecoderModel:
             name: runtime_linear(weights, device=self.device, dtype=self.dtype) for name, weights in linears.items()
         }
         return _Layer(norms, kernels)
+
+    def prepare(self, tokens: int) -> None:
+        """Let the CUDA kernels tune themselves for passes of up to ``tokens`` tokens: they cannot within a capture."""
+        kernels = [kernel for layer in self._layers for kernel in layer.kernels.values()]
+        prepare_linears([*kernels, self._head], tokens)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Callable[[int], Attend]) -> Tensor:
         """Hidden states after the final norm, (T, H), of tokens (T,) at positions (T,).

@@ -23,6 +23,7 @@ from trtkit.runtime import decode
 from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
 from trtkit.runtime.blocks import BlockAllocator
 from trtkit.runtime.cuda.graphs import StepGraphs
+from trtkit.runtime.draft_head import prepare_head
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.prefill import Stretch, prefill
@@ -107,7 +108,15 @@ class TorchEngine:
         self._drafted_row_steps = 0
 
     def _fixed_steps(self) -> StepGraphs:
-        return StepGraphs(self._stepper, max_rows=self._limits.rows, max_path=1 + self._chooser.max_length)
+        return StepGraphs(
+            self._stepper, max_rows=self._limits.rows, max_path=1 + self._chooser.max_length, prepare=self._tune
+        )
+
+    def _tune(self, rows: int, shape: TreeShape | None) -> None:
+        """Let the kernels measure themselves for a step of ``rows`` rows."""
+        self._model.prepare(rows * (1 if shape is None else shape.max_nodes))
+        if self._drafting is not None and shape is not None:
+            prepare_head(self._drafting.head, rows * shape.beams)
 
     @property
     def max_total_tokens(self) -> int:

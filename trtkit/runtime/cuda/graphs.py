@@ -55,11 +55,6 @@ class StepKey:
     """The host's part of :class:`SamplingRows`: which cuts any row asks for."""
 
     @property
-    def nodes(self) -> int:
-        """Nodes of each row's tree."""
-        return 1 if self.shape is None else self.shape.max_nodes
-
-    @property
     def path(self) -> int:
         """Nodes of the longest path: D."""
         return 1 if self.shape is None else 1 + self.shape.length
@@ -91,16 +86,18 @@ def _sampling_views(words: Tensor, rows: int) -> dict[str, Tensor]:
 class StepGraphs:
     """Runs decode steps of ``on`` with fixed shapes: as CUDA graphs on a GPU, plainly on a CPU.
 
-    ``prepare(tokens)`` is called before a capture: kernels may tune themselves for that many tokens in a pass.
+    ``prepare(rows, shape)`` is called before a capture: kernels may tune themselves for such a step. Where a capture
+    fails, a warning says why, and the steps run plainly from then on.
     """
 
     def __init__(
-        self, on: Stepper, *, max_rows: int, max_path: int, prepare: Callable[[int], None] = lambda _tokens: None
-    ) -> None:
+        self, on: Stepper, *, max_rows: int, max_path: int,
+        prepare: Callable[[int, TreeShape | None], None] = lambda _rows, _shape: None,
+    ) -> None:  # fmt: skip
         device = on.cache.device
         self._on = on
         self._prepare = prepare
-        self._captures = device.type == "cuda"
+        self._on_cuda = self._captures = device.type == "cuda"
         rows = padded_rows(max_rows)
         words = rows * (3 + on.cache.table_width) + _sampling_words(rows)
         self._host_in = torch.zeros(words, dtype=torch.int64, pin_memory=self._captures)
@@ -110,7 +107,7 @@ class StepGraphs:
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph] = {}
         self._sampling: tuple[tuple[str, ...], SamplingRows] | None = None
         self._filled: tuple[StepKey, tuple[str, ...]] | None = None
-        if self._captures:
+        if self._on_cuda:
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
             self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -123,16 +120,14 @@ class StepGraphs:
         """One decode step; each row's number of emitted tokens and the tokens drawn on its path, as ``emitted``."""
         key = self.fill(rows, shape)
         self.upload(key)
-        if self._captures:
-            graph = self._graphs.get(key)
-            if graph is None:
-                graph = self._graphs[key] = self._capture(key)
-            graph.replay()
-        else:
+        graph = self._graph(key) if self._captures else None
+        if graph is None:
             self.step(key)
+        else:
+            graph.replay()
         read = key.rows * (1 + key.path)
         self._host_out[:read].copy_(self._out[:read], non_blocking=True)
-        if self._captures:
+        if self._on_cuda:
             self._read.record()
             self._read.synchronize()
         lines: list[list[int]] = self._host_out[:read].view(key.rows, -1)[: len(rows)].tolist()
@@ -184,10 +179,21 @@ class StepGraphs:
         )  # fmt: skip
         return pending_from(self._in[:stand], key.rows, key.width), sampling
 
+    def _graph(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
+        """The graph of ``key``, captured on the first call; None when that is not possible."""
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._capture(key)
+            except RuntimeError as problem:
+                self._captures = False
+                logger.warning("decode steps run without CUDA graphs: %s", str(problem).strip()[:500])
+                return None
+        return self._graphs[key]
+
     def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph:
         """Warm up on a side stream, then record. The rows' contexts are left as they were."""
         logger.debug("capturing a decode step: %d rows, %d blocks, tree %s", key.rows, key.width, key.shape)
-        self._prepare(key.rows * key.nodes)
+        self._prepare(key.rows, key.shape)
         contexts, current = self._on.contexts.clone(), torch.cuda.current_stream()
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
