@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from typing import Any
 
@@ -14,19 +15,41 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def _interpreter_reads_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter of triton 3.6 calls int() on arrays of one number, which numpy refuses since 2.4."""
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 as it is calls int() on arrays of one number, which numpy refuses since 2.4, and spends most of its
+    time on patching its language anew for each function that a kernel calls."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch_tensor, patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
+    scopes: dict[frozenset[str], Any] = {}
 
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
+    def patched_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    def patched_language(fn: Any) -> Any:
+        seen = [value for value in fn.__globals__.values() if inspect.ismodule(value)]
+        names = frozenset(module.__name__ for module in seen if module.__name__.startswith("triton.language"))
+        if names in scopes:
+            return interpreter._LangPatchScope()
+        scope = scopes[names] = patch_language(fn)
+        if len(scopes) > 1:
+            return scope
+        restore = scope.restore
+
+        def leave() -> None:
+            for inner in list(scopes.values())[:0:-1]:
+                inner.restore()
+            scopes.clear()
+            restore()
+
+        scope.restore = leave
+        return scope
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched_tensor)
+    monkeypatch.setattr(interpreter, "_patch_lang", patched_language)
 
 
 @pytest.fixture
