@@ -27,7 +27,7 @@ KINDS = ("bf16", "int8", "int8-sq", "fp8", "int4")
 
 
 @pytest.fixture(autouse=True)
-def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def _numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         correct_numerics(monkeypatch)
 
