@@ -171,6 +171,15 @@ def test_rows_with_a_switch_penalty_take_the_plain_step(model: DecoderModel, hea
     assert run_all(_engine(model, head, SHAPES[1], fixed_shapes=True), requests)[0] == plain
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_an_id_may_come_back_with_another_seed(model: DecoderModel, head: Drafter, fixed: bool) -> None:
+    engine = _engine(model, head, None, fixed_shapes=fixed)
+    (prompt,) = random_prompts(2, [9], vocab=VOCAB)
+    first, second = (run_all(engine, [request("a", prompt, seed=seed)])[0]["a"] for seed in (1, 2))
+    fresh = _engine(model, head, None, fixed_shapes=fixed)
+    assert second == run_all(fresh, [request("a", prompt, seed=2)])[0]["a"] != first
+
+
 def test_sizes_are_few() -> None:
     assert [padded_rows(rows) for rows in (1, 3, 5, 9, 13, 17, 33, 65, 257, 400)] == [
         1, 4, 8, 12, 16, 24, 48, 96, 384, 512,

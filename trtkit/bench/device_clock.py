@@ -38,7 +38,7 @@ def device_seconds(work: Callable[[], object], device: torch.device, repeats: in
             work()
         run = graph.replay
     run()
-    return statistics.median(_timed(run, device) for _ in range(repeats))
+    return statistics.median(_timed(run, device) for _ in range(repeats if device.type == "cuda" else 3))
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

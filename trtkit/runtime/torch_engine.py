@@ -100,7 +100,7 @@ class TorchEngine:
         self._allocator = BlockAllocator(limits.kv_blocks)
         self._scheduler = Scheduler(self._allocator, block_size=limits.block_size, max_rows=limits.rows)
         self._cancelled: list[str] = []
-        self._sampling: tuple[tuple[str, ...], SamplingRows] | None = None
+        self._sampling: tuple[tuple[Request, ...], SamplingRows] | None = None
         self._seconds = dict.fromkeys(_PHASES, 0.0)
         self._steps = self._prompt_tokens = self._prefill_tokens = 0
         self._new_tokens = self._row_steps = self._preemptions = self._peak_rows = 0
@@ -266,11 +266,10 @@ class TorchEngine:
         self._prefill_tokens += sum(len(stretch.tokens) for stretch in (*fresh, *again))
 
     def _sampling_of(self, rows: Sequence[Row]) -> SamplingRows:
-        names = tuple(row.request.id for row in rows)
-        if self._sampling is None or self._sampling[0] != names:
-            params = [row.request.sampling for row in rows]
-            seeds = [row.request.seed for row in rows]
-            self._sampling = (names, sampling_rows(params, seeds, self._model.device))
+        requests = tuple(row.request for row in rows)
+        if self._sampling is None or self._sampling[0] != requests:
+            params, seeds = [request.sampling for request in requests], [request.seed for request in requests]
+            self._sampling = (requests, sampling_rows(params, seeds, self._model.device))
         return self._sampling[1]
 
     def _advance(self, row: Row, emitted: Sequence[int], scores: Sequence[float]) -> StepOutput:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from drafter.config import TreeShape
 from trtkit.log import logger
+from trtkit.runtime.api import Request
 from trtkit.runtime.decode import Pending, Stepper, decode_step, emitted, fill_pending, pending_from
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row
@@ -105,8 +106,8 @@ class StepGraphs:
         self._in = torch.zeros(words, dtype=torch.int64, device=device)
         self._out = torch.zeros(rows * (1 + max_path), dtype=torch.int64, device=device)
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph] = {}
-        self._sampling: tuple[tuple[str, ...], SamplingRows] | None = None
-        self._filled: tuple[StepKey, tuple[str, ...]] | None = None
+        self._sampling: tuple[tuple[Request, ...], SamplingRows] | None = None
+        self._filled: tuple[StepKey, tuple[Request, ...]] | None = None
         if self._on_cuda:
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
@@ -128,17 +129,17 @@ class StepGraphs:
         read = key.rows * (1 + key.path)
         self._host_out[:read].copy_(self._out[:read], non_blocking=True)
         if self._on_cuda:
-            self._read.record()
+            self._read.record(torch.cuda.current_stream(self._in.device))
             self._read.synchronize()
         lines: list[list[int]] = self._host_out[:read].view(key.rows, -1)[: len(rows)].tolist()
         return lines
 
     def fill(self, rows: Sequence[Row], shape: TreeShape | None) -> StepKey:
         """Write the step's input into the host's buffer."""
-        names = tuple(row.request.id for row in rows)
-        if self._sampling is None or self._sampling[0] != names:
-            params, seeds = [row.request.sampling for row in rows], [row.request.seed for row in rows]
-            self._sampling = (names, sampling_rows(params, seeds, torch.device("cpu")))
+        requests = tuple(row.request for row in rows)
+        if self._sampling is None or self._sampling[0] != requests:
+            params, seeds = [request.sampling for request in requests], [request.seed for request in requests]
+            self._sampling = (requests, sampling_rows(params, seeds, torch.device("cpu")))
         sampling = self._sampling[1]
         cache = self._on.cache
         nodes = 1 if shape is None else shape.max_nodes
@@ -152,11 +153,11 @@ class StepGraphs:
             self._host_in[:stand].numpy(), cache, rows, size=key.rows, width=key.width,
             pad_line=self._on.contexts.shape[0] - 1,
         )  # fmt: skip
-        if self._filled != (key, names):  # the parameters stay as they are while the batch does
+        if self._filled != (key, requests):  # the parameters stay as they are while the batch does
             for name, view in _sampling_views(self._host_in[stand : key.words], key.rows).items():
                 view[: len(rows)] = getattr(sampling, name)
                 view[len(rows) :] = _PAD.get(name, 0)
-            self._filled = (key, names)
+            self._filled = (key, requests)
         return key
 
     def upload(self, key: StepKey) -> None:
@@ -194,7 +195,7 @@ class StepGraphs:
         """Warm up on a side stream, then record. The rows' contexts are left as they were."""
         logger.debug("capturing a decode step: %d rows, %d blocks, tree %s", key.rows, key.width, key.shape)
         self._prepare(key.rows, key.shape)
-        contexts, current = self._on.contexts.clone(), torch.cuda.current_stream()
+        contexts, current = self._on.contexts.clone(), torch.cuda.current_stream(self._in.device)
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
             for _ in range(_WARM_UPS):
