@@ -160,7 +160,7 @@ def _attention(
         from trtkit.runtime.cuda.attention import attend_verify_triton
 
         on_device = CudaVerifyBatch(
-            rows=count, nodes=nodes, blocks=at.blocks, cached=at.cached, mask=tree.mask, slots=slots.flatten()
+            rows=count, nodes=nodes, blocks=at.blocks, cached=at.cached, mask=tree.mask.int(), slots=slots.flatten()
         )
         return lambda layer: lambda q, k, v: attend_verify_triton(cache, layer, on_device, q, k, v)
     seen = torch.arange(at.blocks.shape[1] * cache.block_size, device=model.device)
