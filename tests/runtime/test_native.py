@@ -214,6 +214,27 @@ def test_picks_are_those_of_torch(
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_weights_are_those_of_torch_to_the_last_unit(temperature: float) -> None:
+    """Two tokens, and the two neighbouring uniform numbers between which the draw changes from one to the other: a
+    weight that is one unit off moves that place."""
+    count = 20_000
+    logits = torch.stack([torch.zeros(count), -torch.rand(count) * 27 * temperature], dim=1)
+    rows = sampling_rows([SamplingParams(temperature=temperature)] * count, [0] * count, CPU)
+    weights = sampling.sampling_weights(logits, rows)
+    first, total = weights[:, 0], weights.sum(dim=1).double()
+    above = first / total
+    for _ in range(3):
+        above = torch.where((above * total).long() < first, above.nextafter(torch.tensor(1.0).double()), above)
+    below = above
+    for _ in range(6):
+        below = torch.where((below * total).long() >= first, below.nextafter(torch.tensor(0.0).double()), below)
+    for uniform, token in ((above, 1), (below, 0)):
+        got = kernels.draw_tokens(logits, rows.temperature, rows.cold, uniform, rows.top_k, rows.top_p, rows.min_p)
+        assert (got == token).all()
+
+
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_activation_codes_are_exact(dtype: torch.dtype) -> None:
     x = (torch.randn(7, 1001) * 40).to(dtype)

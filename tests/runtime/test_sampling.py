@@ -15,7 +15,9 @@ from transformers.generation.logits_process import (
 
 from tests.reference.sampling import keep, scan
 from trtkit.errors import RequestError
+from trtkit.runtime import sampling
 from trtkit.runtime.api import SamplingParams
+from trtkit.runtime.native.loader import SWITCH
 from trtkit.runtime.sampling import LARGEST_WEIGHT, invert_cdf, pick, sampling_rows, sampling_weights, uniforms
 
 CPU = torch.device("cpu")
@@ -183,6 +185,22 @@ def test_rows_without_a_distribution_give_token_0(temperature: float) -> None:
     rows = sampling_rows([SamplingParams(temperature=temperature)] * 4, range(4), CPU)
     picks = pick(logits, rows, torch.arange(4)).tolist()
     assert picks == [0, 0, 9 if temperature == 0 else 0, 7]
+
+
+def test_the_gpu_kernels_run_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, capability = torch.device("cuda"), (8, 0)
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "triton" else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    runs = sampling._triton_runs.__wrapped__
+    assert runs(cuda, torch.bfloat16)
+    assert not runs(CPU, torch.bfloat16)
+    assert not runs(cuda, torch.float64)
+    capability = (7, 5)
+    assert not runs(cuda, torch.bfloat16)
+    capability = (9, 0)
+    monkeypatch.setenv(SWITCH, "0")
+    assert not runs(cuda, torch.bfloat16)
 
 
 def test_parameters_out_of_range_are_listed_together() -> None:

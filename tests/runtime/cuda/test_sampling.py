@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 from tests.runtime.cuda.interpreting import correct_numerics
 from tests.runtime.logits import KINDS, adversarial_logits
 from trtkit.runtime.api import SamplingParams
-from trtkit.runtime.cuda.sampling import draw_tokens
-from trtkit.runtime.sampling import SamplingRows, pick, pick_plain, sampling_rows, uniforms
+from trtkit.runtime.cuda.sampling import draw_tokens, peak, weigh
+from trtkit.runtime.sampling import SamplingRows, pick, pick_plain, sampling_rows, sampling_weights, uniforms
 
 MIXED = [
     SamplingParams(),
@@ -70,6 +70,23 @@ def test_each_cut_alone(param: SamplingParams, device: torch.device) -> None:
     """Only the launches that it needs; and a view of wider rows."""
     logits = adversarial_logits("normal", 2, 300, 3).to(device)[:, :257]
     same(logits, [param] * 2, 3, chunk=256)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sums_of_weights_are_those_of_torch(temperature: float, device: torch.device) -> None:
+    """To the last unit, which a draw would hardly show."""
+    logits = -torch.rand(4, 256, device=device) * 27 * temperature
+    rows = sampling_rows([SamplingParams(temperature=temperature)] * 4, range(4), device)
+    peaks = torch.empty(4, 2, device=device)
+    first = torch.empty(4, 2, dtype=torch.int32, device=device)
+    sums, floors = torch.empty(2, 4, 2, dtype=torch.int64, device=device)
+    launch = {"num_warps": 4, "enable_fp_fusion": False, "chunk": 128}
+    peak[(4, 2)](peaks, first, logits, 256, 256, 2, **launch)
+    weigh[(4, 2)](
+        sums, floors, logits, peaks, sums, sums, rows.temperature, rows.top_k, rows.top_p, rows.min_p, 256, 256, 2, 4,
+        cut=0, count=False, last=1, passes=5, tile=2, **launch,
+    )  # fmt: skip
+    assert torch.equal(sums, sampling_weights(logits, rows).view(4, 2, 128).sum(dim=2))
 
 
 def test_flat_logits_follow_the_noise_alone(device: torch.device) -> None:
