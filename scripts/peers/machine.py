@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["BUSY_SHARE", "ForeignLoad", "cores", "cpu_features", "cpu_name", "idle_share"]
 
-BUSY_SHARE = 0.05
+BUSY_SHARE = 0.1
 """Other programs took more of one core than this: the timing counts as disturbed. A second busy process multiplies
 two-thread steps by 10 to 30."""
 

@@ -26,7 +26,7 @@ def _prepare(task: Task) -> None:
     drafter_or_none = drafter if drafter.is_dir() else None
     recipe = Recipe(
         model=task.model, precision=_precision(task), int4_method="rtn", calibration_rows=8, calibration_tokens=64,
-        limits=Limits(batch=max(task.batches), prompt_tokens=512, total_tokens=1024),
+        limits=Limits(batch=64, prompt_tokens=1024, total_tokens=2048),
         tree=TreeShape(beams=1, length=3) if drafter_or_none else None,
     )  # fmt: skip
     build_native(recipe, out, drafter=drafter_or_none, force=True, device="cpu")

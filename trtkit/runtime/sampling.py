@@ -14,6 +14,9 @@ Letters: M picks (rows, or rows x nodes), V vocab.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from trtkit.runtime.api import SamplingParams
 from trtkit.runtime.native.kernels import draw_tokens, loaded
+from trtkit.runtime.native.loader import SWITCH
 
 __all__ = [
     "LARGEST_WEIGHT",
@@ -225,11 +229,25 @@ def pick(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
         return draw_tokens(
             logits, rows.temperature, rows.cold, uniforms(rows.seeds, positions), rows.top_k, rows.top_p, rows.min_p
         )
+    if _triton_runs(logits.device, logits.dtype):
+        from trtkit.runtime.cuda import sampling as cuda
+
+        return cuda.draw_tokens(logits, rows, positions)
     return pick_plain(logits, rows, positions)
 
 
+@functools.cache
+def _triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """On a CUDA device of compute capability 8.0 or more, unless the environment switches kernels off."""
+    if device.type != "cuda" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def pick_plain(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
-    """``pick`` in plain torch: the definition, also where the C++ kernels are loaded."""
+    """``pick`` in plain torch: the definition, also where kernels run."""
     if rows.greedy:
         return _most_likely(logits)
     drawn = invert_cdf(sampling_weights(logits, rows), uniforms(rows.seeds, positions))

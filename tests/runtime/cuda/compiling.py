@@ -11,6 +11,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 SHARED_LIMIT = {89: 99 * 1024, 90: 227 * 1024}
@@ -37,7 +38,7 @@ def compile_for(
     ``aligned``, are taken to be multiples of 16, as a launch would find them to be."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    loose = {names[index] for index in map(_index, kernel.params) if kernel.params[index].do_not_specialize}
+    loose = {param.name for param in kernel.params if param.do_not_specialize or param.do_not_specialize_on_alignment}
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
@@ -46,18 +47,14 @@ def compile_for(
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled = _assembled(compiled.asm["ptx"])
+    registers, spilled = _assembled(compiled.asm["ptx"], get_ptxas(capability).path)
     return Resources(
         registers=registers, spilled_bytes=spilled, shared_bytes=compiled.metadata.shared, ptx=compiled.asm["ptx"],
         ttgir=compiled.asm["ttgir"],
     )  # fmt: skip
 
 
-def _index(param: Any) -> int:
-    return int(param.num)
-
-
-def _assembled(ptx: str) -> tuple[int, int]:
+def _assembled(ptx: str, assembler: str) -> tuple[int, int]:
     """Registers a thread and spilled bytes, from ptxas's own report."""
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None
@@ -65,7 +62,7 @@ def _assembled(ptx: str) -> tuple[int, int]:
         path = Path(directory) / "kernel.ptx"
         path.write_text(ptx, encoding="utf-8")
         command = [
-            triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", str(path), "-o", str(path) + ".cubin",
+            assembler, "-v", f"--gpu-name={target[1]}", str(path), "-o", str(path) + ".cubin",
         ]  # fmt: skip
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", report)

@@ -137,6 +137,7 @@ def test_it_is_the_plain_attention(device: torch.device, dtype: torch.dtype, kv_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("shape", [
     Shape(heads=4, kv_heads=2, head_dim=16, nodes=9, dtype=torch.bfloat16, kv_dtype="int8"),
     Shape(heads=4, kv_heads=2, head_dim=32, nodes=17),

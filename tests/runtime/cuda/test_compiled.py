@@ -96,14 +96,14 @@ def compiled(capability: int, kernels: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("capability", [89, 90])
 def test_attention_leaves_room_for_a_second_program(capability: int) -> None:
     """Two programs a multiprocessor keep reading while one waits: half of its shared memory each, 255 registers of 128
-    threads. An L4, which needs 3 KB on the way at a time, may do with one of 64 query rows."""
+    threads. An L4, which needs 3 KB on the way at a time, may do with one of 64 query rows; with spills."""
     wanted = [attention(stored, tile_m) for stored in ("*bf16", "*fp8e4nv", "*i8") for tile_m in (16, 32, 64)]
     made = compiled(capability, [*wanted, attention("*bf16", 16, 64), COMBINE])
     assert len(made) == 11
     for name, constants, facts in made:
         programs = 1 if capability == 89 and constants.get("tile_m") == 64 else 2
         assert facts["shared"] * programs <= SHARED[capability], (name, constants, facts)
-        assert facts["spilled"] <= 128, (name, constants, facts)
+        assert facts["spilled"] <= (256 if constants.get("tile_m") == 64 else 64), (name, constants, facts)
         assert facts["async_copies"] or name != "attention.attend_split"
 
 

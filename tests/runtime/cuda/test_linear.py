@@ -27,7 +27,7 @@ KINDS = ("bf16", "int8", "int8-sq", "fp8", "int4")
 
 
 @pytest.fixture(autouse=True)
-def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def _numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         correct_numerics(monkeypatch)
 
@@ -66,17 +66,18 @@ def close(found: torch.Tensor, weights: LinearWeights, x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [1, 3, 16, 33])
+@pytest.mark.parametrize("rows", [1, 33, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (3, 8, 16))])
 def test_products_match_the_reference(kind: str, rows: int, device: torch.device) -> None:
-    # 48 columns are no multiple of the tile; 384 inputs are 1.5 steps of the int4 kernel.
-    weights = made(kind, 48, 384)
-    x = torch.randn(rows, 384).bfloat16()
+    # 48 columns are no multiple of the tile; two and a half steps, the last of them alone in its part.
+    depth = 640 if kind == "int4" else 320
+    weights = made(kind, 48, depth)
+    x = torch.randn(rows, depth).bfloat16()
     linear = CudaLinear(weights, device)
     close(linear.run(x.to(device), tile(kind, rows=16 if rows <= 16 else 32, splits=2)), weights, x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("fused", "swap"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("fused", "swap"), [(True, False), (False, True)])
 def test_every_way_through_the_kernel(kind: str, fused: bool, swap: bool, device: torch.device) -> None:
     weights = made(kind, 64, 512, bias=False, pre=kind != "bf16")
     x = torch.randn(8, 512).bfloat16()

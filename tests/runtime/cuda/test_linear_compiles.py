@@ -70,7 +70,7 @@ def test_every_candidate_fits(kind: Kind, capability: int) -> None:
         assert found["shared"] <= SHARED_LIMIT[capability], (choice, found)
 
 
-@pytest.mark.parametrize("kind", ["int4", "fp8"])
+@pytest.mark.parametrize("kind", ["int4", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_the_first_candidate_compiles(kind: Kind) -> None:
     choices = tiles(kind, 90)[:1]
     (found,) = compiled(kind, 90, choices)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.runtime.cuda.test_linear import KINDS, close, made
-from trtkit.quant.tensor import LinearWeights, linear_reference
+from trtkit.quant.tensor import linear_reference
 from trtkit.runtime.cuda import tuning
 from trtkit.runtime.cuda.choices import BUCKETS, LIBRARY, candidates
 from trtkit.runtime.cuda.linear import CudaLinear
@@ -30,6 +32,14 @@ SHAPES = {"o": (5120, 5120), "down": (5120, 13824)}
 def _own_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     table = tuning.Table(tmp_path / "table.json")
     monkeypatch.setattr(tuning, "table_of", lambda device: table)
+
+
+@pytest.fixture(autouse=True)
+def _many_threads() -> Iterator[None]:
+    """For the reference, which is the slow part."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +120,7 @@ def test_tuned_products_come_near_the_memory(kind: str, capsys: pytest.CaptureFi
     copied = _copy_bytes_per_second()
     lines = [f"{torch.cuda.get_device_name()}, copy {copied / 1e9:.0f} GB/s"]
     for columns, depth in ((7168, 5120), (5120, 5120), (27648, 5120), (5120, 13824)):
-        weights = _random(kind, columns, depth)
+        weights = made(kind, columns, depth)
         linear = CudaLinear(weights, CUDA)
         size = columns * depth * {"bf16": 2.0, "int4": 0.5 + 2 / 128}.get(kind, 1.0)
         for rows in (1, 16, 32, 64):
@@ -123,11 +133,6 @@ def test_tuned_products_come_near_the_memory(kind: str, capsys: pytest.CaptureFi
                 assert part > 1 / 3, lines[-1]
     with capsys.disabled():
         sys.stdout.write("\n" + "\n".join(lines) + "\n")
-
-
-def _random(kind: str, columns: int, depth: int) -> LinearWeights:
-    torch.set_num_threads(8)
-    return made(kind, columns, depth)
 
 
 def _copy_bytes_per_second() -> float:
@@ -154,8 +159,7 @@ def _graph_seconds(linear: CudaLinear, x: torch.Tensor, copies: int) -> float:
     return _events(graph.replay, 20) / copies
 
 
-def _events(run: object, repeats: int) -> float:
-    assert callable(run)
+def _events(run: Callable[[], object], repeats: int) -> float:
     run()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()

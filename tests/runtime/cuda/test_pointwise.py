@@ -78,7 +78,10 @@ def test_heads_are_normed_and_turned(device: torch.device, dtype: torch.dtype, q
 def test_the_gate_is_rounded_as_torch_rounds_it(device: torch.device, dtype: torch.dtype) -> None:
     gate_up = normal(device, dtype, 2, 2200)
     gate_up[0, :3] = torch.tensor([-90.0, 90.0, 0.0])
-    close(FAST.gated(gate_up), PLAIN.gated(gate_up))
+    found, expected = FAST.gated(gate_up), PLAIN.gated(gate_up)
+    close(found, expected)
+    # An exponential that is a step off in float32 seldom shows in bf16; a rounding in another place shows in a third.
+    assert dtype == torch.float32 or (found == expected).float().mean() > 0.98
 
 
 def test_no_token_is_no_launch(device: torch.device) -> None:

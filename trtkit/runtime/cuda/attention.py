@@ -108,7 +108,11 @@ def _absorb(query, keys, values, seen, top, norm, acc, scale):
     return higher, norm * fade[:, None] + weights, acc
 
 
-@triton.jit(do_not_specialize=["table_width", "mask_row", "mask_node", "nodes", "splits", "m_tiles"])
+# Nothing that changes from step to step makes a new variant: a CUDA graph must not meet the compiler.
+@triton.jit(
+    do_not_specialize=["table_width", "mask_row", "mask_node", "nodes", "splits", "m_tiles"],
+    do_not_specialize_on_alignment=["table", "cached", "mask", "slots", "tops", "norms"],
+)
 def attend_split(
     q, k, v, key_pool, value_pool, table, cached, mask, slots, sums, tops, norms,
     q_stride, k_stride, v_stride, pool_stride, table_width, mask_row, mask_node, nodes, splits, m_tiles,
@@ -178,7 +182,7 @@ def attend_split(
     tl.store(sums + at_part[:, None] * head_dim + d[None, :], acc, mask=asked)
 
 
-@triton.jit(do_not_specialize=["nodes", "splits"])
+@triton.jit(do_not_specialize=["nodes", "splits"], do_not_specialize_on_alignment=["tops", "norms", "cached"])
 def combine_splits(
     out, sums, tops, norms, cached, nodes, splits, value_scale,
     group: tl.constexpr, head_dim: tl.constexpr, tile_d: tl.constexpr, split: tl.constexpr, chunk: tl.constexpr,

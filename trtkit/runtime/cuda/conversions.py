@@ -15,16 +15,16 @@ from trtkit.runtime.cuda.products import activation_codes, codes_of
 __all__ = ["expand_words", "quantize_activations", "rescale"]
 
 
-@triton.jit(do_not_specialize=["count"])
-def quantize_activations(x_ptr, pre_ptr, inverse_ptr, codes_ptr, count, K, PRE: tl.constexpr, BLOCK: tl.constexpr):
-    """``count`` values of x (M, K), times ``pre`` (K,), to int8 or e4m3 codes of a static step."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+@triton.jit
+def quantize_activations(x_ptr, pre_ptr, inverse_ptr, codes_ptr, K, PRE: tl.constexpr, BLOCK: tl.constexpr):
+    """Row ``program_id(0)`` of x (M, K), times ``pre`` (K,), to int8 or e4m3 codes of a static step."""
+    row = tl.program_id(0).to(tl.int64) * K
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row + k, mask=k < K, other=0.0).to(tl.float32)
     if PRE:
-        x = x * tl.load(pre_ptr + at % K, mask=inside, other=0.0).to(tl.float32)
+        x = x * tl.load(pre_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     codes = activation_codes(x, tl.load(inverse_ptr), codes_ptr.dtype.element_ty)
-    tl.store(codes_ptr + at, codes, mask=inside)
+    tl.store(codes_ptr + row + k, codes, mask=k < K)
 
 
 @triton.jit
@@ -47,12 +47,14 @@ def expand_words(w_ptr, ratio_ptr, scale_ptr, out_ptr, N, K, WIDTH, COLUMNS: tl.
         tl.store(where, values.to(tl.bfloat16), mask=inside & (k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["count"])
-def rescale(sums_ptr, scale_ptr, bias_ptr, out_ptr, count, N, BLOCK: tl.constexpr):
-    """``count`` int32 sums (M, N) times the scale of their column, plus its bias."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    n = at % N
-    y = tl.load(sums_ptr + at, mask=inside, other=0).to(tl.float32) * tl.load(scale_ptr + n, mask=inside, other=0.0)
+@triton.jit
+def rescale(sums_ptr, scale_ptr, bias_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    """Row ``program_id(0)`` of int32 sums (M, N) times the scale of each column, plus its bias."""
+    row = tl.program_id(0).to(tl.int64) * N
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
+    y = tl.load(sums_ptr + row + n, mask=inside, other=0).to(tl.float32) * tl.load(
+        scale_ptr + n, mask=inside, other=0.0
+    )
     y += tl.load(bias_ptr + n, mask=inside, other=0.0)
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row + n, y.to(out_ptr.dtype.element_ty), mask=inside)

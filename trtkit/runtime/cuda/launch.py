@@ -104,7 +104,7 @@ def probe(device: torch.device) -> None:
     """Compile and run a small kernel; raises whatever Triton raises where that cannot be."""
     sums, scale = torch.ones((1, 16), dtype=torch.int32, device=device), torch.ones(16, device=device)
     out = torch.empty((1, 16), dtype=torch.bfloat16, device=device)
-    rescale[(1,)](sums, scale, scale, out, 16, 16, BLOCK=_BLOCK, num_warps=4)
+    rescale[(1, 1)](sums, scale, scale, out, 16, BLOCK=_BLOCK, num_warps=4)
     assert out[0, 0].item() == 2
 
 
@@ -124,9 +124,9 @@ def prepare_input(x: Tensor, weights: DeviceWeights) -> Tensor:
     if weights.inverse_step is None:
         return x if pre is None else (x.float() * pre).to(x.dtype) if pre.dtype == torch.float32 else x * pre
     codes = torch.empty_like(x, dtype=weights.codes.dtype)
-    grid = (-(-x.numel() // _BLOCK),)
-    quantize_activations[grid](
-        x, x if pre is None else pre, weights.inverse_step, codes, x.numel(), x.shape[1],
+    rows, depth = x.shape
+    quantize_activations[(rows, -(-depth // _BLOCK))](
+        x, x if pre is None else pre, weights.inverse_step, codes, depth,
         PRE=pre is not None, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return codes
@@ -152,6 +152,7 @@ def _product(x: Tensor, weights: DeviceWeights, choice: Choice) -> Tensor:
     }  # fmt: skip
     grid = (tiles_m, tiles_n, splits)
     if weights.bits is not None:
+        assert choice.depth * weights.bits == 16 * TILE
         product_words[grid](
             x, weights.codes, weights.scale if weights.ratios is None else weights.ratios, weights.scale, weights.bias,
             x if pre is None else pre, *after,
@@ -198,10 +199,9 @@ def _library(x: Tensor, weights: DeviceWeights) -> Tensor:
 
 def _rescaled(sums: Tensor, weights: DeviceWeights) -> Tensor:
     out = torch.empty_like(sums, dtype=torch.bfloat16)
-    grid = (-(-sums.numel() // _BLOCK),)
-    rescale[grid](
-        sums, weights.scale, weights.bias, out, sums.numel(), sums.shape[1], BLOCK=_BLOCK, num_warps=4
-    )  # fmt: skip
+    rows, columns = sums.shape
+    grid = (rows, -(-columns // _BLOCK))
+    rescale[grid](sums, weights.scale, weights.bias, out, columns, BLOCK=_BLOCK, num_warps=4)
     return out
 
 

@@ -28,7 +28,11 @@ _GROUP = 128
 
 
 class CudaLinear:
-    """One linear; calling it multiplies x bfloat16 (M, K) to (M, N), without waiting for the device."""
+    """One linear; calling it multiplies x bfloat16 (M, K) to (M, N), without waiting for the device.
+
+    A row of the result depends on no other row. Row counts of different buckets may take different kernels, which round
+    the same sums in different order.
+    """
 
     def __init__(self, weights: LinearWeights, device: torch.device) -> None:
         # Triton is loaded by the first linear on a CUDA device.

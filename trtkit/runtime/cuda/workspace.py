@@ -35,7 +35,7 @@ class Workspace:
             self._retired.append(self.arrived)
             self.arrived = self.arrived.new_zeros(tiles)
         if expanded > self.expanded.numel():
-            # Prefill is not captured: this one is large and may go.
+            self._retired.append(self.expanded)
             self.expanded = self.expanded.new_empty(expanded)
 
 

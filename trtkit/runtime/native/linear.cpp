@@ -26,6 +26,7 @@ using at::Tensor;
 using namespace trtkit;
 constexpr int64_t UNIT = 4;           // panels that one thread takes at a time; N is padded to a multiple
 constexpr int64_t PIECE = 256;        // inputs widened at once: they, x's part and the sums fill 32 KiB
+constexpr int64_t FEW = 6;            // rows of one pass that widens the codes as it reads them
 constexpr int64_t BLOCK = 20 * ROWS;  // rows whose sums are open at once
 
 enum Rounding : int64_t { NONE = 0, TO_INT8 = 1, TO_FP8 = 2 };
@@ -98,9 +99,9 @@ inline void start(const Job& job, int64_t panel, float* total) {
   for (int64_t n = 0; n < PANEL; n++) total[n] = job.bias ? job.bias[panel * PANEL + n] : 0.0f;
 }
 
-// All R rows against a unit's panels, P at a time.
+// R rows from ``row`` on against a unit's panels, P at a time.
 template <class F, int R, int P>
-void direct(const Job& job, int64_t unit) {
+void direct(const Job& job, int64_t unit, int64_t row) {
   const int64_t chunks = job.group / CHUNK, apart = job.in / CHUNK * F::BYTES;
   alignas(64) float total[P * R * PANEL], part[P * R * PANEL];
   for (int64_t first = unit * UNIT; first < (unit + 1) * UNIT; first += P) {
@@ -108,13 +109,14 @@ void direct(const Job& job, int64_t unit) {
     for (int64_t g = 0; g < job.groups; g++) {
       std::fill(part, part + P * R * PANEL, 0.0f);
       multiply<F, R, P>(
-          job.codes + first * apart + g * chunks * F::BYTES, apart, job.x + g * job.group, job.stride, chunks, part);
+          job.codes + first * apart + g * chunks * F::BYTES, apart, job.x + row * job.stride + g * job.group,
+          job.stride, chunks, part);
       for (int64_t i = 0; i < P * R; i++)
         add_scaled<F>(
             total + i * PANEL, part + i * PANEL, job.scale + (g * job.panels + first + i / R) * PANEL,
-            job.sums[i % R * job.groups + g]);
+            job.sums[(row + i % R) * job.groups + g]);
     }
-    for (int64_t i = 0; i < P * R; i++) finish(job, first + i / R, i % R, total + i * PANEL);
+    for (int64_t i = 0; i < P * R; i++) finish(job, first + i / R, row + i % R, total + i * PANEL);
   }
 }
 
@@ -167,22 +169,31 @@ void widened(const Job& job, int64_t panel, float* room) {
 }
 
 template <class F>
+void few(const Job& job, int64_t unit, int64_t row, int64_t count) {
+  switch (count) {
+    case 1: return direct<F, 1, F::PANELS>(job, unit, row);
+    case 2: return direct<F, 2, F::PANELS / 2>(job, unit, row);
+    case 3: return direct<F, 3, 1>(job, unit, row);
+    case 4: return direct<F, 4, 1>(job, unit, row);
+    case 5: return direct<F, 5, 1>(job, unit, row);
+    default: return direct<F, 6, 1>(job, unit, row);
+  }
+}
+
+template <class F>
 void run(const Job& job) {
-  const int64_t units = job.panels / UNIT, work = UNIT * PANEL * job.in * job.rows;
+  const int64_t units = job.panels / UNIT, work = UNIT * PANEL * job.in * job.rows, passes = (job.rows + FEW - 1) / FEW;
   at::parallel_for(0, units, std::max<int64_t>(1, 262144 / work), [&](int64_t from, int64_t to) {
     static thread_local std::vector<float> room;
-    if (job.rows > ROWS) room.resize(PIECE * PANEL + 2 * BLOCK * PANEL);
+    const Subnormals allowed;
+    if (passes > F::PASSES) room.resize(PIECE * PANEL + 2 * BLOCK * PANEL);
     for (int64_t unit = from; unit < to; unit++) {
-      switch (job.rows) {
-        case 1: direct<F, 1, F::PANELS>(job, unit); break;
-        case 2: direct<F, 2, F::PANELS / 2>(job, unit); break;
-        case 3: direct<F, 3, 1>(job, unit); break;
-        case 4: direct<F, 4, 1>(job, unit); break;
-        case 5: direct<F, 5, 1>(job, unit); break;
-        case 6: direct<F, 6, 1>(job, unit); break;
-        default:
-          for (int64_t panel = unit * UNIT; panel < (unit + 1) * UNIT; panel++) widened<F>(job, panel, room.data());
+      for (int64_t pass = 0; passes <= F::PASSES && pass < passes; pass++) {
+        const int64_t row = job.rows * pass / passes;
+        few<F>(job, unit, row, job.rows * (pass + 1) / passes - row);
       }
+      for (int64_t panel = unit * UNIT; passes > F::PASSES && panel < (unit + 1) * UNIT; panel++)
+        widened<F>(job, panel, room.data());
     }
   });
 }
@@ -206,8 +217,9 @@ inline float to_int8(float x) {
   return (x + 12582912.0f) - 12582912.0f;
 }
 
-// A row of x as floats, multiplied by ``pre`` and rounded to the grid of the activation codes.
-void take(const c10::BFloat16* x, const float* pre, Rounding rounding, float inverse, int64_t width, float* out) {
+// A row of x as floats, multiplied by ``pre``, rounded to whole activation codes, and times ``lift``.
+void take(
+    const c10::BFloat16* x, const float* pre, Rounding rounding, float inverse, float lift, int64_t width, float* out) {
   const uint16_t* from = reinterpret_cast<const uint16_t*>(x);
   for (int64_t k = 0; k < width; k++) {
     const uint32_t word = static_cast<uint32_t>(from[k]) << 16;
@@ -219,6 +231,8 @@ void take(const c10::BFloat16* x, const float* pre, Rounding rounding, float inv
     for (int64_t k = 0; k < width; k++) out[k] = to_int8(out[k] * inverse);
   if (rounding == TO_FP8)
     for (int64_t k = 0; k < width; k++) out[k] = to_fp8(out[k] * inverse);
+  if (lift != 1.0f)
+    for (int64_t k = 0; k < width; k++) out[k] *= lift;
 }
 
 float total_of(const float* x, int64_t count) {  // ``count`` is a multiple of CHUNK
@@ -257,7 +271,7 @@ Tensor linear(
         float* line = to + row * job.stride;
         take(
             x.data_ptr<c10::BFloat16>() + (first + row) * width, pre, static_cast<Rounding>(rounding),
-            static_cast<float>(inverse), width, line);
+            static_cast<float>(inverse), format == 16 ? 1.0f : LIFT, width, line);
         std::fill(line + width, line + job.in, 0.0f);
         for (int64_t g = 0; g < groups; g++)
           totals[row * groups + g] = format == 16 ? 0.0f : total_of(line + g * job.group, job.group);

@@ -6,6 +6,8 @@
 //
 // The numbers multiplied are affine in the codes, code = (number - OFFSET) * FACTOR: bits laid into the mantissa of 1.0
 // take two operations where a conversion to float takes four. The offset is taken off once per sum: OFFSET * sum(x).
+// Zen 1 has half as wide units as its neighbours, so that operations count, and computes with subnormal numbers at full
+// speed: there a byte in the top of the mantissa is a number as it is, byte * 2^-133, and x is lifted to make up for it.
 //
 // Letters: N output features, K input features, lanes W, outputs of a panel 2 W.
 #pragma once
@@ -33,6 +35,8 @@ inline ivec both(ivec x, ivec mask) { return _mm512_and_si512(x, mask); }
 inline vec as_float(ivec x) { return _mm512_castsi512_ps(x); }
 template <int BYTES>
 inline ivec turn(ivec x) { return BYTES == 0 ? x : _mm512_rol_epi32(x, 8 * BYTES); }
+template <int BYTE>
+inline ivec top_byte(ivec x) { return _mm512_and_si512(turn<(6 - BYTE) % 4>(x), _mm512_set1_epi32(0xff0000)); }
 inline vec field(ivec x, ivec mask, ivec ones) {
   return as_float(_mm512_ternarylogic_epi32(x, mask, ones, 0xea));  // (x & mask) | ones
 }
@@ -60,6 +64,21 @@ inline ivec turn(ivec x) {  // 32-bit rotation to the left; a byte shuffle has t
   return _mm256_shuffle_epi8(x, order);
 }
 inline vec field(ivec x, ivec mask, ivec ones) { return as_float(_mm256_or_si256(_mm256_and_si256(x, mask), ones)); }
+template <int BYTE>
+inline ivec top_byte(ivec x) {  // byte BYTE of each word in bits 16..23, nothing else
+  if (BYTE == 2) return both(x, bits(0xff0000));
+  constexpr char n = -1, b = BYTE;
+  const __m256i order = _mm256_setr_epi8(
+      n, n, b, n, n, n, b + 4, n, n, n, b + 8, n, n, n, b + 12, n, n, n, b, n, n, n, b + 4, n, n, n, b + 8, n, n, n,
+      b + 12, n);
+  return _mm256_shuffle_epi8(x, order);
+}
+#endif
+
+#if defined(__znver1__)
+constexpr bool SUBNORMAL = true;
+#else
+constexpr bool SUBNORMAL = false;
 #endif
 
 constexpr int64_t PANEL = 2 * W;
@@ -68,7 +87,9 @@ constexpr uint32_t ONE = 0x3f800000;  // 1.0f
 
 inline void put(uint8_t* p, uint32_t word) { std::memcpy(p, &word, 4); }
 
-// A format's ``number<k, v>(p)``: of the chunk at p, input k's weights of the panel's vector v.
+// A format's PANELS: how many a single row reads side by side, so that its sums do not wait for each other. PASSES: so
+// often the codes may be widened again, for ROWS rows each, before a room of widened ones pays.
+// ``number<k, v>(p)``: of the chunk at p, input k's weights of the panel's vector v.
 // ``pack(p, code)`` writes a chunk; ``code(k, n)`` gives the bits of one weight, k and n counted inside the chunk and
 // the panel.
 
@@ -81,7 +102,7 @@ struct Wide {
 
 // A lane's word: the first vector's weight in the low half, the second's in the high half.
 struct Bf16 {
-  static constexpr int PANELS = 4;
+  static constexpr int PANELS = 4, PASSES = 4;
   static constexpr int64_t BYTES = CHUNK * PANEL * 2;
   static constexpr float FACTOR[2] = {1, 1}, OFFSET[2] = {0, 0};
   template <int K, int V>
@@ -96,45 +117,63 @@ struct Bf16 {
   }
 };
 
-inline uint32_t turned_back(uint32_t field, int k) { return k ? field >> 8 * k | field << (32 - 8 * k) : field; }
+constexpr float LIFT = SUBNORMAL ? 0x1p64f : 1.0f;  // what x is multiplied by, for the formats below
 
-// A lane's word: 4 inputs of one output, bytes code + 128 that come to lie in the mantissa: 1 + byte / 256.
+// Where input k's bits lie in a word: in byte k as they are, or where ``turn<k>`` brings them into the mantissa.
+inline uint32_t placed(uint32_t code, int k) {
+  if (SUBNORMAL) return code << 8 * k;
+  const uint32_t field = code << 15;
+  return k ? field >> 8 * k | field << (32 - 8 * k) : field;
+}
+
+// A lane's word: 4 inputs of one output, bytes code + 128, which come out as 1 + byte / 256.
 struct Int8 {
-  static constexpr int PANELS = 2;
+  static constexpr int PANELS = 2, PASSES = SUBNORMAL ? 4 : 1;
   static constexpr int64_t BYTES = CHUNK * PANEL;
-  static constexpr float FACTOR[2] = {256, 256}, OFFSET[2] = {1.5f, 1.5f};
+  static constexpr float STEP = SUBNORMAL ? 0x1p69f : 256, ZERO = SUBNORMAL ? 0x1p-126f : 1.5f;
+  static constexpr float FACTOR[2] = {STEP, STEP}, OFFSET[2] = {ZERO, ZERO};
   template <int K, int V>
   static inline vec number(const uint8_t* p) {
-    return field(turn<K>(load(p + V * W * 4)), bits(0xff << 15), bits(ONE));
+    const ivec words = load(p + V * W * 4);
+    return SUBNORMAL ? as_float(top_byte<K>(words)) : field(turn<K>(words), bits(0xff << 15), bits(ONE));
   }
   template <typename C>
   static void pack(uint8_t* p, C code) {
     for (int64_t n = 0; n < PANEL; n++) {
       uint32_t word = 0;
-      for (int k = 0; k < CHUNK; k++) word |= turned_back(((code(k, n) + 128) & 0xff) << 15, k);
+      for (int k = 0; k < CHUNK; k++) word |= placed((code(k, n) + 128) & 0xff, k);
       put(p + n * 4, word);
     }
   }
 };
 
-// A lane's word: 4 inputs of two outputs, nibbles code + 8: 1 + nibble / 16 and 1 + nibble / 256.
+// A lane's word: 4 inputs of two outputs, nibbles code + 8, which come out as 1 + nibble / 16 and 1 + nibble / 256.
 struct Int4 {
-  static constexpr int PANELS = 2;
+  static constexpr int PANELS = 2, PASSES = SUBNORMAL ? 4 : 1;
   static constexpr int64_t BYTES = CHUNK * PANEL / 2;
-  static constexpr float FACTOR[2] = {16, 256}, OFFSET[2] = {1.5f, 1.03125f};
+  static constexpr float FACTOR[2] = {SUBNORMAL ? 0x1p65f : 16, SUBNORMAL ? 0x1p69f : 256};
+  static constexpr float OFFSET[2] = {SUBNORMAL ? 0x1p-126f : 1.5f, SUBNORMAL ? 0x1p-130f : 1.03125f};
   template <int K, int V>
   static inline vec number(const uint8_t* p) {
-    return field(turn<K>(load(p)), bits(0xf << (V ? 15 : 19)), bits(ONE));
+    const ivec words = load(p);
+    if (SUBNORMAL) return as_float(both(top_byte<K>(words), bits(V ? 0x0f0000 : 0xf00000)));
+    return field(turn<K>(words), bits(0xf << (V ? 15 : 19)), bits(ONE));
   }
   template <typename C>
   static void pack(uint8_t* p, C code) {
     for (int64_t n = 0; n < W; n++) {
       uint32_t word = 0;
-      for (int k = 0; k < CHUNK; k++)
-        word |= turned_back(((code(k, n) + 8) & 0xf) << 19 | ((code(k, n + W) + 8) & 0xf) << 15, k);
+      for (int k = 0; k < CHUNK; k++) word |= placed(((code(k, n) + 8) & 0xf) << 4 | ((code(k, n + W) + 8) & 0xf), k);
       put(p + n * 4, word);
     }
   }
+};
+
+// While it lives, subnormal numbers count: a library built with -ffast-math may have switched them off.
+struct Subnormals {
+  const unsigned before = _mm_getcsr();
+  Subnormals() { _mm_setcsr(before & ~0x8040u); }
+  ~Subnormals() { _mm_setcsr(before); }
 };
 
 }  // namespace trtkit
