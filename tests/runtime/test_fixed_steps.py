@@ -56,7 +56,7 @@ def _requests(seed: int, count: int = 8) -> list[Request]:
     ]
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(
     seed=st.integers(0, 1000), shape=st.sampled_from(SHAPES), rows=st.integers(1, 8), blocks=st.sampled_from([16, 300]),
     arrivals=st.sampled_from([1, 100]),
