@@ -77,6 +77,28 @@ def test_a_failing_stage_does_not_take_the_others_along(tmp_path: Path, monkeypa
     assert document["copy_bytes_per_second"] > 0
 
 
+def test_a_broken_device_is_left_for_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_bench: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    class LeftError(Exception):
+        pass
+
+    def leave(_path: str, command: list[str]) -> None:
+        raise LeftError(command)
+
+    monkeypatch.setitem(STAGES, "bf16", (broken, 0.0))
+    monkeypatch.setattr("os.execv", leave)
+    out = tmp_path / "bench.json"
+    with pytest.raises(LeftError) as left:
+        main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16,environment"])
+    assert main(left.value.args[0][3:]) == 1
+    document = json.loads(out.read_text())
+    assert "illegal memory access" in document["failures"]["bf16"]
+    assert "in broken" in document["tracebacks"]["bf16"]
+    assert document["environment"]["torch"] == torch.__version__
+
+
 def test_a_stage_may_not_take_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trtkit.bench.gpu.time_limit", lambda _seconds, real=time_limit: real(0.2))
     monkeypatch.setitem(STAGES, "bf16", (lambda _bench: time.sleep(60), 0.0))

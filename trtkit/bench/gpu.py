@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +30,7 @@ from trtkit.bench.gpu_points import BLOCK_SIZE, PointPlan, measure_point
 from trtkit.bench.gpu_subprocess import gpu_tests, peer_figures
 from trtkit.bench.gpu_targets import goals, lines
 from trtkit.bench.random_model import SHAPES, RandomWeights, random_head, shape_spec
-from trtkit.files import write_json
+from trtkit.files import read_json, write_json
 from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.model import DecoderModel
 from trtkit.scheme import Precision
@@ -54,6 +56,8 @@ class GpuBenchOptions:
     quick: bool = False
     """Fewer steps, without the peer and the tests."""
     budget_seconds: float = 460.0
+    resume: bool = False
+    """Add to the document that is there."""
 
     @property
     def tiny(self) -> bool:
@@ -88,13 +92,18 @@ class GpuBench:
 
     def run(self) -> dict[str, Any]:
         """Every stage, one after the other."""
-        self.document |= {"points": [], "failures": {}, "stage_seconds": {}}
-        for name in self.options.stages or STAGES:
-            if self.options.quick and not self.options.stages and name in ("tests", "peer"):
-                continue
+        self.document = {"points": [], "failures": {}, "tracebacks": {}, "stage_seconds": {}}
+        if self.options.resume:
+            self.document |= read_json(self.options.out)
+        names = self.options.stages or tuple(
+            name for name in STAGES if not (self.options.quick and name in ("tests", "peer"))
+        )
+        for done, name in enumerate(names, start=1):
             self._stage(name)
+            if "CUDA error" in self.document["failures"].get(name, "") and done < len(names):
+                self._start_anew(names[done:])
         self.document["goals"] = goals(self.document)
-        self.document["seconds"] = time.perf_counter() - self.began
+        self.document["seconds"] = sum(self.document["stage_seconds"].values())
         self._write()
         for line in lines(self.document):
             self.say(line)
@@ -116,11 +125,20 @@ class GpuBench:
                     work(self)
             except Exception as problem:  # one stage must not take the others along
                 self.document["failures"][name] = f"{type(problem).__name__}: {str(problem)[:2000]}"
+                self.document["tracebacks"][name] = traceback.format_exc()[-6000:]
         self.free()
         self.document["stage_seconds"][name] = time.perf_counter() - begin
         self._write()
         failure = self.document["failures"].get(name)
         self.say(f"[{time.perf_counter() - self.began:6.1f} s] {name}{': ' + failure if failure else ''}")
+
+    def _start_anew(self, stages: Sequence[str]) -> None:
+        """Go on in a new process: after an error of its own, a CUDA context carries no further work."""
+        self.say("  a CUDA error: going on in a new process")
+        arguments = [str(self.options.out), "--resume", "--shape", self.options.shape, "--stages", ",".join(stages)]
+        arguments += ["--device", str(self.options.device), "--budget", str(self.left)]
+        arguments += ["--quick"] if self.options.quick else []
+        os.execv(sys.executable, [sys.executable, "-m", "trtkit.bench.gpu", *arguments])
 
     def _write(self) -> None:
         write_json(self.options.out, self.document)
@@ -263,6 +281,7 @@ def _options(arguments: Sequence[str]) -> GpuBenchOptions:
     parser.add_argument("--stages", default="", help=f"comma-separated, of: {', '.join(STAGES)}")
     parser.add_argument("--quick", action="store_true", help="fewer steps, without the peer and the tests")
     parser.add_argument("--budget", type=float, default=460.0, help="seconds; stages that no longer fit are skipped")
+    parser.add_argument("--resume", action="store_true", help="add to the document that is there")
     parsed = parser.parse_args(arguments)
     stages = tuple(part for part in parsed.stages.split(",") if part)
     unknown = [stage for stage in stages if stage not in STAGES]
@@ -273,7 +292,7 @@ def _options(arguments: Sequence[str]) -> GpuBenchOptions:
         parser.error("the 14b shape needs a CUDA device; --shape tiny runs anywhere")
     return GpuBenchOptions(
         shape=parsed.shape, device=torch.device(name), out=parsed.out, stages=stages, quick=parsed.quick,
-        budget_seconds=parsed.budget,
+        budget_seconds=parsed.budget, resume=parsed.resume,
     )  # fmt: skip
 
 

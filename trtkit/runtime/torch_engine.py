@@ -237,19 +237,18 @@ class TorchEngine:
     def _emit(self, rows: Sequence[Row], shape: TreeShape | None) -> tuple[list[list[int]], list[list[float]]]:
         """Draft, verify, accept. For each row the number of emitted tokens and the tokens drawn on its path; their
         log-probabilities where a row asks for them."""
-        scores: list[list[float]] = [[]] * len(rows)
         penalised = any(row.request.sampling.switch is not None for row in rows)
-        scored = any(row.request.logprobs for row in rows)
-        if self._graphs is not None and not penalised and not scored:
+        if self._graphs is not None and not penalised:
             with self._phase("verify"):  # one launch: its parts have no time of their own
-                return self._graphs.run(rows, shape), scores
+                return self._graphs.run(rows, shape)
         at = decode.pending(self._stepper.cache, rows, 1 if shape is None else shape.max_nodes)
         switch = switch_rows(rows, self._model.device) if penalised else ()
         sampling = self._sampling_of(rows)
         path, verified = decode.decode_step(self._stepper, at, shape, sampling, switch=switch, phase=self._phase)
         with self._phase("accept"):
             lines: list[list[int]] = decode.emitted(path).tolist()
-            if scored:
+            scores: list[list[float]] = [[]] * len(rows)
+            if any(row.request.logprobs for row in rows):
                 scores = decode.log_probabilities(verified.logits, path).tolist()
         return lines, scores
 

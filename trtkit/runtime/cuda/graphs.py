@@ -23,7 +23,7 @@ from torch import Tensor
 from drafter.config import TreeShape
 from trtkit.log import logger
 from trtkit.runtime.api import Request
-from trtkit.runtime.decode import Pending, Stepper, decode_step, emitted, fill_pending, pending_from
+from trtkit.runtime.decode import Pending, Stepper, decode_step, emitted, fill_pending, log_probabilities, pending_from
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row
 
@@ -54,6 +54,8 @@ class StepKey:
     shape: TreeShape | None
     cuts: tuple[bool, ...]
     """The host's part of :class:`SamplingRows`: which cuts any row asks for."""
+    scored: bool
+    """A row asks for log-probabilities."""
 
     @property
     def path(self) -> int:
@@ -105,6 +107,7 @@ class StepGraphs:
         self._host_out = torch.zeros(rows * (1 + max_path), dtype=torch.int64, pin_memory=self._captures)
         self._in = torch.zeros(words, dtype=torch.int64, device=device)
         self._out = torch.zeros(rows * (1 + max_path), dtype=torch.int64, device=device)
+        self._scores = torch.zeros(rows * max_path, dtype=torch.float32, device=device)
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph] = {}
         self._sampling: tuple[tuple[Request, ...], SamplingRows] | None = None
         self._filled: tuple[StepKey, tuple[Request, ...]] | None = None
@@ -117,8 +120,9 @@ class StepGraphs:
         """Graphs captured so far."""
         return len(self._graphs)
 
-    def run(self, rows: Sequence[Row], shape: TreeShape | None) -> list[list[int]]:
-        """One decode step; each row's number of emitted tokens and the tokens drawn on its path, as ``emitted``."""
+    def run(self, rows: Sequence[Row], shape: TreeShape | None) -> tuple[list[list[int]], list[list[float]]]:
+        """One decode step: each row's number of emitted tokens and the tokens drawn on its path, as ``emitted``; and
+        the log-probabilities of these where a row asks for them."""
         key = self.fill(rows, shape)
         self.upload(key)
         graph = self._graph(key) if self._captures else None
@@ -132,7 +136,10 @@ class StepGraphs:
             self._read.record(torch.cuda.current_stream(self._in.device))
             self._read.synchronize()
         lines: list[list[int]] = self._host_out[:read].view(key.rows, -1)[: len(rows)].tolist()
-        return lines
+        scores: list[list[float]] = [[]] * len(rows)
+        if key.scored:
+            scores = self._scores[: key.rows * key.path].view(key.rows, -1)[: len(rows)].tolist()
+        return lines, scores
 
     def fill(self, rows: Sequence[Row], shape: TreeShape | None) -> StepKey:
         """Write the step's input into the host's buffer."""
@@ -146,7 +153,7 @@ class StepGraphs:
         blocks = cache.blocks_for(max(row.cached for row in rows) + nodes)
         key = StepKey(
             rows=padded_rows(len(rows)), width=padded_width(blocks, cache.table_width), shape=shape,
-            cuts=_cuts(sampling),
+            cuts=_cuts(sampling), scored=any(request.logprobs for request in requests),
         )  # fmt: skip
         stand = key.rows * (3 + key.width)
         fill_pending(
@@ -167,7 +174,10 @@ class StepGraphs:
     def step(self, key: StepKey) -> None:
         """The step from the input to the output buffer, both on the device. What a graph is captured of."""
         at, sampling = self.inputs(key)
-        path, _ = decode_step(self._on, at, key.shape, sampling, fixed=True)
+        path, verified = decode_step(self._on, at, key.shape, sampling, fixed=True)
+        if key.scored:
+            scores = log_probabilities(verified.logits, path)
+            self._scores[: key.rows * key.path].view(key.rows, -1).copy_(scores)
         self._out[: key.rows * (1 + key.path)].view(key.rows, -1).copy_(emitted(path))
 
     def inputs(self, key: StepKey) -> tuple[Pending, SamplingRows]:
