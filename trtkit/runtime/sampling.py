@@ -15,8 +15,6 @@ Letters: M picks (rows, or rows x nodes), V vocab.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,8 +22,8 @@ import torch
 from torch import Tensor
 
 from trtkit.runtime.api import SamplingParams
+from trtkit.runtime.cuda.kernels import triton_runs
 from trtkit.runtime.native.kernels import draw_tokens, loaded
-from trtkit.runtime.native.loader import SWITCH
 
 __all__ = [
     "LARGEST_WEIGHT",
@@ -238,12 +236,8 @@ def pick(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
 
 @functools.cache
 def _triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """On a CUDA device of compute capability 8.0 or more, unless the environment switches kernels off."""
-    if device.type != "cuda" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    if os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    """Asked in every step, so kept."""
+    return dtype in (torch.float32, torch.bfloat16, torch.float16) and triton_runs(device)
 
 
 def pick_plain(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ CUDA = torch.device("cuda")
 def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    monkeypatch.setattr(kernels, "_compiles", lambda device: True)
 
 
 def test_a_cuda_device_with_triton_gets_them() -> None:
@@ -35,6 +36,9 @@ def test_without_a_device_or_triton_or_leave_it_is_plain_torch(monkeypatch: pyte
         assert open_cuda_kernels(CUDA, torch.bfloat16) is None
     with monkeypatch.context() as patch:
         patch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+        assert open_cuda_kernels(CUDA, torch.bfloat16) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_compiles", lambda device: False)
         assert open_cuda_kernels(CUDA, torch.bfloat16) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert open_cuda_kernels(CUDA, torch.bfloat16) is None

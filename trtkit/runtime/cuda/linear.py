@@ -9,8 +9,6 @@ Letters: M rows of x, N output features, K input features.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable, Iterable
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 from trtkit.log import logger
 from trtkit.quant.tensor import LinearWeights
 from trtkit.runtime.cuda.choices import BUCKETS, Choice, bucket_of, candidates, default_choice
+from trtkit.runtime.cuda.kernels import triton_runs
 
 __all__ = ["CudaLinear", "cuda_linear", "prepare_linears"]
 
@@ -93,24 +92,9 @@ def cuda_linear(weights: LinearWeights, *, device: torch.device, dtype: torch.dt
     if device.type != "cuda" or dtype != torch.bfloat16 or not fits(weights):
         return None
     needed = (8, 9) if weights.weight.format == "fp8" else (8, 0)
-    if torch.cuda.get_device_capability(device) < needed or not _triton_works(device):
+    if torch.cuda.get_device_capability(device) < needed or not triton_runs(device):
         return None
     return CudaLinear(weights, device)
-
-
-@functools.cache
-def _triton_works(device: torch.device) -> bool:
-    """Whether a kernel can be compiled and run: that takes Triton, and a C compiler for its launcher."""
-    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
-        return False
-    try:
-        from trtkit.runtime.cuda import launch
-
-        launch.probe(device)
-    except Exception as problem:  # whatever it is, there is a way without
-        logger.warning("no Triton kernels on %s: %s", device, str(problem).strip()[:500])
-        return False
-    return True
 
 
 def fits(weights: LinearWeights) -> bool:

@@ -6,7 +6,8 @@
 
 namespace {
 
-constexpr int64_t TILE = 256;  // slots between two updates of the running maximum
+constexpr int64_t TILE = 256;              // slots between two updates of the running maximum
+constexpr int64_t MOST = W == 16 ? 8 : 6;  // queries whose sums fit into the registers
 
 // exp for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (the Cephes coefficients), within 2 units in the last place;
 // 0 below -87.
@@ -30,18 +31,30 @@ struct Shape {
   int64_t nodes, group, kv_heads, dim, block, blocks_per_row, token_stride;
 };
 
-// 16 keys of one block as D rows of 16 floats: a query then needs one multiply-add for each of its numbers.
+// a0 b0 a1 b1 ...: the first halves of two rows merged, and the second ones.
+#ifdef __AVX512F__
+inline vec merge_first(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline vec merge_second(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#else
+inline vec merge_first(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline vec merge_second(vec a, vec b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#endif
+
+// W keys of one block as D rows of W floats: a query then needs one multiply-add for each of its numbers.
 template <typename E>
 inline void transpose(const E* keys, int64_t dim, float* out) {
   for (int64_t d = 0; d < dim; d += W) {
     vec rows[W], next[W];
     for (int i = 0; i < W; i++) rows[i] = load(keys + i * dim + d);
-    // Four rounds of merging row i with row i + 8; after them row i holds column i.
-    for (int round = 0; round < 4; round++) {
-      for (int i = 0; i < 8; i++) {
-        next[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        next[2 * i + 1] =
-            __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    // log2(W) rounds of merging row i with row i + W / 2; after them row i holds column i.
+    for (int64_t round = 1; round < W; round *= 2) {
+      for (int i = 0; i < W / 2; i++) {
+        next[2 * i] = merge_first(rows[i], rows[i + W / 2]);
+        next[2 * i + 1] = merge_second(rows[i], rows[i + W / 2]);
       }
       for (int i = 0; i < W; i++) rows[i] = next[i];
     }
@@ -49,7 +62,7 @@ inline void transpose(const E* keys, int64_t dim, float* out) {
   }
 }
 
-// Scores of P queries against 16 keys. Each query has two sums, whatever P is: a single chain of additions would wait for
+// Scores of P queries against W keys. Each query has two sums, whatever P is: a single chain of additions would wait for
 // itself, and its order must not depend on the company.
 template <int P>
 inline void score_part(const float* queries, const float* turned, int64_t dim, float* out, int64_t stride) {
@@ -65,10 +78,10 @@ inline void score_part(const float* queries, const float* turned, int64_t dim, f
 }
 
 inline void score(const float* queries, const float* turned, int64_t count, int64_t dim, float* out, int64_t stride) {
-  for (int64_t q = 0; q < count; q += 8) {
+  for (int64_t q = 0; q < count; q += MOST) {
     const float* from = queries + q * dim;
     float* to = out + q * stride;
-    switch (std::min<int64_t>(count - q, 8)) {
+    switch (std::min(count - q, MOST)) {
       case 1: score_part<1>(from, turned, dim, to, stride); break;
       case 2: score_part<2>(from, turned, dim, to, stride); break;
       case 3: score_part<3>(from, turned, dim, to, stride); break;
@@ -81,7 +94,7 @@ inline void score(const float* queries, const float* turned, int64_t count, int6
   }
 }
 
-// result (D) += the sum over 16 keys of weight x value
+// result (D) += the sum over W keys of weight x value
 template <int P>
 inline void blend_part(const float* weights, const float* values, int64_t dim, float* result) {
   vec part[P];

@@ -100,7 +100,7 @@ Tensor codes(const Tensor& x, double inverse) {
     const E* in = x.data_ptr<E>();
     uint8_t* y = out.data_ptr<uint8_t>();
     at::parallel_for(0, x.numel(), 32768, [&](int64_t from, int64_t to) {
-      typedef uint8_t codes_in_memory __attribute__((vector_size(16), aligned(1), may_alias));
+      typedef uint8_t codes_in_memory __attribute__((vector_size(W), aligned(1), may_alias));
       int64_t i = from;
       for (; i + W <= to; i += W) {
         // Clamped first, which changes nothing between two whole numbers; then rounded by a number without fractions.

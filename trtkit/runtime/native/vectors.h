@@ -4,7 +4,7 @@
 // Every result depends on its own row alone: work is split over rows and heads, never inside a sum, so that neither the
 // batch nor the thread count changes a bit.
 //
-// GCC and Clang vector types of 16 floats: one register with AVX512, two with AVX2.
+// GCC and Clang vector types of one register: GCC compares and shuffles wider ones one element at a time.
 //
 // Letters: T tokens, R rows, N nodes, S slots, D head_dim, V vocab, Q query rows of one KV head (group x nodes).
 #pragma once
@@ -24,13 +24,18 @@ namespace {  // a copy for each source: they may be compiled with different flag
 
 using at::Tensor;
 using bf16 = c10::BFloat16;
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-typedef uint16_t hvec __attribute__((vector_size(32)));
-// The same in memory, at any address. Not memcpy: GCC moves that in halves and then waits for the whole.
-typedef float vec_in_memory __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t hvec_in_memory __attribute__((vector_size(32), aligned(2), may_alias));
+#ifdef __AVX512F__
 constexpr int64_t W = 16;  // floats in a vec
+#else
+constexpr int64_t W = 8;
+#endif
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t ivec __attribute__((vector_size(4 * W)));
+typedef uint32_t uvec __attribute__((vector_size(4 * W)));
+typedef uint16_t hvec __attribute__((vector_size(2 * W)));
+// The same in memory, at any address. Not memcpy: GCC moves that in halves and then waits for the whole.
+typedef float vec_in_memory __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t hvec_in_memory __attribute__((vector_size(2 * W), aligned(2), may_alias));
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 inline float wide(float x) { return x; }
@@ -60,7 +65,6 @@ inline vec load(const bf16* p) {
 }
 inline void store(float* p, vec x) { *reinterpret_cast<vec_in_memory*>(p) = x; }
 inline void store(bf16* p, vec x) {  // as ``narrow``
-  typedef uint32_t uvec __attribute__((vector_size(64)));
   const uvec bits = (uvec)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
   *reinterpret_cast<hvec_in_memory*>(p) = __builtin_convertvector(x == x ? rounded : nan, hvec);
 }
