@@ -78,7 +78,7 @@ def split_evenly() -> None:
             draw_seconds=0.0,
         )  # fmt: skip
 
-    TimeBudget.of = of  # type: ignore[method-assign,assignment]
+    TimeBudget.of = of
 
 
 if __name__ == "__main__":

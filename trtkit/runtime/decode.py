@@ -1,11 +1,10 @@
 """The phases of a decode step over plain tensors: *draft*, *verify*, *accept* (*prefill* has a room of its own).
 
-Draft grows a tree on each row's pending token (without a drafter the
-tree is that token alone). Verify runs the tree's nodes through the model and gives logits at each. Accept draws one
-token at each node, with noise that depends on (seed, position) alone, follows the tree while it agrees, and keeps the
-keys and values of the nodes on the way.
+Draft grows a tree on each row's pending token (without a drafter the tree is that token alone). Verify runs the tree's
+nodes through the model and gives logits at each. Accept draws one token at each node, with noise that depends on (seed,
+position) alone, follows the tree while it agrees, and keeps the keys and values of the nodes on the way.
 
-``decode_step`` is the last three in a row. It works on tensors alone and, with ``fixed`` shapes, waits for nothing: a
+``decode_step`` is the three in a row. It works on tensors alone and, with ``fixed`` shapes, waits for nothing: a
 CUDA graph can replay it.
 
 Letters: R rows, N nodes, T tokens, B blocks of the widest row, S cache slots, H hidden, V vocab, D nodes of the longest
