@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import mpmath
 import pytest
 
 from tests.solve.sandboxes import HELP, LONG, WALLS, lives, open_sandbox, run, wait
 from trtkit.errors import UnsupportedError, UsageError
 from trtkit.solve.sandbox import Call, Sandbox, SandboxOptions, Strength, sandbox_strength
-from trtkit.solve.sandbox_jail import LAYERS
+from trtkit.solve.sandbox_child import PACKAGES
+from trtkit.solve.sandbox_jail import LAYERS, folder_place, readable_places
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
@@ -116,6 +119,63 @@ def test_the_folder_is_small_and_new_each_time(strong: Sandbox) -> None:
     assert run(strong, "import os; os.listdir('.')").output == "[]\n"
     assert run(strong, "open('big', 'wb').write(bytes(1 << 26))").status == "error"
     assert run(strong, "open('a', 'w').write('b'); print(open('a').read())").output == "b\n"
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory of packages in /tmp, as a virtual environment there has one. Its mpmath has one module more."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        package = Path(directory) / "lib" / "mpmath"
+        shutil.copytree(Path(mpmath.__file__).parent, package, ignore=shutil.ignore_patterns("tests", "__pycache__"))
+        (package / "late.py").write_text("HERE = 'imported'")
+        monkeypatch.setenv("PYTHONPATH", str(package.parent))
+        yield package.parent
+
+
+@pytest.fixture(scope="module")
+def standing() -> set[str]:
+    """The walls that this machine has, found without putting the file rules behind a file system."""
+    found: set[str] = set()
+    for walls in ("no namespaces", "namespaces only"):
+        with Sandbox(LONG, layers=WALLS[walls]) as sandbox:
+            found |= set(sandbox.strength.layers)
+    return found
+
+
+@pytest.mark.parametrize("walls", WALLS)
+def test_packages_in_tmp_are_there_and_nothing_else_of_it(walls: str, packages: Path, standing: set[str]) -> None:
+    if not standing.issuperset(WALLS[walls]):
+        pytest.skip(f"this machine has only {standing}")
+    other = packages.with_name("other")
+    other.write_text("secret")
+    with Sandbox(LONG, layers=WALLS[walls]) as sandbox:
+        assert sandbox.strength.layers == WALLS[walls], sandbox.strength.missing
+
+        def says(code: str) -> str:
+            result = run(sandbox, f"import os, tempfile, mpmath\n{code}")
+            return result.output or result.errors.partition(":")[0]
+
+        assert says("import mpmath.late; mpmath.late.HERE") == "'imported'\n"
+        assert says("mpmath.__file__") == f"'{packages}/mpmath/__init__.py'\n"
+        assert says("os.listdir('.')") == "[]\n"
+        assert says("f = tempfile.NamedTemporaryFile(); os.path.basename(f.name) in os.listdir('.')") == "True\n"
+        assert says(f"open('{other}')") in ("FileNotFoundError", "PermissionError")
+        for folder in (packages, packages / "mpmath"):
+            assert says(f"open('{folder}/new', 'w')") in ("OSError", "PermissionError")
+        # Landlock lets nobody list the directories on the way to the packages.
+        assert says(f"os.listdir('{packages.parent}')") in ("['lib']\n", "PermissionError")
+
+
+def test_tmp_is_the_folder_where_no_package_lies_there(strong: Sandbox) -> None:
+    if any(place.startswith("/tmp/") for place in readable_places(PACKAGES)):
+        pytest.skip("this interpreter's packages lie in /tmp")
+    assert run(strong, "import os; os.listdir('/tmp')").output == "[]\n"
+    assert run(strong, "import os; open('/tmp/a', 'w').close(); os.listdir('.')").output == "['a']\n"
+
+
+def test_the_folder_covers_no_package() -> None:
+    assert folder_place(("/usr/lib", "/tmp/v/lib/numpy")) == "/folder"
+    assert folder_place(("/folder/v/lib/numpy", "/folders", "/folder_")) == "/folder__"
 
 
 @pytest.mark.parametrize("stream", ["sys.stdout", "sys.stderr"])

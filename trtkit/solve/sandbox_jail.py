@@ -4,7 +4,8 @@ Four layers, each asked of the kernel without privileges, each enough to stop so
 
     namespaces   user, process, network, IPC and host name spaces of its own: no network device but a loopback that is
                  down, nobody else to send a signal to, and everything in it dies with its first process
-    root         a file system of its own: the libraries read-only, an empty folder in memory, nothing else
+    root         a file system of its own: the libraries read-only, an empty folder in memory (also known as /tmp, if
+                 no library lies there), nothing else
     landlock     the kernel's file rules: reading the libraries, writing the own folder, nothing else; no TCP
     seccomp      an allow list of system calls (sandbox_seccomp.py)
 
@@ -32,6 +33,7 @@ __all__ = [
     "adopt_orphans",
     "die_with_parent",
     "enter_namespaces",
+    "folder_place",
     "lock",
     "only_folder",
     "readable_places",
@@ -99,9 +101,27 @@ def enter_namespaces() -> None:
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
 
 
+def folder_place(readable: Sequence[str]) -> str:
+    """Where the code's folder lies in its own root: a directory that holds none of ``readable``, so it covers none."""
+    place = "/folder"
+    while place in _tops(readable):
+        place += "_"
+    return place
+
+
+def _tops(places: Sequence[str]) -> set[str]:
+    """``/usr`` for ``/usr/lib``."""
+    return {"/" + place.split("/")[1] for place in places}
+
+
 def only_folder(jail: Jail, new_root: str) -> None:
-    """Make a fresh file system at ``new_root`` (an empty directory) the root: libraries and an empty ``/tmp``."""
+    """Make a fresh file system at ``new_root`` (an empty directory) the root, and go to the code's empty folder in it.
+
+    ``/tmp`` is that folder too, unless libraries lie there, as with a virtual environment made in ``/tmp``: then it
+    holds those, read-only, and nothing else.
+    """
     libc = _libc()
+    folder = folder_place(jail.readable)
 
     def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
         words = [text.encode() if text is not None else None for text in (source, target, kind, options)]
@@ -113,10 +133,12 @@ def only_folder(jail: Jail, new_root: str) -> None:
         os.makedirs(new_root + place, exist_ok=True)
         mount(place, new_root + place, None, _MS_BIND | _MS_REC)
         _read_only(new_root + place)
-    for directory in ("/tmp", "/dev"):
+    for directory in (folder, "/dev"):
         os.makedirs(new_root + directory, exist_ok=True)
     options = f"size={FOLDER_BYTES},nr_inodes={_FOLDER_FILES},mode=700"
-    mount("none", new_root + "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)
+    mount("none", new_root + folder, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)
+    if "/tmp" not in _tops(jail.readable):
+        os.symlink(folder, new_root + "/tmp")
     Path(new_root + "/dev/null").touch()
     mount("/dev/null", new_root + "/dev/null", None, _MS_BIND)
     os.chdir(new_root)
@@ -124,7 +146,7 @@ def only_folder(jail: Jail, new_root: str) -> None:
     _call("pivot_root", libc.syscall(_number(_PIVOT_ROOT), b".", b"."))
     _call("umount", libc.umount2(b".", _MNT_DETACH))
     _read_only("/", recursive=False)
-    os.chdir("/tmp")
+    os.chdir(folder)
 
 
 def lock(jail: Jail, folder: str) -> None:
