@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from peers.catalogue import OURS, PEERS, chosen
+from peers import ours
+from peers.catalogue import OURS, PEERS, Line, chosen, with_forced
 from peers.checkpoint import make_checkpoint
 from peers.environments import ENVIRONMENTS
 from peers.machine import cores, cpu_features, cpu_name
@@ -30,6 +31,7 @@ EXAMPLES = """examples:
   scripts/bench_peers --peers transformers,llama --batches 1,8,32
   scripts/bench_peers --peers llama:Q4_0,trtkit:int4 --batches 1
   scripts/bench_peers --model engines/practice --problem 'What is 17*23?' --peers trtkit     drafting too
+  scripts/bench_peers --peers llama:Q8_0,trtkit:int8 --forced    and int8 with a random draft head, acceptance forced
 """
 
 
@@ -65,6 +67,10 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="a bf16 Hugging Face checkpoint in its place; with "
                         "a draft head in DIR/drafter trtkit is measured drafting too")  # fmt: skip
+    parser.add_argument("--forced", action="store_true", help="without DIR/drafter: trtkit's lines also with a draft "
+                        "head of random weights and the acceptance forced to the published profile (LINE+forced), and "
+                        "drafting the first 32768 tokens only where there are more (LINE+forced-32k); these lines can "
+                        "be named in --peers too, and are not measured otherwise")  # fmt: skip
     parser.add_argument("--problem", metavar="TEXT", help="with --model: its prompt, in place of random tokens")
     parser.add_argument("--timeout", type=_count, default=1800, metavar="S", help="seconds for one process (1800)")
     parser.add_argument("--patience", type=float, default=60, metavar="S",
@@ -93,6 +99,10 @@ def _show_list() -> None:
         environment = ENVIRONMENTS[peer.environment] if peer.environment else None
         packages = [p for p in ((environment.head, *environment.packages) if environment else ()) if p]
         note = f"; {environment.note}" if environment and environment.note else ""
+        if name == OURS:
+            note = (
+                f"; each {ours.DRAFTING} (with DIR/drafter) or {ours.FORCED}, {ours.FORCED_TRIMMED} (by name, --forced)"
+            )
         rows.append([name, " ".join(peer.variants), peer.what + note, " ".join(packages) or "this checkout"])
     table(["peer", "variants", "", "installs"], rows)
     finish("scripts/bench_peers --peers transformers,trtkit --batches 1,8", None)
@@ -102,8 +112,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     model = arguments.model or make_checkpoint(arguments.shape, arguments.work / f"checkpoint-{arguments.shape}")
     work: Path = arguments.work / "models" / (arguments.model.resolve().name if arguments.model else arguments.shape)
     try:
-        names = [name for name in arguments.peers.split(",") if name]
-        lines = chosen(names, drafting=(model / "drafter").is_dir())
+        lines = _lines(arguments, model)
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -130,6 +139,21 @@ def _measure(arguments: argparse.Namespace) -> int:
     slowest = next((line for line in lines if line.peer != OURS), lines[0])
     finish(f"scripts/bench_peers --peers {slowest}", found() if arguments.json else None)
     return 130 if interrupted else 0 if rows_of(run, lines) else 1
+
+
+def _lines(arguments: argparse.Namespace, model: Path) -> list[Line]:
+    names = [name for name in arguments.peers.split(",") if name]
+    if (model / "drafter").is_dir():
+        if arguments.forced:
+            raise ValueError(f"--forced is for checkpoints without a draft head, and there is {model / 'drafter'}")
+        return chosen(names, drafting=True)
+    forced = ours.forced_endings(read_json(model / "config.json")["vocab_size"])
+    lines = chosen(names, forced=forced)
+    if not arguments.forced:
+        return lines
+    if not any(line.peer == OURS for line in lines):
+        raise ValueError(f"--forced adds to the lines of {OURS}, and --peers names none")
+    return with_forced(lines, forced)
 
 
 def _prompt(model: Path, arguments: argparse.Namespace) -> tuple[int, ...]:

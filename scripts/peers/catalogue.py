@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from peers import llama, openvino, ours, vllm
 
-__all__ = ["OURS", "PEERS", "Line", "Peer", "chosen"]
+__all__ = ["OURS", "PEERS", "Line", "Peer", "chosen", "with_forced"]
 
 OURS = "trtkit"
 
@@ -55,9 +55,12 @@ PEERS: dict[str, Peer] = {
 }  # fmt: skip
 
 
-def chosen(names: Sequence[str], peers: Mapping[str, Peer] = PEERS, *, drafting: bool = False) -> list[Line]:
+def chosen(
+    names: Sequence[str], peers: Mapping[str, Peer] = PEERS, *, drafting: bool = False, forced: Sequence[str] = ()
+) -> list[Line]:
     """The lines that ``names`` (``peer`` or ``peer:variant``; none: all) mean, ours with its draft head too if
-    ``drafting``. Raises ValueError naming every unknown one."""
+    ``drafting``, and with an ending of ``forced`` only where it is named. Raises ValueError naming every unknown one.
+    """
     lines: list[Line] = []
     wrong: list[str] = []
     for name in names or list(peers):
@@ -66,10 +69,20 @@ def chosen(names: Sequence[str], peers: Mapping[str, Peer] = PEERS, *, drafting:
         if peer == OURS and drafting:
             known += [found + ours.DRAFTING for found in known]
         picked = [variant] if variant else known
-        if peer not in peers or any(found not in known for found in picked):
+        more = [found + end for found in known for end in forced] if peer == OURS else []
+        if peer not in peers or any(found not in (*known, *more) for found in picked):
             wrong.append(name)
             continue
         lines += [Line(peer, found) for found in picked]
     if wrong:
         raise ValueError(f"unknown: {', '.join(wrong)} (see --list)")
     return list(dict.fromkeys(lines))
+
+
+def with_forced(lines: Sequence[Line], forced: Sequence[str]) -> list[Line]:
+    """After each of our lines the same with every ending of ``forced``."""
+    found: list[Line] = []
+    for line in lines:
+        plain = line.peer == OURS and "+" not in line.variant
+        found += [line, *(Line(OURS, line.variant + end) for end in (forced if plain else ()))]
+    return list(dict.fromkeys(found))

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peers.worker import Mark, Opened, Task, run_worker, versions_of
+
+if TYPE_CHECKING:  # loading them is timed
+    from trtkit.runtime.api import Engine
+    from trtkit.runtime.load import OpenOptions
 
 VARIANTS = ("bf16", "int8", "int8-sq", "int4")
 DRAFTING = "+drafter"
 """Ends the name of a variant that decodes speculatively, with the checkpoint's own draft head."""
+FORCED = "+forced"
+"""Ends the name of one with a random draft head and a forced acceptance (forced.py): measured only when asked for."""
+FORCED_TRIMMED = f"{FORCED}-32k"
+"""The same with the trimmed draft vocabulary."""
+
+
+def forced_endings(vocab: int) -> tuple[str, ...]:
+    """What can be measured of those two for a vocabulary of that size: a smaller one is not trimmed."""
+    from trtkit.bench.gpu import DRAFT_VOCABULARY
+
+    return (FORCED, FORCED_TRIMMED) if vocab > DRAFT_VOCABULARY else (FORCED,)
 
 
 def _prepare(task: Task) -> None:
@@ -20,6 +36,10 @@ def _prepare(task: Task) -> None:
     from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, Limits, Recipe
 
     out = _directory(task)
+    if FORCED in task.variant:
+        from peers.forced import make_head
+
+        make_head(Path(task.model), _random_head(task))
     if (out / ENGINE_FILE).is_file():
         return
     drafter = Path(task.model) / DRAFTER_DIR
@@ -33,11 +53,15 @@ def _prepare(task: Task) -> None:
 
 
 def _precision(task: Task) -> str:
-    return task.variant.removesuffix(DRAFTING)
+    return task.variant.partition("+")[0]
 
 
 def _directory(task: Task) -> Path:
     return Path(task.prepared).parent / _precision(task)
+
+
+def _random_head(task: Task) -> Path:
+    return Path(task.prepared).parent / "random-drafter"
 
 
 class _Model:
@@ -47,13 +71,28 @@ class _Model:
         from trtkit.runtime.load import OpenOptions, open_engine
         from trtkit.scheme import scheme_named
 
-        options = OpenOptions(
-            device="cpu", threads=task.threads, rows=max(task.batches), speculative=task.variant.endswith(DRAFTING)
-        )
-        self._engine = open_engine(_directory(task), options)
+        options = OpenOptions(device="cpu", threads=task.threads, rows=max(task.batches), speculative=False)
         spec = read_model_spec(_directory(task))
         self.weight_bytes = round(step_bytes(spec, scheme_named(_precision(task)), rows=0, context=0))
         self._requests = 0
+        if FORCED in task.variant:
+            self._engine = self._forced(task, options, spec.vocab)
+        else:
+            options = dataclasses.replace(options, speculative=task.variant.endswith(DRAFTING))
+            self._engine = open_engine(_directory(task), options)
+
+    def _forced(self, task: Task, options: OpenOptions, vocab: int) -> Engine:
+        from peers import forced
+        from trtkit.runtime.load import open_engine
+        from trtkit.runtime.torch_engine import TorchEngine
+
+        place, how = _random_head(task), forced.head_options(trimmed=task.variant.endswith(FORCED_TRIMMED))
+        options = dataclasses.replace(options, speculative=True, drafter=place, tree=forced.TREE, head=how)
+        engine = open_engine(_directory(task), options)
+        assert isinstance(engine, TorchEngine)
+        forced.force_acceptance(engine, vocab, seed=task.seed)
+        self.weight_bytes += round(forced.head_bytes(place, how))
+        return engine
 
     def generate(self, prompt: Sequence[int], batch: int, new_tokens: int, seed: int, mark: Mark) -> list[list[int]]:
         from trtkit.runtime.api import Request, SamplingParams
@@ -69,9 +108,12 @@ class _Model:
                 )
             )  # fmt: skip
         while self._engine.has_work:
+            whole = all(len(tokens) < new_tokens for tokens in rows.values())
             for output in self._engine.step():
                 rows[output.request_id] += output.tokens
-            mark(sum(map(len, rows.values())))
+            # Drafting rows do not end together. Only steps of the whole batch count.
+            if whole:
+                mark(sum(map(len, rows.values())))
         return list(rows.values())
 
 

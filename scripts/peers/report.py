@@ -9,7 +9,9 @@ from typing import Any
 
 from peers.catalogue import Line
 from peers.machine import BUSY_SHARE
+from peers.ours import FORCED
 from peers.run import Attempt, Run
+from trtkit.bench.gpu import PUBLISHED_ACCEPTANCE
 
 __all__ = ["Cell", "Row", "cell_text", "document", "notes", "rows_of", "table_rows"]
 
@@ -140,8 +142,19 @@ def notes(run: Run, rows: Sequence[Row]) -> list[str]:
             f"disturbed     {disturbed} of {total} timings: other programs took more than {BUSY_SHARE:.0%} of a core; "
             "they count only where no other is left (~)"
         )
-    if any(cell.tokens_per_step > 1.005 for row in rows for cell in row.cells):
+    drafting = [row for row in rows if any(cell.tokens_per_step > 1.005 for cell in row.cells)]
+    if drafting:
         found.append("drafting      a step yields several tokens per row: compare tok/s, not ms")
+    for row in drafting:
+        yields = ", ".join(f"{cell.tokens_per_step:.2f} at B={cell.batch}" for cell in row.cells)
+        found.append(f"drafting      {row.peer}:{row.variant}: tokens per step and row {yields}")
+    if any(FORCED in row.variant for row in rows):
+        profile = ", ".join(f"{share:.0%}" for share in PUBLISHED_ACCEPTANCE)
+        found.append(
+            f"{FORCED[1:]:<14}{FORCED}: draft head with random weights, acceptance forced to the published profile "
+            f"({profile} of the steps accept at least 1, 2, 3 drafted tokens, {1 + sum(PUBLISHED_ACCEPTANCE):.2f} "
+            "tokens per step); the cost of drafting, verifying and accepting is real"
+        )
     return found
 
 

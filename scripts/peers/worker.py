@@ -25,7 +25,7 @@ __all__ = ["Mark", "Opened", "Outcome", "Point", "Task", "directory_bytes", "run
 _WARM_UP = 16
 """Prompt tokens of the warm-up."""
 Mark = Callable[[int], None]
-"""Called after every step with the tokens generated so far, all rows together."""
+"""Called after every step of the whole batch with the tokens generated so far, all rows together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -14,13 +15,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from peers import environments, machine, run  # noqa: E402
+from peers import environments, machine, ours, run  # noqa: E402
 from peers.__main__ import main  # noqa: E402
-from peers.catalogue import OURS, PEERS, Line, Peer, chosen  # noqa: E402
+from peers.catalogue import OURS, PEERS, Line, Peer, chosen, with_forced  # noqa: E402
 from peers.checkpoint import make_checkpoint  # noqa: E402
 from peers.environments import Environment, InstallError, ensure_environment, last_words  # noqa: E402
 from peers.report import document, notes, rows_of, table_rows  # noqa: E402
 from peers.run import Attempt, Plan, Run, rotated, run_peers  # noqa: E402
+from peers.worker import Point, Task, _point  # noqa: E402
 
 MODES = ("good", "crash", "short", "equal", "unprepared", "slow", "child")
 FAKE = Peer(module="tests.scripts.fake_peer", variants=MODES, what="a fake", environment=None)
@@ -66,6 +68,38 @@ def test_names_mean_lines() -> None:
     assert not any("drafter" in line.variant for line in chosen([]))
     with pytest.raises(ValueError, match=r"llama:Q9, nobody, trtkit:int8\+drafter"):
         chosen(["llama:Q9", "nobody", "trtkit:int8+drafter", "vllm"])
+
+
+def test_forced_lines_are_there_only_when_asked_for() -> None:
+    endings = ours.forced_endings(151936)
+    assert not any("forced" in line.variant for line in chosen([], forced=endings))
+    asked = ["trtkit:int8+forced-32k", "llama:Q8_0", "trtkit:int4"]
+    lines = chosen(asked, forced=endings)
+    assert [str(line) for line in lines] == asked
+    assert [line.variant for line in with_forced(lines, endings)] == [
+        "int8+forced-32k", "Q8_0", "int4", "int4+forced", "int4+forced-32k",
+    ]  # fmt: skip
+    assert ours.forced_endings(32768) == ("+forced",), "nothing to trim"
+    for names in (["trtkit:int8+forced-32k"], ["llama:Q8_0+forced"]):
+        with pytest.raises(ValueError, match="unknown"):
+            chosen(names, forced=ours.forced_endings(1024))
+
+
+@pytest.mark.parametrize(
+    ("peers", "drafter", "message"),
+    [("trtkit:int8", True, "there is .*drafter"), ("llama", False, "names none")],
+)
+def test_forcing_what_cannot_be_forced_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], peers: str, drafter: bool,
+    message: str,
+) -> None:  # fmt: skip
+    (tmp_path / "config.json").write_text('{"vocab_size": 1024}')
+    if drafter:
+        (tmp_path / "drafter").mkdir()
+    argv = ["bench_peers", "--model", str(tmp_path), "--work", str(tmp_path / "work"), "--peers", peers, "--forced"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert main() == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_misbehaving_peers_are_named_and_the_others_go_on(tmp_path: Path) -> None:
@@ -143,6 +177,73 @@ def test_drafting_is_told_by_tokens_per_step() -> None:
     assert document(found, rows, {"version": 1})["processes"][0]["outcome"]["points"][0]["decode_tokens"] == 78
 
 
+def test_no_reader_takes_a_forced_acceptance_for_an_honest_one() -> None:
+    found = Run(attempts=[dataclasses.replace(attempt(3.9, 0.0, tokens=121), peer=OURS, variant="int8+forced")])
+    rows = rows_of(found, [Line(OURS, "int8+forced"), Line("llama", "Q8_0")])
+    said = notes(found, rows)
+    assert any("trtkit:int8+forced: tokens per step and row 3.10 at B=1" in line for line in said)
+    (note,) = (line for line in said if "random weights" in line)
+    assert note.startswith("forced        +forced: draft head with random weights, acceptance forced to the published")
+    assert "86%, 74%, 65% of the steps" in note
+    assert note in document(found, rows, {})["notes"]
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("tiny", tmp_path_factory.mktemp("peers") / "checkpoint")
+
+
+def forced_point(checkpoint: Path, variant: str, seed: int) -> tuple[Point, list[list[int]], int]:
+    """One timing of ours in this process, and its samples; and the weights that a step reads."""
+    task = Task(
+        action="measure", variant=variant, model=str(checkpoint), prepared=str(checkpoint.parent / "ours" / variant),
+        prompt=tuple(range(5)), batches=(16,), new_tokens=60, threads=1, seed=seed,
+    )  # fmt: skip
+    ours._prepare(task)
+    model = ours._opened(task)
+    samples: list[list[int]] = []
+
+    class Recorded:
+        weight_bytes = model.weight_bytes
+
+        def generate(self, *arguments: Any) -> list[list[int]]:
+            samples[:] = model.generate(*arguments)
+            return samples
+
+    return _point(Recorded(), task, 16), samples, model.weight_bytes
+
+
+def test_a_random_head_is_accepted_by_the_profile(tiny_checkpoint: Path) -> None:
+    point, samples, read = forced_point(tiny_checkpoint, "int8+forced", seed=1)
+    assert point.wrong is None
+    # 1 + 0.86 + 0.74 + 0.65; about 250 row-steps with a spread of 1.13 each.
+    assert point.decode_tokens / point.steps / 16 == pytest.approx(3.25, abs=0.3)
+    assert point.steps < 60 / 2
+    assert forced_point(tiny_checkpoint, "int8+forced", seed=1)[1] == samples
+    other = forced_point(tiny_checkpoint, "int8+forced", seed=10_001)[0]
+    assert other.decode_tokens / other.steps != point.decode_tokens / point.steps, "each round has its own luck"
+    plain, _, without = forced_point(tiny_checkpoint, "int8", seed=1)
+    assert (plain.wrong, plain.steps, plain.decode_tokens) == (None, 59, 59 * 16)
+    # Three times the head: W, U and its bias, two blocks of width 512, 1024 tokens, 2 bytes each.
+    assert read - without == 3 * 2 * (2 * 256 * 256 + 256 + 2 * (512 * 512 + 512) + 512 * 1024)
+
+
+def test_a_trimmed_head_reads_less_and_drafts_its_own_tokens(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    from peers import forced
+
+    monkeypatch.setattr(forced, "DRAFT_VOCABULARY", 100)
+    whole = forced_point(tiny_checkpoint, "bf16+forced", seed=1)
+    trimmed = forced_point(tiny_checkpoint, "bf16+forced-32k", seed=1)
+    assert whole[2] - trimmed[2] == 3 * 2 * 512 * (1024 - 100)
+    assert (trimmed[0].wrong, trimmed[0].steps) == (None, whole[0].steps)
+    # 2.25 of 3.25 emitted tokens are drafted ones, here among the first 100.
+    few = [sum(token < 100 for row in samples for token in row) / (16 * 60) for _, samples, _ in (whole, trimmed)]
+    assert few[0] < 0.3
+    assert few[1] > 0.6
+
+
 def test_only_the_time_of_others_is_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, busy, own = iter((100.0, 102.0)), iter((50.0, 53.0)), iter((7.0, 9.5))
     monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
@@ -191,7 +292,16 @@ def test_transformers_and_ours_on_a_tiny_checkpoint(
 ) -> None:
     make_checkpoint("tiny", tmp_path / "checkpoint-tiny")
     monkeypatch.setitem(PEERS, "transformers", dataclasses.replace(PEERS["transformers"], environment=None))
-    argv = ["bench_peers", "--work", str(tmp_path), "--shape", "tiny", "--peers", "transformers:bf16,trtkit:int8"]
+    argv = [
+        "bench_peers",
+        "--work",
+        str(tmp_path),
+        "--shape",
+        "tiny",
+        "--peers",
+        "transformers:bf16,trtkit:int8",
+        "--forced",
+    ]
     argv += ["--batches", "1,3", "--rounds", "1", "--new-tokens", "8", "--prompt-tokens", "5", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setitem(os.environ, "PYTHONWARNINGS", "default")
@@ -200,5 +310,6 @@ def test_transformers_and_ours_on_a_tiny_checkpoint(
     assert "not measured  " not in shown.out
     assert "left out" not in shown.out
     lines = [line.split() for line in shown.out.splitlines() if line.startswith(("transformers ", "trtkit "))]
-    assert [line[:2] for line in lines] == [["transformers", "bf16"], ["trtkit", "int8"]]
+    assert [line[:2] for line in lines] == [["transformers", "bf16"], ["trtkit", "int8"], ["trtkit", "int8+forced"]]
+    assert "draft head with random weights" in shown.out
     assert (tmp_path / "peers.json").is_file()

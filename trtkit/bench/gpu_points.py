@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from drafter.config import TreeShape
+from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from trtkit.bench.device_clock import device_seconds, kernels_of
 from trtkit.bench.random_model import StandingEngine, forced_acceptance, standing_rows
@@ -19,7 +19,7 @@ from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchLimits
 from trtkit.scheme import KvDtype, Precision, scheme_named
 
-__all__ = ["BLOCK_SIZE", "PointPlan", "measure_point", "standing_engine"]
+__all__ = ["BLOCK_SIZE", "PointPlan", "draft_bytes", "measure_point", "standing_engine"]
 
 BLOCK_SIZE = 16
 _WARM_UP = 8
@@ -104,13 +104,18 @@ def measure_point(
     return result
 
 
+def draft_bytes(config: DrafterConfig, lines: int, length: int) -> float:
+    """What drafting ``length`` tokens reads: per token all weights in 16 bits, with ``lines`` tokens left in the output
+    layer."""
+    return 2.0 * length * (config.parameters - (config.vocab_size - lines) * config.exit_dim)
+
+
 def _bytes(spec: ModelSpec, plan: PointPlan, head: Drafter | None, context: float) -> float:
     """Weights, lm_head, keys and values, and the head's own weights once per drafted token."""
     drafting = 0.0
     if head is not None and plan.tree is not None:
         lines = head.config.vocab_size if head.token_ids is None else len(head.token_ids)
-        values = head.config.parameters - (head.config.vocab_size - lines) * head.config.exit_dim
-        drafting = 2.0 * values * plan.tree.length
+        drafting = draft_bytes(head.config, lines, plan.tree.length)
     scheme = scheme_named(plan.precision)
     return drafting + step_bytes(spec, scheme, rows=plan.rows, context=context, kv_dtype=plan.kv_dtype)
 

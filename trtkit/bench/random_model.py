@@ -36,6 +36,7 @@ __all__ = [
     "RandomWeights",
     "StandingEngine",
     "forced_acceptance",
+    "random_drafter",
     "random_head",
     "shape_spec",
     "standing_rows",
@@ -108,34 +109,41 @@ class RandomWeights:
         return torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(0, _STD)
 
 
-def random_head(
-    spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, vocabulary: int | None = None
-) -> Drafter:  # fmt: skip
-    """A draft head of the published shape (residual blocks twice as wide as the model), or one that drafts only the
-    first ``vocabulary`` tokens."""
+def random_drafter(spec: ModelSpec, *, device: torch.device, dtype: torch.dtype) -> Drafter:
+    """A draft head of the published shape: residual blocks twice as wide as the model."""
     config = DrafterConfig(hidden_size=spec.hidden, vocab_size=spec.vocab, exit_dim=2 * spec.hidden)
     with torch.device("meta"):
         head = Drafter(config)
     head = head.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     for parameter in head.parameters():
         parameter.normal_(0, _STD)
+    return head
+
+
+def random_head(
+    spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, vocabulary: int | None = None
+) -> Drafter:  # fmt: skip
+    """A :func:`random_drafter` ready to run, or one that drafts only the first ``vocabulary`` tokens."""
+    head = random_drafter(spec, device=device, dtype=dtype)
     if vocabulary is not None and vocabulary < spec.vocab:
         head.trim(torch.arange(vocabulary, device=device))
     return with_kernels(head, device=device, dtype=dtype)
 
 
-def forced_acceptance(shares: Sequence[float], vocab: int) -> Callable[[TokenTree, Pending, Tensor], Tensor]:
+def forced_acceptance(
+    shares: Sequence[float], vocab: int, *, seed: int = 0
+) -> Callable[[TokenTree, Pending, Tensor], Tensor]:
     """A ``Stepper.redraw`` under which chains are accepted to a given profile, whatever the model says.
 
     ``shares[d]`` of the row-steps accept more than d drafted tokens (falling). The draws at the accepted nodes are
     replaced by the drafted tokens, and the one after them by another token than the drafted one. Everything else, the
-    sampling included, is computed as always. Which step accepts how much is a hash of row and position.
+    sampling included, is computed as always. Which step accepts how much is a hash of ``seed`` + row and position.
     """
 
     def redraw(tree: TokenTree, at: Pending, picks: Tensor) -> Tensor:
         assert tree.chain
         rows = torch.arange(picks.shape[0], device=picks.device)
-        uniform = uniforms(rows, at.cached)
+        uniform = uniforms(seed + rows, at.cached)
         accepted = torch.zeros_like(rows)
         for share in shares[: tree.levels]:
             accepted = accepted + (uniform < share)
