@@ -21,7 +21,6 @@ from trtkit.quant.tensor import (
     quantize_fp8,
     quantize_int4,
     quantize_int8,
-    quantize_output_layer,
 )
 
 
@@ -50,18 +49,6 @@ def test_int8_codes_follow_the_definition(steps: int) -> None:
     assert found.data.tolist() == codes
     assert found.scale is not None
     assert found.scale.tolist() == pytest.approx(scales)
-
-
-@pytest.mark.parametrize("rows", [1, 4095, 4096, 4097, 9000])
-def test_the_output_layer_in_blocks_is_int8_at_once(rows: int) -> None:
-    weight = weights(rows, 8, 5).bfloat16()
-    weight[-1] = 0
-    found, whole = quantize_output_layer(weight), quantize_int8(weight, steps=128)
-    assert (found.format, found.shape) == ("int8", (rows, 8))
-    assert found.scale is not None
-    assert whole.scale is not None
-    assert torch.equal(found.data, whole.data)
-    assert torch.equal(found.scale, whole.scale)
 
 
 def test_int8_rounds_halves_away_from_zero() -> None:

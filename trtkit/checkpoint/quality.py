@@ -23,7 +23,8 @@ from trtkit.log import Progress
 from trtkit.quant.batches import TextRow, TokenBatch, pack_rows
 from trtkit.quant.calibrate import norms_on
 from trtkit.quant.group import effective_weight
-from trtkit.quant.tensor import FP8_MAX, QuantTensor, dense, dequantize, quantize_activation, quantize_output_layer
+from trtkit.quant.in_cache import int8_matrix
+from trtkit.quant.tensor import FP8_MAX, QuantTensor, dense, dequantize, quantize_activation
 from trtkit.recipe import Quality
 from trtkit.scheme import KvDtype, OutputLayer
 
@@ -72,7 +73,7 @@ def measure_quality(
     head = dense(source.shards.tensor(EMBEDDING if source.spec.tied else LM_HEAD))
     coded = head
     if output_layer == "int8":
-        coded = quantize_output_layer(head.data)
+        coded = int8_matrix(head.data, steps=128)
         errors.append(("lm_head", _blockwise_error(head, coded)))
     sums = _compare(source, batches, pairs, (head, coded))
     if not sums.tokens:

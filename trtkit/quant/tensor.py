@@ -28,7 +28,6 @@ __all__ = [
     "quantize_fp8",
     "quantize_int4",
     "quantize_int8",
-    "quantize_output_layer",
 ]
 
 FP8_MAX = 448.0
@@ -36,8 +35,6 @@ FP8_MAX = 448.0
 
 TINY = torch.finfo(torch.float32).tiny
 """Smallest scale: that of zero weights."""
-
-_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,20 +87,6 @@ def quantize_int8(weight: Tensor, *, steps: int) -> QuantTensor:
     exact = (wide.abs().amax(dim=1) / steps).clamp_min(TINY)
     codes = _round_half_away(wide / exact[:, None]).clamp_(-128, 127).to(torch.int8)
     scale = exact.to(weight.dtype).float().clamp_min(TINY) if steps == 128 else exact
-    return QuantTensor(data=codes, scale=scale, format="int8", shape=(weight.shape[0], weight.shape[1]))
-
-
-def quantize_output_layer(weight: Tensor) -> QuantTensor:
-    """lm_head (V, H) as int8 codes by the rule of the int8 precision.
-
-    A block of rows at a time: float32 copies of a whole vocabulary would take gigabytes.
-    """
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(weight.shape[0], device=weight.device)
-    for start in range(0, weight.shape[0], _BLOCK_ROWS):
-        part = quantize_int8(weight[start : start + _BLOCK_ROWS], steps=128)
-        assert part.scale is not None
-        codes[start : start + _BLOCK_ROWS], scale[start : start + _BLOCK_ROWS] = part.data, part.scale
     return QuantTensor(data=codes, scale=scale, format="int8", shape=(weight.shape[0], weight.shape[1]))
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from trtkit.decoder import Attend, LinearName, Norms, PlainPointwise, Pointwise, Rope, decoder_layer, rope_at
 from trtkit.model_spec import ModelSpec
-from trtkit.quant.tensor import LinearWeights, dense, quantize_output_layer
+from trtkit.quant.in_cache import int8_matrix
+from trtkit.quant.tensor import LinearWeights, dense
 from trtkit.runtime.cuda.kernels import open_cuda_kernels
 from trtkit.runtime.cuda.linear import prepare_linears
 from trtkit.runtime.linear import Kernel, runtime_linear
@@ -76,7 +77,7 @@ class DecoderModel:
         self.embedding = checkpoint.embedding().to(device=device, dtype=dtype)
         self._final_norm = checkpoint.final_norm().to(device).float()
         matrix = checkpoint.lm_head()
-        head = quantize_output_layer(matrix) if output_layer == "int8" else dense(matrix)
+        head = int8_matrix(matrix, steps=128) if output_layer == "int8" else dense(matrix)
         self._head = runtime_linear(LinearWeights(weight=head), device=device, dtype=dtype)
         scales = [checkpoint.kv_scales(index) for index in range(self.spec.layers)]
         self.kv_scales = None if None in scales else [pair for pair in scales if pair is not None]
