@@ -16,8 +16,10 @@ from trtkit.bench import machine
 from trtkit.bench.engines import BenchOptions, measure
 from trtkit.bench.profile import KINDS, kind_of, profile_engine
 from trtkit.bench.suite import measure_suite
+from trtkit.build.native import build_native
 from trtkit.errors import EngineError, UsageError
 from trtkit.model_spec import read_model_spec
+from trtkit.recipe import Limits, Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +87,28 @@ def test_the_suite_builds_what_is_missing_and_writes_its_files(tmp_path: Path) -
     built = (tmp_path / "out" / "engines" / "int8" / "engine.json").stat().st_mtime_ns
     measure_suite(str(model), tmp_path / "out", options, precisions=("int8",))
     assert (tmp_path / "out" / "engines" / "int8" / "engine.json").stat().st_mtime_ns == built
+
+
+def test_the_roofline_counts_the_output_layer_that_runs(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    save_chat_files(model)
+    recipe = Recipe(model=str(model), precision="int8", limits=Limits(batch=4, prompt_tokens=64, total_tokens=128))
+    build_native(recipe, tmp_path / "engine", device="cpu")
+    found = {}
+    for asked in (None, "model", "int8"):
+        options = BenchOptions(
+            batches=(1,), prompt_tokens=8, new_tokens=4, repeats=1, device="cpu",
+            output_layer=asked,  # type: ignore[arg-type]
+        )  # fmt: skip
+        (found[asked],) = measure([tmp_path / "engine"], options).points
+    assert {asked: point.output_layer for asked, point in found.items()} == {
+        None: "int8", "model": "model", "int8": "int8",
+    }  # fmt: skip
+    # One byte for each of 320 x 256 weights instead of two.
+    assert found["model"].step_bytes - found["int8"].step_bytes == 320 * 256
+    assert found[None].step_bytes == found["int8"].step_bytes
+    with pytest.raises(UsageError, match="must be model or int8"):
+        BenchOptions(output_layer="int4")  # type: ignore[arg-type]
 
 
 def test_bad_options_are_listed_together() -> None:

@@ -37,6 +37,16 @@ def test_an_engine_and_its_digests(tmp_path: Path) -> None:
     assert "model.safetensors" in found.offenders[0]
 
 
+@pytest.mark.parametrize(("field", "said"), [("int8", "int8"), ("model", "model"), (None, "model")])
+def test_an_engine_says_its_output_layer(tmp_path: Path, field: str | None, said: str) -> None:
+    directory = tiny_engine_dir(tmp_path, recipe={"precision": "int4"})
+    manifest = read_json(directory / ENGINE_FILE)
+    del manifest["recipe"]["output_layer"]
+    manifest["recipe"] |= {} if field is None else {"output_layer": field}
+    write_json(directory / ENGINE_FILE, manifest)
+    assert describe(directory).facts["precision"] == f"int4, KV cache model, output layer {said}"
+
+
 def test_a_truncated_file_is_found_without_verify(tmp_path: Path) -> None:
     weights = save_tiny(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -22,7 +22,7 @@ from trtkit.plan import (
     step_bytes,
 )
 from trtkit.plan.published import PUBLISHED, Comparison, compare
-from trtkit.plan.speed import LINK_BANDWIDTH, READ_SHARE
+from trtkit.plan.speed import LINK_BANDWIDTH, READ_SHARE, step_cost
 from trtkit.scheme import SCHEMES, scheme_named
 
 WORK = Workload(batch=12, length=16384)
@@ -200,6 +200,38 @@ def test_monotone(batch: int, length: int, gpu: str) -> None:
         other = more[found.precision, found.drafter]
         if found.fits and other.fits:
             assert (other.tokens_per_second or 0) >= (found.tokens_per_second or 0) * 0.999
+
+
+def test_an_int8_output_layer_is_counted() -> None:
+    spec, cpu = spec_of(), profile_named("cpu")
+    head = 152064 * 5120
+    read = [step_bytes(spec, scheme_named("int4"), rows=0, context=0, output_layer=o) for o in ("model", "int8")]
+    assert read[0] - read[1] == head
+    for tied in (False, True):
+        shape = replace(spec, tied=tied)
+        held = [memory_plan(shape, scheme_named("int4"), cpu, WORK, output_layer=o) for o in ("model", "int8")]
+        # A tied matrix stays in memory for the embeddings, and the codes come on top.
+        assert held[0].weight_bytes - held[1].weight_bytes == (-head if tied else head)
+    assert step_cost(spec, scheme_named("int8"), cpu, WORK, 12).read_bytes - (
+        step_cost(spec, scheme_named("int8"), cpu, WORK, 12, output_layer="int8").read_bytes
+    ) == head  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", ["cpu", "h100", "l4x4"])
+def test_a_plan_counts_the_output_layer_of_the_backend_that_it_is_for(gpu: str) -> None:
+    spec, profile = spec_of(), profile_named(gpu)
+    for found in plan_rows(spec, profile, WORK):
+        int8 = gpu == "cpu" and found.precision in ("int8", "int8-sq", "int4")
+        assert found.output_layer == ("int8" if int8 else "model")
+        scheme = scheme_named(found.precision)
+        assert found.memory.weight_bytes == memory_plan(
+            spec, scheme, profile, WORK, output_layer=found.output_layer
+        ).weight_bytes  # fmt: skip
+        if found.fits and found.drafter is None:
+            cost = step_cost(spec, scheme, profile, WORK, min(12, found.max_rows), output_layer=found.output_layer)
+            assert found.ceiling_tokens_per_second == pytest.approx(
+                min(12, found.max_rows) * profile.bandwidth * profile.count / cost.read_bytes
+            )
 
 
 def test_step_bytes_of_the_14b_model() -> None:

@@ -18,7 +18,7 @@ from trtkit.checkpoint.verify import verify_engine
 from trtkit.errors import CheckpointError, InputError
 from trtkit.files import JsonObject, read_json
 from trtkit.model_spec import read_model_spec, spec_as_dict
-from trtkit.recipe import BUNDLE_FILE, COMPILED_DIR, ENGINE_FILE, read_manifest
+from trtkit.recipe import BUNDLE_FILE, COMPILED_DIR, ENGINE_FILE, output_layer_of, read_manifest
 
 __all__ = [
     "BUNDLE",
@@ -101,7 +101,7 @@ def _look_at_engine(directory: Path, name: str = ENGINE_FILE) -> tuple[dict[str,
     recipe, limits = manifest.recipe, manifest.recipe.limits
     facts = {
         "model": recipe.model,
-        "precision": f"{recipe.precision}, KV cache {recipe.kv_dtype}",
+        "precision": f"{recipe.precision}, KV cache {recipe.kv_dtype}, output layer {output_layer_of(recipe)}",
         "backend": f"{manifest.backend}, built for {recipe.gpu}, tensor parallel {recipe.tensor_parallel}",
         "drafter": f"tree {recipe.tree}" if recipe.tree else "none",
         "limits": f"{limits.batch} rows, {limits.prompt_tokens} prompt tokens, {limits.total_tokens} in all",

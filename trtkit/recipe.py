@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from drafter.config import TreeShape
-from trtkit.errors import ConfigError, EngineError, TrtkitError
+from trtkit.errors import ConfigError, EngineError, TrtkitError, UsageError
 from trtkit.files import JsonObject, nearest, read_json, read_toml, write_json, write_toml
-from trtkit.scheme import SCHEMES, KvDtype
+from trtkit.scheme import SCHEMES, KvDtype, OutputLayer
 
 __all__ = [
     "BUNDLE_FILE",
@@ -31,8 +31,11 @@ __all__ = [
     "Limits",
     "Quality",
     "Recipe",
+    "default_output_layer",
+    "output_layer_of",
     "read_manifest",
     "read_recipe",
+    "settled",
     "write_manifest",
     "write_recipe",
 ]
@@ -50,6 +53,7 @@ TRAINING_FILE = "training.json"
 TOKEN_ORDER_FILE = "token_order.safetensors"
 """Beside a draft head: all token ids, the most frequent one of its training text first."""
 Backend: TypeAlias = Literal["torch", "tensorrt-llm"]
+_INT8_OUTPUT = ("int8", "int8-sq", "int4")
 
 T = TypeVar("T")
 
@@ -81,6 +85,9 @@ class Recipe:
     greedy: bool = False
     """tensorrt-llm with a drafter: an engine for temperature 0 only. Otherwise it samples, with a temperature alone."""
     int4_method: Literal["awq", "rtn"] = "awq"
+    output_layer: Literal["auto", "model", "int8"] = "auto"
+    """How lm_head runs: in the model's dtype, or from int8 codes that the torch runtime makes when it opens the engine.
+    ``auto`` is for a build to settle; engine.json has one of the others."""
     smooth_alpha: float = 0.5
     """SmoothQuant: how much of the activation range moves into the weights (0..1), int8-sq only."""
     calibrator: Literal["trtkit", "modelopt"] = "trtkit"
@@ -139,6 +146,32 @@ class EngineManifest:
     """tensorrt-llm: what the engine was compiled with, by the names of ``trtllm-build``."""
 
 
+def default_output_layer(precision: str, backend: Backend) -> OutputLayer:
+    """What ``auto`` stands for: int8 with integer weights on the torch backend, where lm_head in 16 bits would be the
+    largest part of what an int4 step reads; the model's dtype otherwise, and always in compiled engines."""
+    return "int8" if backend == "torch" and precision in _INT8_OUTPUT else "model"
+
+
+def output_layer_of(recipe: Recipe) -> OutputLayer:
+    """The output layer that an engine of ``recipe`` runs."""
+    if recipe.output_layer == "auto":
+        return default_output_layer(recipe.precision, recipe.backend)
+    return recipe.output_layer
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """``recipe`` with the output layer that it stands for in place of ``auto``.
+
+    Raises :class:`UsageError` for int8 with the tensorrt-llm backend.
+    """
+    if recipe.backend == "tensorrt-llm" and recipe.output_layer == "int8":
+        raise UsageError(
+            "--output-layer int8: a compiled engine keeps lm_head in 16 bits",
+            hint="leave it out, or build with --backend torch",
+        )
+    return dataclasses.replace(recipe, output_layer=output_layer_of(recipe))
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a TOML recipe. Raises :class:`ConfigError` naming every unknown key."""
     return _versioned(read_toml(path), Recipe, where=str(path), error=ConfigError)
@@ -158,7 +191,11 @@ def read_manifest(directory: Path, name: str = ENGINE_FILE) -> EngineManifest:
             where=str(directory),
             hint="build one with `trtkit build`, or ask `trtkit inspect` what this directory is",
         )
-    return _versioned(read_json(path, EngineError), EngineManifest, where=str(path), error=EngineError)
+    data = read_json(path, EngineError)
+    if isinstance(data.get("recipe"), dict):
+        # Engines built before there was a choice were judged with lm_head in the model's dtype, and keep it.
+        data["recipe"].setdefault("output_layer", "model")
+    return _versioned(data, EngineManifest, where=str(path), error=EngineError)
 
 
 def write_manifest(directory: Path, manifest: EngineManifest, name: str = ENGINE_FILE) -> None:

@@ -19,17 +19,28 @@ from typing import Literal, TypeAlias
 from trtkit.errors import ConfigError
 from trtkit.files import nearest
 
-__all__ = ["SCHEMES", "Activations", "KvDtype", "Precision", "QuantScheme", "WeightFormat", "scheme_named"]
+__all__ = [
+    "SCHEMES",
+    "Activations",
+    "KvDtype",
+    "OutputLayer",
+    "Precision",
+    "QuantScheme",
+    "WeightFormat",
+    "scheme_named",
+]
 
 Precision: TypeAlias = Literal["bf16", "int8", "int8-sq", "fp8", "int4"]
 WeightFormat: TypeAlias = Literal["bf16", "int8", "fp8", "int4"]
 Activations: TypeAlias = Literal["none", "int8", "fp8"]
 KvDtype: TypeAlias = Literal["model", "fp8", "int8"]
+OutputLayer: TypeAlias = Literal["model", "int8"]
+"""How lm_head is multiplied: in the model's dtype, or as int8 codes by the rule of the int8 precision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantScheme:
-    """One way to store the linears of a model. Embeddings, norms and lm_head always stay in the model's dtype."""
+    """One way to store the linears of a model. Embeddings, norms and lm_head are stored in the model's dtype."""
 
     name: Precision
     weight_format: WeightFormat

@@ -68,12 +68,16 @@ class _Model:
     def __init__(self, task: Task) -> None:
         from trtkit.model_spec import read_model_spec
         from trtkit.plan import step_bytes
+        from trtkit.recipe import output_layer_of, read_manifest
         from trtkit.runtime.load import OpenOptions, open_engine
         from trtkit.scheme import scheme_named
 
         options = OpenOptions(device="cpu", threads=task.threads, rows=max(task.batches), speculative=False)
         spec = read_model_spec(_directory(task))
-        self.weight_bytes = round(step_bytes(spec, scheme_named(_precision(task)), rows=0, context=0))
+        head = output_layer_of(read_manifest(_directory(task)).recipe)
+        self.weight_bytes = round(
+            step_bytes(spec, scheme_named(_precision(task)), rows=0, context=0, output_layer=head)
+        )
         self._requests = 0
         if FORCED in task.variant:
             self._engine = self._forced(task, options, spec.vocab)

@@ -62,6 +62,9 @@ def test_a_bundle_holds_all_that_the_gpu_host_needs(bundle: Path) -> None:
     assert not [name for name in names if name.startswith("native") or name in ("engine.json", "model.safetensors")]
     recipe = read_recipe(bundle / "recipe.toml")
     assert (recipe.backend, recipe.tensor_parallel, recipe.gpu) == ("tensorrt-llm", 2, "l4x2")
+    # What TensorRT-LLM runs, and what the quality was measured with: the native half must not settle on int8.
+    manifest = read_manifest(bundle, "bundle.json")
+    assert recipe.output_layer == manifest.recipe.output_layer == "model"
     text = (bundle / "README.txt").read_text(encoding="utf-8")
     assert "trtkit compile bundle --out engine" in text
     assert "nvcr.io/nvidia/tensorrt-llm/release:1.0.0" in text

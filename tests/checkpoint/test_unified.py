@@ -114,6 +114,35 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
     assert quality.perplexity == pytest.approx(quality.perplexity_bf16, rel=1e-5)
 
 
+def test_the_quality_is_that_of_the_output_layer_that_will_run(tmp_path: Path) -> None:
+    """Nothing but lm_head differs here: transformers with the rounded matrix in its place says what it costs."""
+    from tests.reference.quantizers import int8_rows
+    from tests.tiny import tiny_model
+
+    source = open_source(save_tiny(tmp_path / "source", "qwen2"))
+    checkpoint = built(source, tmp_path / "out", "bf16")
+    quality = measure_quality(source, checkpoint, ROWS, output_layer="int8")
+    model = tiny_model("qwen2")
+    weight = model.lm_head.weight.detach().clone()
+    codes, scales = int8_rows(weight.tolist(), 128)
+    rounded = torch.tensor(codes).float() * torch.tensor(scales)[:, None]
+    kl, losses = [], []
+    with torch.no_grad():
+        for row in ROWS:
+            hidden = model.model(torch.tensor([row.tokens])).last_hidden_state[0, :-1].double()
+            expected, found = ((hidden @ head.double().T).log_softmax(1) for head in (weight, rounded))
+            kl.append((expected.exp() * (expected - found)).sum(1))
+            losses.append(torch.nn.functional.nll_loss(found, torch.tensor(row.tokens[1:]), reduction="none"))
+    assert float(torch.cat(kl).mean()) > 1e-6
+    assert quality.kl_mean == pytest.approx(float(torch.cat(kl).mean()), rel=0.02)
+    assert quality.perplexity == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-4)
+    error = float((weight - rounded).norm() / weight.norm())
+    assert quality.worst_tensors[0] == ("lm_head", pytest.approx(error, rel=1e-4))
+    plain = measure_quality(source, checkpoint, ROWS)
+    assert plain.kl_mean < 1e-6
+    assert "lm_head" not in dict(plain.worst_tensors)
+
+
 def test_config_keeps_what_the_source_said_and_names_the_quantization(tmp_path: Path) -> None:
     save_tiny(tmp_path / "source", "qwen2", dtype=torch.bfloat16)
     path = tmp_path / "source" / "config.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,10 +33,38 @@ def test_build_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == f"next: trtkit solve problems.jsonl --engine {out}"
     document = json.loads(lines[-1])
-    assert document.keys() == {"engine_dir", "precision", "backend", "quality"}
+    assert document.keys() == {"engine_dir", "precision", "output_layer", "backend", "quality"}
+    assert document["output_layer"] == "int8"
     assert document["engine_dir"] == str(out)
     assert run(["--quiet", "build", "--precision", "int8", "--out", str(out)]) == 1
     assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("int8", 1e-6), ("int4", 2e-4)])
+def test_an_int8_output_layer_costs_the_practice_model_little(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str, limit: float
+) -> None:
+    kl = {}
+    for head in ("model", "int8"):
+        out = tmp_path / head
+        assert run(["--quiet", "build", "-p", precision, "--output-layer", head, "--out", str(out), "--json"]) == 0
+        quality = json.loads(capsys.readouterr().out.splitlines()[-1])["quality"]
+        kl[head] = quality["kl_mean"]
+        assert quality["top1_agreement"] > 0.999
+    assert kl["int8"] != kl["model"], "the head was not measured"
+    assert kl["int8"] < limit
+    assert kl["int8"] < 1.2 * kl["model"] + 1e-7
+
+
+def test_an_output_layer_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "engine")]
+    assert run(["build", "-p", "int8", "--output-layer", "int9", *out]) == 2
+    assert "--output-layer 'int9'; did you mean 'int8'?" in capsys.readouterr().err
+    compiled = ["build", "-p", "int8", "--backend", "tensorrt-llm", "--gpu", "l4", "--print-command", *out]
+    assert run([*compiled, "--output-layer", "int8"]) == 2
+    assert "--output-layer int8: a compiled engine keeps lm_head in 16 bits" in capsys.readouterr().err
+    assert run(compiled) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missed_gate_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,6 +94,29 @@ def test_solve_json_and_resume(engine: Path, tmp_path: Path, capsys: pytest.Capt
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == document["tokens"]
     assert solve(problems, engine, out, "--seed", "5") == 2
     assert "different run" in capsys.readouterr().err
+    assert solve(problems, engine, out, "--output-layer", "model") == 2
+    assert 'arguments.output_layer: null in that run, "model" now' in capsys.readouterr().err
+
+
+def test_solve_opens_the_engine_with_the_output_layer_asked_for(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trtkit.runtime import load
+
+    asked = []
+
+    def noted(directory: Path, options: load.OpenOptions) -> Any:
+        asked.append(options.output_layer)
+        return open_engine(directory, options)
+
+    open_engine = load.open_engine
+    monkeypatch.setattr(load, "open_engine", noted)
+    problems = tmp_path / "p.jsonl"
+    problems.write_text(PROBLEM + "\n", encoding="utf-8")
+    assert solve(problems, engine, tmp_path / "a", "--output-layer", "model") == 0
+    assert solve(problems, engine, tmp_path / "b") == 0
+    assert solve(problems, engine, tmp_path / "c", "--output-layer", "int4") == 2
+    assert asked == ["model", None]
 
 
 @pytest.mark.parametrize(

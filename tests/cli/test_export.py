@@ -58,6 +58,16 @@ def test_unified_hf_says_how_that_backend_drafts(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "out" / "drafter").exists()
 
 
+@pytest.mark.parametrize("layout", ["trtllm", "unified-hf"])
+@pytest.mark.parametrize("head", ["int8", "model"])
+def test_what_the_other_runtime_does_with_the_output_layer_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str, layout: str
+) -> None:
+    source = tiny_engine_dir(tmp_path / "engine", dtype=torch.bfloat16, recipe={"output_layer": head})
+    assert run(["export", str(source), "--format", layout, "--out", str(tmp_path / "out")]) == 0
+    assert ("this engine runs it in int8" in capsys.readouterr().out) == (head == "int8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -17,6 +17,7 @@ from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.prefill import Stretch, prefill
 from trtkit.runtime.scheduler import Scheduler
+from trtkit.scheme import OutputLayer
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
@@ -28,8 +29,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def _harness(directory: Path, dtype: torch.dtype, **kv: Any) -> tuple[DecoderModel, KvCache, Scheduler]:
-    model = DecoderModel(open_unified(directory), device=torch.device("cpu"), dtype=dtype, max_tokens=256)
+def _harness(
+    directory: Path, dtype: torch.dtype, output_layer: OutputLayer, **kv: Any
+) -> tuple[DecoderModel, KvCache, Scheduler]:
+    model = DecoderModel(
+        open_unified(directory), device=torch.device("cpu"), dtype=dtype, max_tokens=256, output_layer=output_layer
+    )
     cache = KvCache(
         model.spec, blocks=64, block_size=16, max_rows=4, max_tokens=256, dtype=dtype,
         device=torch.device("cpu"), **{"kv_dtype": "model", **kv},
@@ -37,10 +42,10 @@ def _harness(directory: Path, dtype: torch.dtype, **kv: Any) -> tuple[DecoderMod
     return model, cache, Scheduler(BlockAllocator(64), block_size=16, max_rows=4)
 
 
-def _decode_logits(directory: Path, prompt: tuple[int, ...], following: tuple[int, ...], dtype: torch.dtype,
-                   **kv: Any) -> torch.Tensor:  # fmt: skip
+def decode_logits(directory: Path, prompt: tuple[int, ...], following: tuple[int, ...], dtype: torch.dtype,
+                  output_layer: OutputLayer = "model", **kv: Any) -> torch.Tensor:  # fmt: skip
     """Logits after the prompt and after each following token, prompt prefilled, the rest one by one. (1 + n, V)"""
-    model, cache, scheduler = _harness(directory, dtype, **kv)
+    model, cache, scheduler = _harness(directory, dtype, output_layer, **kv)
     scheduler.submit(request("r", prompt, max_tokens=len(following) + 1))
     collected = []
     with torch.inference_mode():
@@ -64,7 +69,7 @@ def test_logits_match_transformers(tmp_path: Path, family: str, changes: dict[st
     (tokens,) = random_prompts(1, [130])
     wanted = tiny_model(family, **changes)(torch.tensor([tokens])).logits[0].detach()
     for split in (1, 16, 17, 100):
-        ours = _decode_logits(tmp_path, tokens[:split], tokens[split : split + 20], torch.float32)
+        ours = decode_logits(tmp_path, tokens[:split], tokens[split : split + 20], torch.float32)
         torch.testing.assert_close(ours, wanted[split - 1 : split + 20], rtol=0, atol=1e-4)
 
 
@@ -72,16 +77,16 @@ def test_prefill_in_passes_equals_prefill_at_once(tmp_path: Path, monkeypatch: p
     """A prompt longer than one pass is cut, and later parts see the earlier ones through the cache."""
     save_tiny(tmp_path)
     (tokens,) = random_prompts(2, [120])
-    whole = _decode_logits(tmp_path, tokens, (), torch.float32)
+    whole = decode_logits(tmp_path, tokens, (), torch.float32)
     monkeypatch.setattr("trtkit.runtime.prefill.PREFILL_TOKENS", 37)
-    torch.testing.assert_close(_decode_logits(tmp_path, tokens, (), torch.float32), whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(decode_logits(tmp_path, tokens, (), torch.float32), whole, rtol=0, atol=1e-4)
 
 
 def test_bfloat16_and_fp8_cache_stay_close(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     (tokens,) = random_prompts(3, [60])
-    exact = _decode_logits(tmp_path, tokens[:40], tokens[40:], torch.float32)
+    exact = decode_logits(tmp_path, tokens[:40], tokens[40:], torch.float32)
     for dtype, kv_dtype, limit in ((torch.bfloat16, "model", 0.05), (torch.float32, "fp8", 0.15)):
-        ours = _decode_logits(tmp_path, tokens[:40], tokens[40:], dtype, kv_dtype=kv_dtype)
+        ours = decode_logits(tmp_path, tokens[:40], tokens[40:], dtype, kv_dtype=kv_dtype)
         error = (ours - exact).norm() / exact.norm()
         assert 0 < error < limit, f"{dtype} with {kv_dtype} cache: {error:.3f}"

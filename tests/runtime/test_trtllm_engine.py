@@ -251,8 +251,12 @@ def test_without_the_package(engines: dict[str, Path], monkeypatch: pytest.Monke
 
 def test_what_is_baked_in_cannot_be_asked_for(engines: dict[str, Path]) -> None:
     with pytest.raises(UsageError) as caught:
-        open_engine(engines["greedy"], OpenOptions(device="cpu", dtype="float32", speculative=False))
-    assert len(caught.value.offenders) == 3
+        open_engine(
+            engines["greedy"], OpenOptions(device="cpu", dtype="float32", speculative=False, output_layer="int8")
+        )
+    assert len(caught.value.offenders) == 4
+    assert "output layer int8: it is compiled in 16 bits" in caught.value.offenders
+    opened(engines["greedy"], output_layer="model").close()
     with pytest.raises(UsageError, match="built for 8"):
         opened(engines["plain"], rows=9)
 

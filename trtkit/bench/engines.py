@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -25,11 +25,11 @@ from trtkit.errors import RequestError, UsageError
 from trtkit.log import logger
 from trtkit.model_spec import read_model_spec
 from trtkit.plan import step_bytes
-from trtkit.recipe import read_manifest
+from trtkit.recipe import output_layer_of, read_manifest
 from trtkit.runtime.api import Engine, EngineStats, Request, SamplingParams
 from trtkit.runtime.draft_head import HeadOptions
 from trtkit.runtime.load import OpenOptions, open_engine
-from trtkit.scheme import scheme_named
+from trtkit.scheme import OutputLayer, scheme_named
 from trtkit.solve.problems import read_problems
 
 __all__ = ["BenchOptions", "BenchResult", "Point", "measure", "prompts_of"]
@@ -58,6 +58,8 @@ class BenchOptions:
     drafter: Path | None = None
     """A draft head in place of the engines' own."""
     head: HeadOptions = field(default_factory=HeadOptions)
+    output_layer: OutputLayer | None = None
+    """Of every engine, in place of its own."""
 
     def __post_init__(self) -> None:
         fields = ("prompt_tokens", "new_tokens", "repeats", "rounds")
@@ -67,6 +69,8 @@ class BenchOptions:
             wrong.append("name at least one batch size")
         if self.threads is not None and self.threads < 1:
             wrong.append(f"threads {self.threads}: must be at least 1")
+        if self.output_layer not in (None, *get_args(OutputLayer)):
+            wrong.append(f"output layer {self.output_layer!r}: must be model or int8")
         if wrong:
             raise UsageError("options that make no sense", offenders=wrong)
 
@@ -77,6 +81,7 @@ class Point:
 
     engine: str
     precision: str
+    output_layer: OutputLayer
     drafter: str | None
     """``auto`` or the tree; None for plain decoding."""
     batch: int
@@ -151,7 +156,7 @@ def _timed(directory: Path, batch: int, options: BenchOptions, speculative: bool
     opening = OpenOptions(
         device=options.device, threads=options.threads, rows=batch, speculative=speculative,
         tree=options.tree if speculative else None, drafter=options.drafter if speculative else None,
-        head=options.head,
+        head=options.head, output_layer=options.output_layer,
     )  # fmt: skip
     prompts = prompts_of(directory, read_model_spec(directory).vocab, options)
     with open_engine(directory, opening) as engine:
@@ -171,16 +176,19 @@ def _point(
 ) -> Point:  # fmt: skip
     """``plain``: the speed to compare with; None for plain decoding itself."""
     recipe, spec = read_manifest(directory).recipe, read_model_spec(directory)
+    output_layer = options.output_layer or output_layer_of(recipe)
     prompts = prompts_of(directory, spec.vocab, options)
     speed, step = _median(timings, "tokens_per_second"), _median(timings, "tokens_per_step")
     read = step_bytes(
         spec, scheme_named(recipe.precision), rows=batch,
         context=statistics.mean(map(len, prompts)) + options.new_tokens / 2, kv_dtype=recipe.kv_dtype,
+        output_layer=output_layer,
     )  # fmt: skip
     ceiling = batch * step * machine.read_bytes_per_second / read
     drafter = None if plain is None else "auto" if options.tree is None else str(options.tree)
     return Point(
-        engine=str(directory), precision=recipe.precision, drafter=drafter, batch=batch, tokens_per_second=speed,
+        engine=str(directory), precision=recipe.precision, output_layer=output_layer, drafter=drafter, batch=batch,
+        tokens_per_second=speed,
         prefill_tokens_per_second=_median(timings, "prefill_tokens_per_second"), tokens_per_step=step,
         accepted_by_depth=tuple(map(statistics.mean, zip(*(t.accepted_by_depth for t in timings), strict=True))),
         phase_seconds={

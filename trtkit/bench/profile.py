@@ -53,7 +53,7 @@ def profile_engine(directory: Path, batch: int, options: BenchOptions) -> StepPr
     """Profile steps of a full batch. With a draft head its tree is ``options.tree``, or 1x3."""
     opening = OpenOptions(
         device=options.device, threads=options.threads, rows=batch, speculative=options.speculative,
-        tree=options.tree, drafter=options.drafter, head=options.head,
+        tree=options.tree, drafter=options.drafter, head=options.head, output_layer=options.output_layer,
     )  # fmt: skip
     prompts = prompts_of(directory, read_model_spec(directory).vocab, options)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])

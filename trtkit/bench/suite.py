@@ -11,7 +11,7 @@ from trtkit.build.native import build_native
 from trtkit.errors import MissingDependency
 from trtkit.files import write_json
 from trtkit.log import logger
-from trtkit.recipe import ENGINE_FILE, Limits, Recipe, read_manifest
+from trtkit.recipe import ENGINE_FILE, Limits, Recipe, read_manifest, settled
 from trtkit.scheme import SCHEMES
 
 __all__ = ["measure_suite", "plot"]
@@ -38,7 +38,7 @@ def measure_suite(
 
 
 def _engine(model: str, precision: str, directory: Path) -> Path:
-    recipe = Recipe(model=model, precision=precision, int4_method="rtn", limits=_LIMITS)
+    recipe = settled(Recipe(model=model, precision=precision, int4_method="rtn", limits=_LIMITS))
     if (directory / ENGINE_FILE).is_file():
         if read_manifest(directory).recipe == recipe:
             return directory

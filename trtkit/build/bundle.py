@@ -53,6 +53,7 @@ from trtkit.recipe import (
     EngineManifest,
     Recipe,
     read_manifest,
+    settled,
     write_manifest,
     write_recipe,
 )
@@ -90,6 +91,8 @@ def prepare_bundle(recipe: Recipe, out: Path, sources: Sources, *, force: bool =
     Raises what :func:`build_native` and the checkpoint writer raise; what TensorRT-LLM cannot build is refused before
     the first weight is read.
     """
+    # Settled for the backend that will run it: the native half below would settle for another.
+    recipe = settled(recipe)
     check_target(out, resolve_source(recipe.model), force, BUNDLE_FILE)
     options = _check(recipe, sources)
     for note in _notes(recipe, options):
@@ -135,6 +138,7 @@ def build_trtllm(
     recipe: Recipe, out: Path, sources: Sources, *, workers: int | None = None, force: bool = False
 ) -> EngineManifest:
     """Both halves at once, on the GPU host. Raises what :func:`prepare_bundle` and :func:`compile_bundle` raise."""
+    recipe = settled(recipe)
     check_target(out, resolve_source(recipe.model), force)
     _check(recipe, sources)
     version, capability = require_tensorrt_llm(), check_device(recipe.gpu)

@@ -22,7 +22,7 @@ from trtkit.files import staged_dir
 from trtkit.log import logger
 from trtkit.quant.calibrate import CalibrationOptions, Calibrator, DataFree, LayerwiseCalibrator
 from trtkit.quant.modelopt import ModeloptCalibrator, require_modelopt
-from trtkit.recipe import ENGINE_FILE, EngineManifest, Quality, Recipe, write_manifest
+from trtkit.recipe import ENGINE_FILE, EngineManifest, Quality, Recipe, output_layer_of, settled, write_manifest
 from trtkit.scheme import QuantScheme, scheme_named
 
 __all__ = ["build_native", "check_target"]
@@ -50,7 +50,9 @@ def build_native(
     :class:`OutputError`, :class:`MissingDependency`, all before the first weight is converted but a filled disk,
     and NaN or Inf among the weights where nothing is calibrated: the conversion itself looks for them as it reads.
     """
+    recipe = settled(recipe)
     scheme = dataclasses.replace(scheme_named(recipe.precision), kv_dtype=recipe.kv_dtype)
+    layer = output_layer_of(recipe)
     if max_kl is not None and not max_kl > 0:
         raise UsageError(f"--max-kl {max_kl}: must be a positive number")
     directory = resolve_source(recipe.model)
@@ -77,8 +79,8 @@ def build_native(
         if drafter is not None:
             digests |= add_head(drafter, stage)
         quality = None
-        if text is not None and (scheme.weight_format != "bf16" or scheme.kv_dtype != "model"):
-            quality = measure_quality(source, open_unified(stage), text.held_out, device=place)
+        if text is not None and (scheme.weight_format, scheme.kv_dtype, layer) != ("bf16", "model", "model"):
+            quality = measure_quality(source, open_unified(stage), text.held_out, device=place, output_layer=layer)
             _log_quality(quality)
             _gate(quality, max_kl)
         elif text is None:

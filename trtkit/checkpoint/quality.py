@@ -7,7 +7,7 @@ the rounding of a compute dtype. Letters: T tokens, K inputs, P predicted positi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,10 @@ from trtkit.log import Progress
 from trtkit.quant.batches import TextRow, TokenBatch, pack_rows
 from trtkit.quant.calibrate import norms_on
 from trtkit.quant.group import effective_weight
-from trtkit.quant.tensor import FP8_MAX, dequantize, quantize_activation
+from trtkit.quant.in_cache import int8_matrix
+from trtkit.quant.tensor import FP8_MAX, QuantTensor, dense, dequantize, quantize_activation
 from trtkit.recipe import Quality
-from trtkit.scheme import KvDtype
+from trtkit.scheme import KvDtype, OutputLayer
 
 __all__ = ["measure_quality"]
 
@@ -52,8 +53,9 @@ def measure_quality(
     rows: Sequence[TextRow],
     *,
     device: torch.device | None = None,
+    output_layer: OutputLayer = "model",
 ) -> Quality:
-    """Compare next-token distributions on the answers in ``rows``.
+    """Compare next-token distributions on the answers in ``rows``; ``output_layer`` is how lm_head will run.
 
     Raises :class:`InputError` when the rows hold nothing to predict.
     """
@@ -68,7 +70,12 @@ def measure_quality(
         for layer in range(source.spec.layers):
             errors += _run_layer(source, built, layer, batches, pairs)
             progress.advance()
-    sums = _compare(source, batches, pairs)
+    head = dense(source.shards.tensor(EMBEDDING if source.spec.tied else LM_HEAD))
+    coded = head
+    if output_layer == "int8":
+        coded = int8_matrix(head.data, steps=128)
+        errors.append(("lm_head", _blockwise_error(head, coded)))
+    sums = _compare(source, batches, pairs, (head, coded))
     if not sums.tokens:
         raise InputError("the held-out text has no answer tokens", hint="give longer rows, or more of them")
     return Quality(
@@ -155,18 +162,21 @@ def _through_cache(attend: Attend, kv_dtype: KvDtype, scales: tuple[float, float
     return lambda q, k, v: attend(q, rounded(k, key), rounded(v, value))
 
 
-def _compare(source: HfCheckpoint, batches: Sequence[TokenBatch], pairs: Sequence[tuple[Tensor, Tensor]]) -> _Sums:
-    """Run the head on both final states, some positions at a time, and compare the distributions."""
+def _compare(
+    source: HfCheckpoint, batches: Sequence[TokenBatch], pairs: Sequence[tuple[Tensor, Tensor]],
+    heads: tuple[QuantTensor, QuantTensor],
+) -> _Sums:  # fmt: skip
+    """Run lm_head, as it was and as it will run, on the two final states, some positions at a time, and compare the
+    distributions."""
     spec = source.spec
     norm = source.shards.tensor(FINAL_NORM)
-    head = source.shards.tensor(EMBEDDING if spec.tied else LM_HEAD)
     sums = _Sums()
     for batch, (reference, approximate) in zip(batches, pairs, strict=True):
         positions, targets = batch.predictions()
         for chunk, target in zip(torch.split(positions, _POSITIONS), torch.split(targets, _POSITIONS), strict=True):
             expected, found = (
                 _log_probabilities(rms_norm(hidden[chunk], norm.to(hidden.device), spec.norm_eps), head)
-                for hidden in (reference, approximate)
+                for hidden, head in zip((reference, approximate), heads, strict=True)
             )
             sums.tokens += chunk.numel()
             sums.kl += float(F.kl_div(found, expected, reduction="sum", log_target=True))
@@ -176,7 +186,25 @@ def _compare(source: HfCheckpoint, batches: Sequence[TokenBatch], pairs: Sequenc
     return sums
 
 
-def _log_probabilities(hidden: Tensor, head: Tensor) -> Tensor:
+def _log_probabilities(hidden: Tensor, head: QuantTensor) -> Tensor:
     """(P, H) -> (P, V); the head is widened a block of the vocabulary at a time."""
-    logits = [hidden @ block.to(hidden.device).float().T for block in torch.split(head, _VOCAB_BLOCK)]
+    logits = [hidden @ block.T for block in _blocks(head, hidden.device)]
     return torch.cat(logits, dim=1).log_softmax(dim=1)
+
+
+def _blocks(head: QuantTensor, device: torch.device) -> Iterator[Tensor]:
+    """The rows of a head (V, H) in float32, some at a time."""
+    for start in range(0, head.shape[0], _VOCAB_BLOCK):
+        data = head.data[start : start + _VOCAB_BLOCK].to(device)
+        scale = None if head.scale is None else head.scale[start : start + _VOCAB_BLOCK].to(device)
+        yield dequantize(QuantTensor(data=data, scale=scale, format=head.format, shape=(len(data), head.shape[1])))
+
+
+def _blockwise_error(head: QuantTensor, coded: QuantTensor) -> float:
+    """``relative_error`` without a float32 copy of the whole head."""
+    place = head.data.device
+    lost = norm = 0.0
+    for original, rounded in zip(_blocks(head, place), _blocks(coded, place), strict=True):
+        lost += float((original - rounded).square().sum())
+        norm += float(original.square().sum())
+    return math.sqrt(lost / norm) if norm else 0.0

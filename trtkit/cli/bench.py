@@ -10,7 +10,7 @@ import typer
 
 from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.engines import BUILT, chosen_engine
-from trtkit.cli.options import Device, Json, Model, Out, Threads, Tree, drafting_named
+from trtkit.cli.options import Device, Json, Model, Out, OutputLayer, Threads, Tree, drafting_named
 from trtkit.cli.output import facts, finish, gigabytes, notice, table
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def command(
     out: Out = None,
     device: Device = "auto",
     threads: Threads = None,
+    output_layer: OutputLayer = None,
     as_json: Json = True,
 ) -> None:
     """Measure memory bandwidth, then prefill and decode speed of engines, plain and with their draft heads.
@@ -70,6 +71,7 @@ def command(
         batches=tuple(batch or (1, 8, 32)), prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats,
         rounds=rounds, device=device, threads=threads, problems=problems, temperature=temperature,
         speculative=speculative, tree=shape, drafter=drafter_named(drafter),
+        output_layer=output_layer,  # type: ignore[arg-type]  # checked there
         head=HeadOptions(vocabulary=draft_vocabulary, precision=draft_precision),  # type: ignore[arg-type]
     )  # fmt: skip
     if profile:

@@ -18,8 +18,8 @@ from trtkit.errors import UsageError
 from trtkit.files import nearest
 from trtkit.gpu import detect, profile_named
 from trtkit.plan import check_precision
-from trtkit.recipe import Limits, Recipe
-from trtkit.scheme import SCHEMES, KvDtype, scheme_named
+from trtkit.recipe import Limits, Recipe, settled
+from trtkit.scheme import SCHEMES, KvDtype, OutputLayer, scheme_named
 
 _BACKENDS = ("torch", "tensorrt-llm")
 
@@ -38,6 +38,10 @@ def command(
     int4_method: Annotated[
         str, typer.Option("--int4-method", help="awq (activation-aware) or rtn (no data needed).")
     ] = "awq",
+    output_layer: Annotated[
+        str,
+        typer.Option("--output-layer", help="lm_head: model (16 bit), int8, or auto: int8 for int8, int8-sq, int4."),
+    ] = "auto",
     smooth_alpha: Annotated[
         float, typer.Option("--smooth-alpha", min=0, max=1, help="int8-sq: SmoothQuant's alpha, 0..1.")
     ] = 0.5,
@@ -79,7 +83,7 @@ def command(
 ) -> None:
     """Build an engine from a checkpoint: quantize, check the quality, write everything that solving needs."""
     compiled, drafter = backend == "tensorrt-llm", drafter_named(drafter)
-    _check_names(precision, backend, kv_dtype, int4_method, calibrator)
+    _check_names(precision, backend, kv_dtype, int4_method, output_layer, calibrator)
     elsewhere = {"--greedy": greedy, "--prepare-only": prepare_only, "--print-command": print_command}
     if not compiled:
         _refuse({**elsewhere, "--workers": workers is not None})
@@ -97,6 +101,7 @@ def command(
         backend=backend,  # type: ignore[arg-type]
         tensor_parallel=profile.count if compiled else 1,
         int4_method=int4_method,  # type: ignore[arg-type]
+        output_layer=output_layer,  # type: ignore[arg-type]
         calibrator=calibrator,  # type: ignore[arg-type]
         limits=Limits(batch=batch, prompt_tokens=min(prompt_tokens, total_tokens), total_tokens=total_tokens),
         smooth_alpha=smooth_alpha,
@@ -104,6 +109,7 @@ def command(
         greedy=greedy,
         calibration_rows=calibration_rows,
     )
+    recipe = settled(recipe)
     if not compiled:
         target = out or BUILT / f"{_stem(model)}-{precision}"
         from trtkit.build.native import build_native
@@ -133,12 +139,15 @@ def _stem(model: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
 
 
-def _check_names(precision: str, backend: str, kv_dtype: str, int4_method: str, calibrator: str) -> None:
+def _check_names(
+    precision: str, backend: str, kv_dtype: str, int4_method: str, output_layer: str, calibrator: str
+) -> None:
     choices: tuple[tuple[str, str, Iterable[str]], ...] = (
         ("--precision", precision, SCHEMES),
         ("--backend", backend, _BACKENDS),
         ("--kv-dtype", kv_dtype, get_args(KvDtype)),
         ("--int4-method", int4_method, ("awq", "rtn")),
+        ("--output-layer", output_layer, ("auto", *get_args(OutputLayer))),
         ("--calibrator", calibrator, ("trtkit", "modelopt")),
     )
     wrong = [

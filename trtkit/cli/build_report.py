@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trtkit.cli.output import facts, finish
-from trtkit.recipe import EngineManifest
+from trtkit.recipe import EngineManifest, output_layer_of
 
 __all__ = ["report_built"]
 
@@ -16,9 +16,13 @@ def report_built(
 ) -> None:
     """Print what was built and how good it is, and end the verb."""
     recipe, quality = manifest.recipe, manifest.quality
-    shown = {"directory": str(directory), "precision": recipe.precision, "backend": manifest.backend}
+    shown = {
+        "directory": str(directory), "precision": recipe.precision, "output layer": output_layer_of(recipe),
+        "backend": manifest.backend,
+    }  # fmt: skip
     document: dict[str, Any] = {
-        f"{kind}_dir": str(directory), "precision": recipe.precision, "backend": manifest.backend, "quality": None,
+        f"{kind}_dir": str(directory), "precision": recipe.precision, "output_layer": output_layer_of(recipe),
+        "backend": manifest.backend, "quality": None,
     }  # fmt: skip
     if manifest.backend == "tensorrt-llm":
         shown["for"] = f"{recipe.gpu}, {recipe.tensor_parallel} rank(s)"

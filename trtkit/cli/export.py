@@ -12,7 +12,7 @@ from trtkit.cli.options import Json, tree_named
 from trtkit.cli.output import facts, finish, gigabytes, notice
 from trtkit.errors import OutputError, UsageError
 from trtkit.files import nearest
-from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, read_manifest
+from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, output_layer_of, read_manifest
 
 _FORMATS = ("unified-hf", "trtllm")
 _DTYPES = ("bfloat16", "float16")
@@ -96,9 +96,10 @@ def _trtllm(directory: Path, out: Path, options: TrtllmOptions, *, force: bool) 
     from trtkit.checkpoint.trtllm_parse import read_trtllm_config
     from trtkit.checkpoint.unified import open_unified
 
+    output_note = _output_note(directory)
     digests = write_trtllm_checkpoint(directory, out, options, replace=force)
     written, source = read_trtllm_config(out), open_unified(directory)
-    notes = trtllm_notes(source.spec, source.scheme, options)
+    notes = [*trtllm_notes(source.spec, source.scheme, options), *output_note]
     tree = f"ReDrafter {written.tree}{', greedy' if written.greedy else ''}" if written.head else "none"
     facts(
         "TensorRT-LLM checkpoint",
@@ -114,7 +115,7 @@ def _trtllm(directory: Path, out: Path, options: TrtllmOptions, *, force: bool) 
     return {
         "directory": str(out), "format": "trtllm", "precision": written.scheme.name, "ranks": options.world_size,
         "tensor_parallel": options.tensor_parallel, "pipeline_parallel": options.pipeline_parallel,
-        "tree": str(written.tree) if written.tree else None, "notes": list(notes), "digests": digests,
+        "tree": str(written.tree) if written.tree else None, "notes": notes, "digests": digests,
     }  # fmt: skip
 
 
@@ -122,6 +123,7 @@ def _unified(directory: Path, out: Path, *, force: bool) -> dict[str, Any]:
     from trtkit.checkpoint.unified import open_unified
     from trtkit.checkpoint.unified_export import SPECULATIVE_MODES, write_unified_hf
 
+    output_note = _output_note(directory)
     digests = write_unified_hf(directory, out, replace=force)
     scheme = open_unified(out).scheme
     modes = ", ".join(SPECULATIVE_MODES)
@@ -136,10 +138,18 @@ def _unified(directory: Path, out: Path, *, force: bool) -> dict[str, Any]:
     )
     if (directory / DRAFTER_DIR).is_dir():
         notice("note: the engine's ReDrafter head stays behind, that backend cannot load it")
+    for note in output_note:
+        notice(f"note: {note}")
     return {
         "directory": str(out), "format": "unified-hf", "precision": scheme.name,
         "speculative_modes": list(SPECULATIVE_MODES), "digests": digests,
     }  # fmt: skip
+
+
+def _output_note(directory: Path) -> list[str]:
+    if not (directory / ENGINE_FILE).is_file() or output_layer_of(read_manifest(directory).recipe) == "model":
+        return []
+    return ["lm_head is written in the model's dtype, as TensorRT-LLM keeps it; this engine runs it in int8"]
 
 
 def _size(directory: Path) -> str:

@@ -10,7 +10,7 @@ import typer
 from drafter.config import TreeShape
 from trtkit.errors import UsageError
 
-__all__ = ["Device", "Json", "Model", "Out", "Threads", "Tree", "drafting_named", "tree_named"]
+__all__ = ["Device", "Json", "Model", "Out", "OutputLayer", "Threads", "Tree", "drafting_named", "tree_named"]
 
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON document, on the last line of stdout.")
@@ -21,6 +21,9 @@ Model: TypeAlias = Annotated[
 Out: TypeAlias = Annotated[Path | None, typer.Option("--out", help="Where to write the result.")]
 Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: one per core.")]
+OutputLayer: TypeAlias = Annotated[
+    str | None, typer.Option("--output-layer", help="lm_head in this run: model (16 bit) or int8; default: as built.")
+]
 Tree: TypeAlias = Annotated[
     str,
     typer.Option(

@@ -229,8 +229,9 @@ def _document(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, rows
         memory = asdict(row.memory) | {"kv_bytes": row.memory.kv_bytes}
         speed, limit = row.tokens_per_second, row.ceiling_tokens_per_second
         return {
-            "precision": row.precision, "drafter": row.drafter, "fits": row.fits, "reason": row.reason,
-            "max_rows": row.max_rows, "tokens_per_second": None if speed is None else round(speed, 1),
+            "precision": row.precision, "output_layer": row.output_layer, "drafter": row.drafter, "fits": row.fits,
+            "reason": row.reason, "max_rows": row.max_rows,
+            "tokens_per_second": None if speed is None else round(speed, 1),
             "ceiling_tokens_per_second": None if limit is None else round(limit, 1),
             "tokens_per_step": round(row.tokens_per_step, 3), "memory": memory,
         }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trtkit.cli.engines import chosen_engine
-from trtkit.cli.options import Device, Json, Out, Threads, Tree, drafting_named
+from trtkit.cli.options import Device, Json, Out, OutputLayer, Threads, Tree, drafting_named
 from trtkit.cli.output import facts, finish, notice, show
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def command(
     tree: Tree = "auto",
     device: Device = "auto",
     threads: Threads = None,
+    output_layer: OutputLayer = None,
     save_text: Annotated[bool, typer.Option("--save-text", help="Keep each sample's text.")] = False,
     save_confidence: Annotated[
         bool, typer.Option("--save-confidence", help="Keep each sample's mean log-probability, for revote.")
@@ -161,6 +162,7 @@ def command(
             tools=code,
             save_text=save_text,
             save_confidence=save_confidence,
+            output_layer=output_layer,  # type: ignore[arg-type]  # checked there
             **chosen,
         )
 
@@ -186,7 +188,10 @@ def command(
     from trtkit.solve.run import Places, run_solve, sigterm_as_interrupt
 
     speculative, shape = drafting_named(tree)
-    opening = OpenOptions(device=device, threads=threads, rows=batch, speculative=speculative, tree=shape)
+    opening = OpenOptions(
+        device=device, threads=threads, rows=batch, speculative=speculative, tree=shape,
+        output_layer=final.output_layer,
+    )  # fmt: skip
     with sigterm_as_interrupt():
         outcome = run_solve(
             Places(problems=problems, engine=directory, out=target),

@@ -88,7 +88,7 @@ class Lab:
         """What the torch backend says with the same codes."""
         out = self.scratch / f"torch-{recipe.precision}-{recipe.kv_dtype}"
         if not out.exists():
-            native = dataclasses.replace(recipe, backend="torch", tensor_parallel=1)
+            native = dataclasses.replace(recipe, backend="torch", tensor_parallel=1, output_layer="model")
             build_native(native, out, device=self._torch_device)
         with open_engine(out, OpenOptions(device=self._torch_device)) as engine:
             return run_requests(engine, self.cold())[0]

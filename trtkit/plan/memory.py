@@ -1,5 +1,5 @@
-"""What fits: weights (embeddings and lm_head stay 16 bit), the draft head and workspace; what is left holds keys and
-values."""
+"""What fits: weights (embeddings stay 16 bit, and lm_head too unless it is said), the draft head and workspace; what is
+left holds keys and values."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from drafter.config import DrafterConfig, TreeShape
 from trtkit.gpu import GpuProfile
 from trtkit.model_spec import ModelSpec
-from trtkit.scheme import KvDtype, QuantScheme
+from trtkit.scheme import KvDtype, OutputLayer, QuantScheme
 
-__all__ = ["KV_BYTES", "DraftPlan", "MemoryPlan", "Workload", "default_draft", "linear_values", "memory_plan"]
+__all__ = [
+    "KV_BYTES",
+    "OUTPUT_BYTES",
+    "DraftPlan",
+    "MemoryPlan",
+    "Workload",
+    "default_draft",
+    "linear_values",
+    "memory_plan",
+]
 
 ACCEPT_PER_DEPTH = 0.65 ** (1 / 3)
 """Published for the 14B draft head: all three drafted tokens are accepted in 65 % of the steps."""
@@ -22,6 +31,8 @@ _WORKSPACE_TOKENS = 8192
 """Tokens of one prefill chunk whose activations exist at once."""
 KV_BYTES: dict[KvDtype, float] = {"model": 2.0, "fp8": 1.0, "int8": 1.0}
 """Bytes per key or value element."""
+OUTPUT_BYTES: dict[OutputLayer, float] = {"model": 2.0, "int8": 1.0}
+"""Bytes per weight of lm_head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +94,16 @@ def default_draft(spec: ModelSpec) -> DraftPlan:
 
 
 def memory_plan(
-    spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None = None
-) -> MemoryPlan:
+    spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None = None,
+    output_layer: OutputLayer = "model",
+) -> MemoryPlan:  # fmt: skip
     """Memory of one device when the model is split over all ``gpu.count`` of them."""
     linears = linear_values(spec)
-    other = spec.parameters - linears
-    weights = linears * scheme.weight_bytes_per_value + 2 * other
+    weights = linears * scheme.weight_bytes_per_value + 2 * (spec.parameters - linears)
+    if output_layer != "model":
+        # The codes replace lm_head; a tied one stays as well, as the table of embeddings.
+        saved = 0.0 if spec.tied else OUTPUT_BYTES["model"]
+        weights += (OUTPUT_BYTES[output_layer] - saved) * spec.vocab * spec.hidden
     nodes = 1 if draft is None else draft.tree.max_nodes
     # Activations of one prefill chunk (input, residual, gate and up at once) and float32 logits of every row and node.
     workspace = RUNTIME_BYTES if not gpu.is_cpu else 0

@@ -11,7 +11,7 @@ from trtkit.files import write_text
 from trtkit.gpu import GpuProfile, profile_named
 from trtkit.known_models import KNOWN_MODELS
 from trtkit.plan.memory import DraftPlan, Workload, default_draft
-from trtkit.plan.rows import PlanRow, plan_rows
+from trtkit.plan.rows import PlanRow, plan_rows, planned_backend
 from trtkit.recipe import Limits, Recipe, write_recipe
 from trtkit.scheme import Precision
 
@@ -58,7 +58,8 @@ def recipe_of(model: str, gpu: GpuProfile, work: Workload, row: PlanRow, draft: 
         precision=row.precision,
         gpu=gpu.name,
         kv_dtype=work.kv_dtype,
-        backend="torch" if gpu.is_cpu else "tensorrt-llm",
+        backend=planned_backend(gpu),
+        output_layer=row.output_layer,
         tensor_parallel=gpu.count,
         limits=Limits(
             batch=min(work.batch, row.max_rows),

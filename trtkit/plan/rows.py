@@ -9,9 +9,10 @@ from trtkit.gpu import GPUS, GpuProfile, capability_text
 from trtkit.model_spec import ModelSpec
 from trtkit.plan.memory import DraftPlan, MemoryPlan, Workload, default_draft, memory_plan
 from trtkit.plan.speed import ceiling_tokens_per_second, step_cost, tokens_per_second
-from trtkit.scheme import SCHEMES, QuantScheme
+from trtkit.recipe import Backend, default_output_layer
+from trtkit.scheme import SCHEMES, OutputLayer, QuantScheme
 
-__all__ = ["INT4_CAUTION", "PlanRow", "check_precision", "plan_rows"]
+__all__ = ["INT4_CAUTION", "PlanRow", "check_precision", "plan_rows", "planned_backend"]
 
 INT4_CAUTION = "int4 costs accuracy (published: about 8 points of maj@12)"
 
@@ -21,6 +22,7 @@ class PlanRow:
     """One line of the answer: a precision with or without a drafter."""
 
     precision: str
+    output_layer: OutputLayer
     drafter: str | None
     """The draft tree (``1x3``), None without a drafter."""
     fits: bool
@@ -48,6 +50,11 @@ def check_precision(scheme: QuantScheme, gpu: GpuProfile) -> None:
     )
 
 
+def planned_backend(gpu: GpuProfile) -> Backend:
+    """The backend that a plan is for: compiled engines on GPUs, whose published speeds the estimate follows."""
+    return "torch" if gpu.is_cpu else "tensorrt-llm"
+
+
 def plan_rows(spec: ModelSpec, gpu: GpuProfile, work: Workload, draft: DraftPlan | None = None) -> list[PlanRow]:
     """Every precision, plain and with ``draft`` (by default the published head)."""
     draft = draft or default_draft(spec)
@@ -57,16 +64,17 @@ def plan_rows(spec: ModelSpec, gpu: GpuProfile, work: Workload, draft: DraftPlan
 def _plan_row(
     spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None
 ) -> PlanRow:
-    memory = memory_plan(spec, scheme, gpu, work, draft)
+    memory = _memory(spec, scheme, gpu, work, draft)
     reason = _refusal(spec, scheme, gpu, draft)
     if not reason and memory.max_rows < 1:
         reason = _too_large(spec, scheme, gpu, work, draft)
     fits = not reason
     rows = min(work.batch, memory.max_rows)
     step = 1.0 if draft is None else draft.tokens_per_step
+    output_layer = default_output_layer(scheme.name, planned_backend(gpu))
     speed = ceiling = None
     if fits:
-        cost = step_cost(spec, scheme, gpu, work, rows, draft)
+        cost = step_cost(spec, scheme, gpu, work, rows, draft, output_layer)
         speed = tokens_per_second(cost, gpu, rows, draft)
         ceiling = ceiling_tokens_per_second(cost, gpu, rows, draft)
         cautions = []
@@ -76,10 +84,17 @@ def _plan_row(
             cautions.append(INT4_CAUTION)
         reason = "; ".join(cautions)
     return PlanRow(
-        precision=scheme.name, drafter=None if draft is None else str(draft.tree), fits=fits, reason=reason,
+        precision=scheme.name, output_layer=output_layer, drafter=None if draft is None else str(draft.tree),
+        fits=fits, reason=reason,
         max_rows=memory.max_rows if fits else 0, tokens_per_second=speed,
         ceiling_tokens_per_second=ceiling, tokens_per_step=step, memory=memory,
     )  # fmt: skip
+
+
+def _memory(
+    spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None
+) -> MemoryPlan:
+    return memory_plan(spec, scheme, gpu, work, draft, default_output_layer(scheme.name, planned_backend(gpu)))
 
 
 def _refusal(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, draft: DraftPlan | None) -> str:
@@ -98,7 +113,7 @@ def _refusal(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, draft: Draft
 
 
 def _too_large(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None) -> str:
-    memory = memory_plan(spec, scheme, gpu, work, draft)
+    memory = _memory(spec, scheme, gpu, work, draft)
     row = memory.kv_bytes_per_token * work.length
     needed = memory.usable_bytes - memory.kv_bytes + row
     text = f"needs {needed / 1e9:.1f} GB per device for one row, {memory.usable_bytes / 1e9:.1f} GB usable"
@@ -108,7 +123,7 @@ def _too_large(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Work
 def _what_fits(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None) -> str:
     def holds(other: QuantScheme, where: GpuProfile, drafting: DraftPlan | None) -> bool:
         return not _refusal(spec, other, where, drafting) and (
-            memory_plan(spec, other, where, work, drafting).max_rows >= 1
+            _memory(spec, other, where, work, drafting).max_rows >= 1
         )
 
     options = []
@@ -121,7 +136,7 @@ def _what_fits(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Work
     larger = next((other for other in more if holds(scheme, other, draft)), None)
     if larger is not None:
         options.append(f"{scheme.name} on {larger.name}")
-    shorter = memory_plan(spec, scheme, gpu, work, draft)
+    shorter = _memory(spec, scheme, gpu, work, draft)
     tokens = int(shorter.kv_bytes // shorter.kv_bytes_per_token) // 256 * 256
     if tokens >= 1024:
         options.append(f"{scheme.name} at length {tokens}")

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from trtkit.gpu import GpuProfile, LinkKind, MemoryKind
 from trtkit.model_spec import ModelSpec
-from trtkit.plan.memory import KV_BYTES, DraftPlan, Workload, linear_values
-from trtkit.scheme import KvDtype, QuantScheme
+from trtkit.plan.memory import KV_BYTES, OUTPUT_BYTES, DraftPlan, Workload, linear_values
+from trtkit.scheme import KvDtype, OutputLayer, QuantScheme
 
 __all__ = ["LINK_BANDWIDTH", "READ_SHARE", "StepCost", "ceiling_tokens_per_second", "step_bytes", "step_cost",
            "tokens_per_second"]  # fmt: skip
@@ -60,19 +60,21 @@ class StepCost:
 
 def step_bytes(
     spec: ModelSpec, scheme: QuantScheme, *, rows: int, context: float, kv_dtype: KvDtype = "model",
-    draft: DraftPlan | None = None,
+    draft: DraftPlan | None = None, output_layer: OutputLayer = "model",
 ) -> float:  # fmt: skip
     """Bytes that one decode step reads over all devices: every linear, lm_head, the rows' keys and values, and the
     draft head once per drafted position. The embedding table is looked up, not read."""
-    weights = linear_values(spec) * scheme.weight_bytes_per_value + 2 * spec.vocab * spec.hidden
+    weights = linear_values(spec) * scheme.weight_bytes_per_value
+    weights += OUTPUT_BYTES[output_layer] * spec.vocab * spec.hidden
     cache = rows * context * spec.kv_bytes_per_token(KV_BYTES[kv_dtype])
     drafting = 0.0 if draft is None else 2.0 * draft.head.parameters * draft.tree.length
     return weights + cache + drafting
 
 
 def step_cost(
-    spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, rows: int, draft: DraftPlan | None = None
-) -> StepCost:
+    spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, rows: int, draft: DraftPlan | None = None,
+    output_layer: OutputLayer = "model",
+) -> StepCost:  # fmt: skip
     """The work of one step with ``rows`` rows of the mean context of ``work``."""
     tokens = rows * (1 if draft is None else draft.tree.max_nodes)
     unit = scheme.activations if scheme.activations in gpu.flops else "bf16"
@@ -80,8 +82,11 @@ def step_cost(
     other = 2 * tokens * (spec.vocab * spec.hidden + 2 * work.context * spec.layers * spec.q_width) / gpu.flops["bf16"]
     if draft is not None:
         other += 2 * rows * draft.tree.beams * draft.tree.length * draft.head.parameters / gpu.flops["bf16"]
+    read = step_bytes(
+        spec, scheme, rows=rows, context=work.context, kv_dtype=work.kv_dtype, draft=draft, output_layer=output_layer
+    )
     return StepCost(
-        read_bytes=step_bytes(spec, scheme, rows=rows, context=work.context, kv_dtype=work.kv_dtype, draft=draft),
+        read_bytes=read,
         multiply_seconds=(linear + other) / gpu.count,
         # Two all-reduces per layer of 16-bit hidden states; a ring moves 2 (n - 1) / n of the bytes.
         moved_bytes=2 * spec.layers * tokens * spec.hidden * 2 * 2 * (gpu.count - 1) / gpu.count,

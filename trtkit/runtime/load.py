@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -15,7 +16,7 @@ from trtkit.checkpoint.trtllm_reader import is_trtllm, merged_drafter, open_chec
 from trtkit.errors import CapacityError, EngineError, UsageError
 from trtkit.files import digest_file
 from trtkit.model_spec import ModelSpec
-from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, EngineManifest, Recipe, read_manifest
+from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, EngineManifest, Recipe, output_layer_of, read_manifest
 from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
 from trtkit.runtime.draft_head import HeadOptions, measured_acceptance, open_head, with_kernels
@@ -24,6 +25,7 @@ from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
 from trtkit.runtime.tree_memory import memory_file
+from trtkit.scheme import OutputLayer
 
 __all__ = ["OpenOptions", "compute_dtype", "device_named", "open_engine", "set_threads"]
 
@@ -54,6 +56,12 @@ class OpenOptions:
     """On CUDA: decode steps as graphs over padded shapes. Without, they are launched kernel by kernel."""
     drafter: Path | None = None
     """A draft head in place of the engine's own, or for an engine without one."""
+    output_layer: OutputLayer | None = None
+    """How to run lm_head; None takes what the engine was built, and its quality measured, with."""
+
+    def __post_init__(self) -> None:
+        if self.output_layer not in (None, *get_args(OutputLayer)):
+            raise UsageError(f"unknown output layer {self.output_layer!r}", hint="model or int8")
 
 
 def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
@@ -80,12 +88,13 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
     if options.speculative and (manifest.recipe.tree is not None or options.drafter is not None):
         trees = DEFAULT_TREES if options.tree is None else (options.tree,)
     reach = total + TreeChooser(trees).max_nodes
-    model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=reach)
+    output_layer = options.output_layer or output_layer_of(manifest.recipe)
+    model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=reach, output_layer=output_layer)
     drafting = None
     if trees != (None,):
         head = _head(directory, model, options)
         identity = directory / (ENGINE_FILE if (directory / ENGINE_FILE).is_file() else "config.json")
-        memory = memory_file(digest_file(identity), device, f"{options.head} {dtype} {options.drafter}")
+        memory = memory_file(digest_file(identity), device, f"{options.head} {dtype} {options.drafter} {output_layer}")
         expected = measured_acceptance(options.drafter or directory / DRAFTER_DIR)
         drafting = Drafting(head=head, trees=trees, memory=memory, expected=expected)
     limits = _limits(manifest, checkpoint.spec, options, model, total_tokens=total, reach=reach)
@@ -113,7 +122,7 @@ def _manifest(directory: Path) -> EngineManifest:
     config = read_trtllm_config(directory)
     recipe = Recipe(
         model=str(directory), precision=config.scheme.name, kv_dtype=config.scheme.kv_dtype, tree=config.tree,
-        tensor_parallel=config.options.tensor_parallel,
+        tensor_parallel=config.options.tensor_parallel, output_layer="model",
     )  # fmt: skip
     return EngineManifest(
         recipe=recipe, backend="torch", versions={}, checkpoint_digest={}, quality=None, created="unknown"
@@ -135,6 +144,8 @@ def _open_trtllm(directory: Path, manifest: EngineManifest, options: OpenOptions
         wrong.append(f"draft tree {options.tree}: it was built with {tree or 'none'}")
     if options.head != HeadOptions() or options.drafter is not None:
         wrong.append("draft head options: its drafter is compiled in")
+    if options.output_layer == "int8":
+        wrong.append("output layer int8: it is compiled in 16 bits")
     if wrong:
         raise UsageError("a tensorrt-llm engine cannot be opened like that", where=str(directory), offenders=wrong)
     return open_compiled(

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from trtkit.decoder import Attend, LinearName, Norms, PlainPointwise, Pointwise, Rope, decoder_layer, rope_at
 from trtkit.model_spec import ModelSpec
+from trtkit.quant.in_cache import int8_matrix
 from trtkit.quant.tensor import LinearWeights, dense
 from trtkit.runtime.cuda.kernels import open_cuda_kernels
 from trtkit.runtime.cuda.linear import prepare_linears
 from trtkit.runtime.linear import Kernel, runtime_linear
 from trtkit.runtime.native.kernels import NativePointwise, open_kernels
+from trtkit.scheme import OutputLayer
 
 __all__ = ["DecoderModel", "WeightSource"]
 
@@ -58,7 +60,10 @@ class WeightSource(Protocol):
 class DecoderModel:
     """Weights on a device, ready to run."""
 
-    def __init__(self, checkpoint: WeightSource, *, device: torch.device, dtype: torch.dtype, max_tokens: int) -> None:
+    def __init__(
+        self, checkpoint: WeightSource, *, device: torch.device, dtype: torch.dtype, max_tokens: int,
+        output_layer: OutputLayer = "model",
+    ) -> None:  # fmt: skip
         self.spec = checkpoint.spec
         self.device = device
         self.dtype = dtype
@@ -71,8 +76,9 @@ class DecoderModel:
         self._layers = [self._load_layer(checkpoint, index) for index in range(self.spec.layers)]
         self.embedding = checkpoint.embedding().to(device=device, dtype=dtype)
         self._final_norm = checkpoint.final_norm().to(device).float()
-        head = LinearWeights(weight=dense(checkpoint.lm_head()))
-        self._head = runtime_linear(head, device=device, dtype=dtype)
+        matrix = checkpoint.lm_head()
+        head = int8_matrix(matrix, steps=128) if output_layer == "int8" else dense(matrix)
+        self._head = runtime_linear(LinearWeights(weight=head), device=device, dtype=dtype)
         scales = [checkpoint.kv_scales(index) for index in range(self.spec.layers)]
         self.kv_scales = None if None in scales else [pair for pair in scales if pair is not None]
         """Step sizes of an 8-bit KV cache, where the checkpoint was calibrated for one."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from trtkit.chat import variant_named
 from trtkit.errors import TrtkitError, UsageError
 from trtkit.runtime.api import SamplingParams
+from trtkit.scheme import OutputLayer
 from trtkit.solve.answers import Answer, AnswerMode, read_answer
 from trtkit.solve.clock import TimeBudget
 from trtkit.solve.sandbox import SandboxOptions
@@ -78,6 +79,8 @@ class SolveOptions:
     """Keep each sample's text in the journal."""
     save_confidence: bool = False
     """Keep each sample's mean log-probability in the journal, also where votes do not weigh by it."""
+    output_layer: OutputLayer | None = None
+    """How the engine runs lm_head, where not as it was built; for the record, because it changes the samples."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -88,6 +91,8 @@ class SolveOptions:
         for name, known in (("order", get_args(Order)), ("stop_at", get_args(StopAt))):
             if getattr(self, name) not in known:
                 wrong.append(f"{name} {getattr(self, name)!r}: must be {' or '.join(known)}")
+        if self.output_layer not in (None, *get_args(OutputLayer)):
+            wrong.append(f"output layer {self.output_layer!r}: must be model or int8")
         if self.full_vote and self._stop_texts and self.stop != DEFAULT_STOP:
             wrong.append(f"stop {' '.join(self.stop)}: a full vote uses no stop rule")
         if self.full_vote and self.time_limit is not None:
