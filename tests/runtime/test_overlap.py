@@ -86,6 +86,8 @@ class _Watched(StepGraphs):
                 assert (cached, blocks) == (0, {self._on.cache.spare_block}), "a row of padding"
                 continue
             row = self.running.rows[index]
+            end = self.engine._end(row) if row.slot >= 0 else self.engine.max_total_tokens
+            assert cached + 1 < end, "beyond the positions and blocks that a row may use"
             for block in blocks:
                 owned = block in row.blocks
                 assert allocator.holders(block) == (1 if owned else 0), "the block is another row's too"
@@ -208,7 +210,8 @@ def _scripts(draw: st.DrawFn) -> list[_Part]:
         hold = draw(st.booleans())
         made = request(
             str(index), prompts[draw(st.integers(0, 2))], seed=draw(st.integers(0, 999)),
-            max_tokens=draw(st.integers(1, 26)), stop_ids=draw(st.sampled_from([(), (4,), (4, 7)])), **_KINDS[kind],
+            max_tokens=draw(st.sampled_from([1, 7, 20, 45, 45])),
+            stop_ids=draw(st.sampled_from([(), (), (4,), (4, 7)])), **_KINDS[kind],
         )  # fmt: skip
         made = dataclasses.replace(made, hold=hold, logprobs=draw(st.integers(0, 3)) == 0)
         extra = None
@@ -223,16 +226,18 @@ def _scripts(draw: st.DrawFn) -> list[_Part]:
     return parts
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
-    parts=_scripts(), trees=st.sampled_from(TREES), rows=st.integers(1, 6), blocks=st.sampled_from([20, 26, 300]),
-    kind=st.sampled_from([_WatchedEngine, _LateEngine]),
+    parts=_scripts(), trees=st.sampled_from(TREES), rows=st.sampled_from([1, 3, 6, 6]),
+    spare=st.sampled_from([0, 5, 9, 300]), kind=st.sampled_from([_WatchedEngine, _LateEngine]),
 )  # fmt: skip
 def test_tokens_and_ends_are_those_of_steps_one_by_one(
-    model: DecoderModel, head: Drafter, parts: list[_Part], trees: tuple[TreeShape | None, ...], rows: int, blocks: int,
+    model: DecoderModel, head: Drafter, parts: list[_Part], trees: tuple[TreeShape | None, ...], rows: int, spare: int,
     kind: type[TorchEngine],
 ) -> None:  # fmt: skip
     """Joins, stops, cancels, pauses, extensions, preemption, penalised rows, other trees: overlap is invisible."""
+    longest = max(len(part.request.prompt) + part.request.max_tokens + 14 for part in parts)
+    blocks = 2 + (longest + max(1 if tree is None else tree.max_nodes for tree in trees)) // 4 + spare
     with _engine(model, head, trees, kind=TorchEngine, rows=rows, kv_blocks=blocks, overlap=False) as one_by_one:
         expected = _play(one_by_one, parts)
     engine = _engine(model, head, trees, kind=kind, rows=rows, kv_blocks=blocks)
@@ -269,6 +274,22 @@ def test_all_steps_but_the_first_are_launched_ahead(
     if trees == (None,):
         assert (stats.steps, stats.row_steps, stats.peak_rows) == (90, 270, 3)
         assert plain.stats() == dataclasses.replace(stats, seconds=plain.stats().seconds)
+
+
+@pytest.mark.parametrize("trees", TREES[:3], ids=str)
+@pytest.mark.parametrize("kind", [_WatchedEngine, _LateEngine])
+def test_preemption_happens_and_changes_nothing(
+    model: DecoderModel, head: Drafter, trees: tuple[TreeShape | None, ...], kind: type[TorchEngine]
+) -> None:
+    prompts = random_prompts(5, [20] * 6, vocab=VOCAB)
+    requests = [
+        request(str(i), prompt, seed=i, max_tokens=60, stop_ids=(7,) * (i % 2)) for i, prompt in enumerate(prompts)
+    ]
+    roomy = run_all(_engine(model, head, kind=TorchEngine, overlap=False), requests)
+    tight = _engine(model, head, trees, kind=kind, kv_blocks=32)
+    assert run_all(tight, requests) == roomy
+    assert tight.stats().preemptions > 0
+    assert tight.graphs.followed > tight.stats().steps // 3
 
 
 def test_a_stop_costs_one_discarded_row_step(model: DecoderModel, head: Drafter) -> None:

@@ -215,7 +215,8 @@ class TorchEngine:
 
     @torch.inference_mode()
     def step(self) -> Sequence[StepOutput]:
-        """One decode step over all running rows, after admitting waiting ones."""
+        """One decode step over all running rows, after admitting waiting ones. These join one step later where a step
+        is in flight."""
         outputs = [StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._cancelled]
         self._cancelled.clear()
         if not self._scheduler.has_work:

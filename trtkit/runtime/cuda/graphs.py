@@ -196,7 +196,7 @@ class StepGraphs:
         key = dataclasses.replace(earlier.key, shape=shape)
         table = slice(3 * key.rows, 3 * key.rows + len(earlier.rows) * key.width)
         host.inputs[table].view(-1, key.width).numpy()[:] = self._on.cache.block_table(earlier.rows, key.width)
-        host.filled = None
+        host.filled = None  # the table may lie where they were
         launched = Launched(key=key, rows=earlier.rows, host=host, began=began)
         self._enqueue(launched, table)
         return launched
