@@ -53,6 +53,15 @@ def test_a_tiny_run_measures_what_it_names(tmp_path: Path, capsys: pytest.Captur
     assert "MISSED" in table
 
 
+def test_overlap_is_measured_beside_steps_one_by_one(tmp_path: Path) -> None:
+    document = _run(tmp_path / "bench.json", "bandwidth,fp8,overlap")
+    one, twelve, overlapped = document["points"]
+    assert [point["overlap"] for point in (one, twelve, overlapped)] == [False, False, True]
+    assert overlapped["tokens_per_step"] == 1
+    names = [goal["name"] for goal in document["goals"]]
+    assert "fp8, 12 rows: overlap, times without" in names
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_stage_runs(tmp_path: Path) -> None:
@@ -112,13 +121,14 @@ def test_goals_compare_what_was_measured() -> None:
     def point(precision: str, rows: int, speed: float, share: float, **more: Any) -> dict[str, Any]:
         return {
             "precision": precision, "rows": rows, "tree": None, "tokens_per_second": speed, "copy_fraction": share,
-            "context": 1, "kv_dtype": "model", "step_ms": 1.0, **more,
+            "context": 1, "kv_dtype": "model", "step_ms": 1.0, "overlap": False, **more,
         }  # fmt: skip
 
     document: dict[str, Any] = {
         "points": [
             point("bf16", 1, 100, 0.91), point("int4", 1, 300, 0.7), point("bf16", 12, 1000, 0.8),
-            point("fp8", 12, 1800, 0.8), point("fp8", 12, 3300, 0.8, tree="1x3", draft_vocabulary=7),
+            point("fp8", 12, 1980, 0.8, overlap=True), point("fp8", 12, 1800, 0.8),
+            point("fp8", 12, 3300, 0.8, tree="1x3", draft_vocabulary=7),
         ],
         "transformers": {"figures": [{"compiled": True, "tokens_per_second": 50.0}]}, "failures": {"long": "no memory"},
     }  # fmt: skip
@@ -128,6 +138,7 @@ def test_goals_compare_what_was_measured() -> None:
         "bf16, 1 row: share of copy bandwidth": (0.91, True),
         "int4, 1 row: share of copy bandwidth": (0.7, False),
         "fp8, 12 rows: times bf16": (1.8, True),
+        "fp8, 12 rows: overlap, times without": (1.1, True),
         "fp8 + draft head of 7 tokens, 12 rows: times bf16": (3.3, True),
         "bf16, 1 row: times transformers, compiled": (2.0, True),
     }

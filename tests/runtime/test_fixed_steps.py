@@ -142,10 +142,9 @@ def test_nothing_in_a_step_waits_for_the_device(
     for row in rows:
         row.request = dataclasses.replace(row.request, logprobs=True, sampling=SamplingParams(**sampling))  # type: ignore[arg-type]
     graphs = StepGraphs(engine._stepper, max_rows=8, max_path=5)
-    key = graphs.fill(rows, shape)
-    graphs._in.copy_(graphs._host_in)
+    key = graphs.load(rows, shape)
     with _NoWaiting() as watched:
-        graphs.step(key)
+        graphs._advance(key)
     engine._tune(3, shape)
     assert "mm.default" in watched.seen or "addmm.default" in watched.seen, "the mode saw nothing"
 
@@ -213,12 +212,15 @@ def test_sizes_are_few() -> None:
 
 @pytest.mark.gpu
 @torch.inference_mode()
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("kernels", ["0", "1"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_replay_is_the_plain_step(
-    tmp_path: Path, head: Drafter, shape: TreeShape | None, kernels: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a GPU: graphs against steps launched kernel by kernel, greedy and sampled rows, batches that change."""
+    tmp_path: Path, head: Drafter, shape: TreeShape | None, kernels: str, overlap: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On a GPU: graphs against steps launched kernel by kernel, greedy and sampled rows, batches that change, each
+    step launched after the one before was read or ahead of that."""
     monkeypatch.setenv("TRTKIT_NATIVE", kernels)
     directory = save_tiny(tmp_path, vocab_size=VOCAB)
     device = torch.device("cuda")
@@ -227,7 +229,7 @@ def test_a_replay_is_the_plain_step(
     try:
         requests = [*_requests(11), request("long", (1, 2, 3), seed=9, max_tokens=120)]
         plain = run_all(_engine(model, head, None, fixed_shapes=False), requests, arrivals_per_step=2)
-        engine = _engine(model, head, shape, fixed_shapes=True)
+        engine = _engine(model, head, shape, fixed_shapes=True, overlap=overlap)
         assert run_all(engine, requests, arrivals_per_step=2) == plain
         assert engine._graphs is not None
         assert len(engine._graphs) > 1

@@ -63,6 +63,12 @@ def test_everyone_finishes_and_every_block_comes_back(
         for row in plan.recomputes:
             row.cached = len(row.tokens) - 1
         _check_blocks(scheduler, 1)
+        free = scheduler.allocator.free
+        if data.draw(st.booleans()):
+            ahead = scheduler.look_ahead(4, 1)
+            _check_blocks(scheduler, 4 if ahead else 1)
+            assert ahead or scheduler.allocator.free == free
+            assert scheduler.running == list(plan.rows)
         for row in plan.rows:
             _advance(row)
             if row.generated >= row.request.max_tokens or data.draw(st.integers(0, 40)) == 0:

@@ -38,6 +38,8 @@ class PointPlan:
     kv_dtype: KvDtype = "model"
     shares: tuple[float, ...] = ()
     """With a head: the forced acceptance."""
+    overlap: bool = False
+    """Launch each step before the one in flight is read."""
 
     @property
     def tree(self) -> TreeShape | None:
@@ -60,7 +62,7 @@ def standing_engine(model: DecoderModel, plan: PointPlan, head: Drafter | None =
     """An engine whose rows are all at ``plan.context`` tokens."""
     limits = TorchLimits(
         rows=plan.rows, total_tokens=plan.context + plan.new_tokens, kv_blocks=plan.blocks, block_size=BLOCK_SIZE,
-        kv_dtype=plan.kv_dtype, fixed_shapes=True,
+        kv_dtype=plan.kv_dtype, fixed_shapes=True, overlap=plan.overlap,
     )  # fmt: skip
     drafting = None if head is None or plan.tree is None else Drafting(head=head, trees=(plan.tree,))
     engine = StandingEngine(model, limits, drafting)

@@ -15,8 +15,11 @@ DRAFT_OVER_BF16 = 3.2
 """The same for fp8 with a draft head."""
 
 
-def _point(points: Sequence[Mapping[str, Any]], precision: str, rows: int) -> Mapping[str, Any] | None:
-    return next((p for p in points if (p["precision"], p["rows"], p["tree"]) == (precision, rows, None)), None)
+def _point(
+    points: Sequence[Mapping[str, Any]], precision: str, rows: int, *, overlap: bool = False
+) -> Mapping[str, Any] | None:
+    wanted = (precision, rows, None, overlap)
+    return next((p for p in points if (p["precision"], p["rows"], p["tree"], p["overlap"]) == wanted), None)
 
 
 def goals(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -37,6 +40,10 @@ def goals(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             if point["tree"] is not None:
                 name = f"fp8 + draft head of {point['draft_vocabulary']} tokens, 12 rows: times bf16"
                 found.append((name, point["tokens_per_second"] / speed, DRAFT_OVER_BF16))
+    plain, overlapped = _point(points, "fp8", 12), _point(points, "fp8", 12, overlap=True)
+    if plain is not None and overlapped is not None:
+        ratio = overlapped["tokens_per_second"] / plain["tokens_per_second"]
+        found.append(("fp8, 12 rows: overlap, times without", ratio, 1.0))
     peers = document.get("transformers", {}).get("figures", [])
     one = _point(points, "bf16", 1)
     for peer in peers if one is not None else []:
@@ -53,6 +60,7 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
     for p in document["points"]:
         phases = "  ".join(f"{name} {ms:.2f}" for name, ms in p.get("phase_ms", {}).items())
         note = "  forced acceptance, not a model's" if p["tree"] is not None else ""
+        note += "  with overlap" if p["overlap"] else ""
         yield (
             f"{p['precision']:9} {p['rows']:4} {p['context']:7} {p['kv_dtype']:>5} {p['tree'] or '-':>5} "
             f"{p['tokens_per_second']:9.1f} {p['step_ms']:8.2f} {p['copy_fraction']:7.2f}  {phases}{note}"

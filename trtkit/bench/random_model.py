@@ -186,9 +186,9 @@ class StandingEngine(TorchEngine):
         runs it, host and all. With fixed shapes only."""
         on, rows, graphs = self._stepper, self._scheduler.running, self._graphs
         assert graphs is not None
+        self._discard_flight()
         shape = None if on.head is None else shape
-        key = graphs.fill(rows, shape)
-        graphs.upload(key)
+        key = graphs.load(rows, shape)
         at, sampling = graphs.inputs(key)
         contexts = on.contexts.index_select(0, at.lines)
 

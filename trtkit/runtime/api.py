@@ -131,6 +131,8 @@ class EngineStats:
     """Sum over decode steps of the rows in it; new_tokens / row_steps is the number of tokens per step."""
     drafted_row_steps: int = 0
     """Of these, the ones with a draft: an engine may choose not to draft at a large batch."""
+    discarded_row_steps: int = 0
+    """Launched ahead for rows that had ended by then, and thrown away; in none of the other counts."""
     accepted_by_depth: tuple[int, ...] = ()
     """Row-steps in which at least 1, 2, ... drafted tokens were accepted; empty without a drafter."""
     preemptions: int = 0

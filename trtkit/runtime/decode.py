@@ -43,6 +43,7 @@ __all__ = [
     "Stepper",
     "Verified",
     "accept",
+    "after",
     "decode_step",
     "draft",
     "emitted",
@@ -248,6 +249,13 @@ def decode_step(
 def emitted(path: AcceptedPath) -> Tensor:
     """What the host reads of a step: int64 (R, 1 + D), number of emitted tokens, then the tokens drawn on the path."""
     return torch.cat([path.length[:, None], path.tokens], dim=1)
+
+
+def after(at: Pending, path: AcceptedPath, pad_line: int) -> Tensor:
+    """Where a step leaves the rows: int64 (2, R), pending tokens and cached lengths, as :func:`fill_pending` has them
+    once the host has read the step. Rows on ``pad_line`` hold nothing, however often they run."""
+    last = path.tokens.gather(1, path.length[:, None] - 1)[:, 0]
+    return torch.stack([last, at.cached + path.length * (at.lines != pad_line)])
 
 
 def log_probabilities(logits: Tensor, path: AcceptedPath) -> Tensor:

@@ -54,6 +54,8 @@ class OpenOptions:
     """How to run the draft head."""
     cuda_graphs: bool = True
     """On CUDA: decode steps as graphs over padded shapes. Without, they are launched kernel by kernel."""
+    overlap: bool = True
+    """With CUDA graphs: launch a decode step before the one in flight is read. The tokens are the same either way."""
     drafter: Path | None = None
     """A draft head in place of the engine's own, or for an engine without one."""
     output_layer: OutputLayer | None = None
@@ -211,6 +213,7 @@ def _limits(
     return TorchLimits(
         rows=rows, total_tokens=total_tokens, kv_blocks=min(affordable, rows * least), block_size=_BLOCK_SIZE,
         kv_dtype=kv_dtype, fixed_shapes=None if options.cuda_graphs else False,
+        overlap=None if options.overlap else False,
     )  # fmt: skip
 
 

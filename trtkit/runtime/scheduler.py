@@ -185,6 +185,38 @@ class Scheduler:
             preempted=preempted,
         )  # fmt: skip
 
+    def look_ahead(self, tokens: int, nodes: int) -> bool:
+        """Room for ``tokens`` more in every running row, for a step that is launched before the one in flight is read.
+
+        Only free blocks are taken: nobody is preempted, admitted or dropped. False, and nothing taken, when they are
+        too few, or when a waiting row would be admitted by :meth:`schedule`: then it is that one's turn.
+        """
+        if self._waiting and self._slots and self._shortage(self._waiting[0], nodes) <= 0:
+            return False
+        if sum(self._missing(row, tokens) for row in self.running) > self.allocator.free:
+            return False
+        for row in self.running:
+            assert not self._must_copy(row), "schedule has made the block that a row writes into its own"
+            self._grow(row, tokens, [])
+        return True
+
+    def _shortage(self, row: Row, nodes: int) -> int:
+        """Blocks that lack for admitting a waiting row, after all that may be reclaimed; 0 or less: it fits."""
+        missing = self._missing_to_enter(row, nodes)
+        return missing if missing <= 0 else missing - self._reclaimable(self._outside(row), row)
+
+    def _missing_to_enter(self, row: Row, nodes: int) -> int:
+        """Free blocks that lack for admitting a waiting row."""
+        length = len(row.prefix.tokens)
+        total = blocks_for(len(row.tokens) - 1 + nodes, self.block_size)
+        if row.blocks:  # back from a rest
+            needed = max(0, total - len(row.blocks)) + (1 if self._must_copy(row) else 0)
+        else:
+            needed = total - length // self.block_size
+            needed += 0 if row.prefix.filled else blocks_for(length, self.block_size)
+        # One spare block per running row keeps a fresh row from being preempted at once.
+        return needed + len(self.running) - self.allocator.free
+
     def _admit(self, nodes: int, copies: list[tuple[int, int]]) -> tuple[tuple[Prefix, ...], tuple[Row, ...]]:
         prefills: list[Prefix] = []
         recomputes: list[Row] = []
@@ -192,14 +224,7 @@ class Scheduler:
             row = self._waiting[0]
             prefix = row.prefix
             length = len(prefix.tokens)
-            total = blocks_for(len(row.tokens) - 1 + nodes, self.block_size)
-            if row.blocks:  # back from a rest
-                needed = max(0, total - len(row.blocks)) + (1 if self._must_copy(row) else 0)
-            else:
-                needed = total - length // self.block_size
-                needed += 0 if prefix.filled else blocks_for(length, self.block_size)
-            # One spare block per running row keeps a fresh row from being preempted at once.
-            missing = needed + len(self.running) - self.allocator.free
+            missing = self._missing_to_enter(row, nodes)
             if missing > 0 and not self._reclaim(missing, keep=row):
                 break
             self._waiting.popleft()
@@ -259,7 +284,7 @@ class Scheduler:
     def _reclaim(self, missing: int, keep: Row) -> bool:
         """Free idle prefixes, then the blocks of rows outside the batch (youngest first), until ``missing`` blocks came
         back. False, and nothing freed, when there are too few; what ``keep`` needs stays."""
-        outside = [row for row in (*self._resting.values(), *self._waiting) if row.blocks and row is not keep]
+        outside = self._outside(keep)
         if self._reclaimable(outside, keep) < missing:
             return False
         wanted = self.allocator.free + missing
@@ -270,6 +295,10 @@ class Scheduler:
             self._free(row)
             self._drop_idle(wanted, keep)
         return True
+
+    def _outside(self, keep: Row) -> list[Row]:
+        """Rows outside the batch that hold blocks, but ``keep``."""
+        return [row for row in (*self._resting.values(), *self._waiting) if row.blocks and row is not keep]
 
     def _reclaimable(self, outside: Sequence[Row], keep: Row) -> int:
         """Blocks that come back when every row in ``outside`` and every prefix that is idle then is dropped."""

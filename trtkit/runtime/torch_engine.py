@@ -2,13 +2,24 @@
 
 One ``step`` is: schedule, prefill what is new, draft, verify, accept. See ``prefill.py`` and ``decode.py`` for the
 phases, ``scheduler.py`` for who runs. With a drafter the tokens are the same, only sooner.
+
+With ``overlap``, the device computes a step while the host reads and books the one before. ``step`` launches the next
+decode step first, on the tokens and lengths that the one in flight leaves on the device, then waits for the one in
+flight and returns its outputs. It launches ahead only for the very same rows, and only where no row can reach its
+length limit in the step in flight: so no launch goes beyond the positions and blocks that a row may ever use.
+
+A row that ends otherwise (stop id, cancel, pause) has one superfluous launch, whose output is discarded. Its blocks may
+be free while that launch still writes into them, but nobody gets them before it is done. Blocks change hands in
+``Scheduler.schedule``, which is called with nothing in flight, the host having waited for the device; and in
+``look_ahead``, which is called only while every row in flight is running, hence after the last launch of any row that
+has ended was read. What a superfluous launch wrote lies in free blocks, or beyond the cached length of a row that
+rests: nobody reads it before it is overwritten.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +33,8 @@ from trtkit.errors import CapacityError, RequestError
 from trtkit.runtime import decode
 from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
 from trtkit.runtime.blocks import BlockAllocator
-from trtkit.runtime.cuda.graphs import StepGraphs
+from trtkit.runtime.counters import Counters
+from trtkit.runtime.cuda.graphs import Launched, StepGraphs
 from trtkit.runtime.draft_head import prepare_head
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
@@ -35,8 +47,6 @@ from trtkit.runtime.tree_memory import recall, remember
 from trtkit.scheme import KvDtype
 
 __all__ = ["Drafting", "TorchEngine", "TorchLimits"]
-
-_PHASES = ("prefill", "draft", "verify", "accept")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +61,8 @@ class TorchLimits:
     kv_dtype: KvDtype = "model"
     fixed_shapes: bool | None = None
     """Pad decode steps to a few sizes, so that a CUDA graph can replay them; None means on CUDA."""
+    overlap: bool | None = None
+    """Launch a decode step before the one in flight is read; None means on CUDA. With fixed shapes only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,15 +109,15 @@ class TorchEngine:
         )  # fmt: skip
         fixed = model.device.type == "cuda" if limits.fixed_shapes is None else limits.fixed_shapes
         self._graphs = self._fixed_steps() if fixed else None
+        self._overlap = model.device.type == "cuda" if limits.overlap is None else limits.overlap
+        self._flight: Launched | None = None
+        self._booked = 0.0
         self._allocator = BlockAllocator(limits.kv_blocks)
         self._scheduler = Scheduler(self._allocator, block_size=limits.block_size, max_rows=limits.rows)
         self._cancelled: list[str] = []
         self._sampling: tuple[tuple[Request, ...], SamplingRows] | None = None
-        self._seconds = dict.fromkeys(_PHASES, 0.0)
-        self._steps = self._prompt_tokens = self._prefill_tokens = 0
-        self._new_tokens = self._row_steps = self._preemptions = self._peak_rows = 0
-        self._accepted = [0] * self._chooser.max_length
-        self._drafted_row_steps = 0
+        self._counters = Counters(max_length=self._chooser.max_length)
+        self._phase = self._counters.phase
 
     def _fixed_steps(self) -> StepGraphs:
         return StepGraphs(
@@ -137,7 +149,7 @@ class TorchEngine:
         """Queue a request. Raises :class:`RequestError` when it can never run."""
         self._check(request)
         self._scheduler.submit(request)
-        self._prompt_tokens += len(request.prompt)
+        self._counters.prompt_tokens += len(request.prompt)
 
     def _check(self, request: Request) -> None:
         wrong: list[str] = []
@@ -203,46 +215,91 @@ class TorchEngine:
 
     @torch.inference_mode()
     def step(self) -> Sequence[StepOutput]:
-        """One decode step over all running rows, after admitting waiting ones."""
+        """One decode step over all running rows, after admitting waiting ones. These join one step later where a step
+        is in flight."""
         outputs = [StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._cancelled]
         self._cancelled.clear()
         if not self._scheduler.has_work:
             return outputs
+        if self._flight is not None and not any(map(_runs, self._flight.rows)):
+            self._discard_flight()
+        if self._flight is not None:
+            return outputs + self._collect(self._flight)
+        rows = self._schedule()
+        shape = self._chooser.choose(len(rows))
+        if self._graphs is None or any(row.request.sampling.switch is not None for row in rows):
+            began = time.perf_counter()
+            return outputs + self._book(rows, shape, began, *self._emit(rows, shape))
+        with self._phase("verify"):
+            launched = self._graphs.launch(rows, shape)
+        return outputs + self._collect(launched)
+
+    def _schedule(self) -> Sequence[Row]:
+        """The rows of the next step, their prompts prefilled."""
+        assert self._flight is None, "blocks change hands while nothing is in flight"
         plan = self._scheduler.schedule(nodes=self._nodes)
         if not plan.rows:
             raise CapacityError("no row fits into the KV cache", hint="open the engine with a larger KV budget")
-        self._count(plan)
+        self._counters.preemptions += plan.preempted
         with self._phase("prefill"):
             self._prefill(plan)
-        return outputs + self._decode(plan.rows)
+        return plan.rows
 
-    def _decode(self, rows: Sequence[Row]) -> list[StepOutput]:
-        shape = self._chooser.choose(len(rows))
-        began = time.perf_counter()
-        lines, scores = self._emit(rows, shape)
+    def _collect(self, launched: Launched) -> list[StepOutput]:
+        """The outputs of a step in flight, after the next one has been launched where that can be."""
+        assert self._graphs is not None
+        captured = len(self._graphs)
+        with self._phase("verify"):  # one launch: its parts have no time of their own
+            ahead = self._launch_ahead(self._graphs, launched)
+            lines, scores = self._graphs.collect(launched)
+            self._flight = ahead
+        timed = len(self._graphs) == captured
+        return self._book(launched.rows, launched.key.shape, launched.began, lines, scores, timed=timed)
+
+    def _launch_ahead(self, graphs: StepGraphs, earlier: Launched) -> Launched | None:
+        """The step after ``earlier``, launched before ``earlier`` is read. None where the host must see it first: the
+        batch changes, a row may reach its limit, or blocks are short."""
+        if not (self._overlap and all(map(_runs, earlier.rows))):
+            return None
+        if any(len(row.tokens) + earlier.key.path >= self._end(row) for row in earlier.rows):
+            return None
+        reach = earlier.key.path + self._nodes
+        if not (graphs.covers(earlier, reach) and self._scheduler.look_ahead(reach, self._nodes)):
+            return None
+        return graphs.follow(earlier, self._chooser.choose(len(earlier.rows)))
+
+    def _discard_flight(self) -> None:
+        """Wait for the launch in flight and forget it. Rows that still run lose nothing: the same is drawn again."""
+        if self._flight is not None and self._graphs is not None:
+            self._graphs.collect(self._flight)
+            self._counters.discarded_row_steps += len(self._flight.rows)
+            self._flight = None
+
+    def _book(
+        self, rows: Sequence[Row], shape: TreeShape | None, began: float, lines: Sequence[Sequence[int]],
+        scores: Sequence[Sequence[float]], *, timed: bool = True,
+    ) -> list[StepOutput]:  # fmt: skip
+        """The outputs of a step that was launched at ``began``, for the rows that still run; counters, and what the
+        step took, if it was ``timed`` without disturbance."""
+        live = [(row, line, score) for row, line, score in zip(rows, lines, scores, strict=True) if _runs(row)]
         with self._phase("accept"):
-            outputs = [
-                self._advance(row, tokens[:length], score)
-                for row, (length, *tokens), score in zip(rows, lines, scores, strict=True)
-            ]
-        seconds = time.perf_counter() - began
+            outputs = [self._advance(row, tokens[:length], score) for row, (length, *tokens), score in live]
         depths = range(1, 1 + (shape.length if shape else 0))
-        accepted = [sum(length > depth for length, *_ in lines) for depth in depths]
-        self._chooser.observe(len(rows), shape, seconds=seconds, accepted=accepted)
-        self._drafted_row_steps += len(rows) if shape else 0
-        for depth, count in enumerate(accepted):
-            self._accepted[depth] += count
+        accepted = [sum(length > depth for _, (length, *_), _ in live) for depth in depths]
+        now = time.perf_counter()
+        if timed and len(live) == len(rows):
+            # Launched ahead, it began when the one before it was done.
+            self._chooser.observe(len(rows), shape, seconds=now - max(began, self._booked), accepted=accepted)
+        self._booked = now
+        self._counters.step(len(live), accepted, drafted=shape is not None)
+        self._counters.discarded_row_steps += len(rows) - len(live)
         return outputs
 
     def _emit(self, rows: Sequence[Row], shape: TreeShape | None) -> tuple[list[list[int]], list[list[float]]]:
-        """Draft, verify, accept. For each row the number of emitted tokens and the tokens drawn on its path; their
-        log-probabilities where a row asks for them."""
-        penalised = any(row.request.sampling.switch is not None for row in rows)
-        if self._graphs is not None and not penalised:
-            with self._phase("verify"):  # one launch: its parts have no time of their own
-                return self._graphs.run(rows, shape)
+        """Draft, verify, accept, one after the other. For each row the number of emitted tokens and the tokens drawn on
+        its path; their log-probabilities where a row asks for them."""
         at = decode.pending(self._stepper.cache, rows, 1 if shape is None else shape.max_nodes)
-        switch = switch_rows(rows, self._model.device) if penalised else ()
+        switch = switch_rows(rows, self._model.device)
         sampling = self._sampling_of(rows)
         path, verified = decode.decode_step(self._stepper, at, shape, sampling, switch=switch, phase=self._phase)
         with self._phase("accept"):
@@ -262,7 +319,7 @@ class TorchEngine:
         prefill(self._model, self._stepper.cache, again)
         for row in plan.recomputes:
             row.cached = len(row.tokens) - 1
-        self._prefill_tokens += sum(len(stretch.tokens) for stretch in (*fresh, *again))
+        self._counters.prefill_tokens += sum(len(stretch.tokens) for stretch in (*fresh, *again))
 
     def _sampling_of(self, rows: Sequence[Row]) -> SamplingRows:
         requests = tuple(row.request for row in rows)
@@ -280,12 +337,12 @@ class TorchEngine:
             kept += 1
             if token in row.request.stop_ids:
                 finish = FinishReason.STOP
-            elif len(row.tokens) >= min(row.limit, self._limits.total_tokens):
+            elif len(row.tokens) >= self._end(row):
                 finish = FinishReason.LENGTH
             if finish is not None:
                 break
         row.cached = len(row.tokens) - 1
-        self._new_tokens += kept
+        self._counters.new_tokens += kept
         if finish is not None and row.request.hold:
             self._scheduler.rest(row.request.id)
             row.ended = True
@@ -294,43 +351,20 @@ class TorchEngine:
         logprobs = tuple(scores[:kept]) if row.request.logprobs else ()
         return StepOutput(request_id=row.request.id, tokens=tuple(emitted[:kept]), finish=finish, logprobs=logprobs)
 
-    def _count(self, plan: Schedule) -> None:
-        self._steps += 1
-        self._row_steps += len(plan.rows)
-        self._peak_rows = max(self._peak_rows, len(plan.rows))
-        self._preemptions += plan.preempted
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """Host time of a phase. On CUDA, work still in flight is counted where the host waits for it: in accept."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[name] += time.perf_counter() - start
+    def _end(self, row: Row) -> int:
+        """Length at which a row ends."""
+        return min(row.limit, self._limits.total_tokens)
 
     def stats(self) -> EngineStats:
         """Counters so far."""
-        return EngineStats(
-            steps=self._steps,
-            prompt_tokens=self._prompt_tokens,
-            prefill_tokens=self._prefill_tokens,
-            new_tokens=self._new_tokens,
-            row_steps=self._row_steps,
-            drafted_row_steps=self._drafted_row_steps,
-            accepted_by_depth=tuple(self._accepted),
-            preemptions=self._preemptions,
-            peak_rows=self._peak_rows,
-            kv_blocks=self._allocator.total,
-            kv_blocks_free=self._allocator.free,
-            seconds=dict(self._seconds),
-        )
+        return self._counters.stats(self._allocator)
 
     def close(self) -> None:
         """Free the cache and the weights."""
         if self._memory is not None:
             remember(self._memory, self._chooser)
             self._memory = None
+        self._discard_flight()
         del self._graphs, self._stepper, self._model, self._drafting
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -342,3 +376,8 @@ class TorchEngine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _runs(row: Row) -> bool:
+    """Whether the row is in the batch. A row that left it comes back with the next schedule at the earliest."""
+    return row.slot >= 0

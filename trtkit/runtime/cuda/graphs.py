@@ -8,12 +8,19 @@ last line.
 Per step the host fills one buffer in pinned memory (pending tokens, lengths, sampling parameters, block table), which
 is copied to the device in one go; the graph leaves (lengths, tokens) in one output buffer, which is read back.
 
+The graph also writes where it left the rows into the input on the device. So the next step of the same rows can be
+launched before the host has read this one (``follow``): it needs the block table alone, which must cover whatever this
+step may still emit. Everything is enqueued on one stream, so each launch finds its predecessor's tokens, keys and
+values. The host's buffers are two of each kind: one launch may wait on the stream while another one is read.
+
 On a CPU the same buffers and shapes are run without a graph: slower than the plain step, and how the padding is tested.
 Letters: R rows (padded), N nodes, B width of the block table, D nodes of the longest path.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,11 +30,20 @@ from torch import Tensor
 from drafter.config import TreeShape
 from trtkit.log import logger
 from trtkit.runtime.api import Request
-from trtkit.runtime.decode import Pending, Stepper, decode_step, emitted, fill_pending, log_probabilities, pending_from
+from trtkit.runtime.decode import (
+    Pending,
+    Stepper,
+    after,
+    decode_step,
+    emitted,
+    fill_pending,
+    log_probabilities,
+    pending_from,
+)
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row
 
-__all__ = ["ROW_SIZES", "StepGraphs", "StepKey", "padded_rows", "padded_width"]
+__all__ = ["ROW_SIZES", "HostBuffers", "Launched", "StepGraphs", "StepKey", "padded_rows", "padded_width"]
 
 ROW_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of rows that a graph is captured for; above, multiples of 128."""
@@ -63,9 +79,41 @@ class StepKey:
         return 1 if self.shape is None else 1 + self.shape.length
 
     @property
+    def stand(self) -> int:
+        """int64 words of the input that say where the rows stand: as ``pending_from`` reads them."""
+        return self.rows * (3 + self.width)
+
+    @property
     def words(self) -> int:
         """int64 words of the input: where the rows stand, then ``_INTEGERS``, then ``_FLOATS``."""
-        return self.rows * (3 + self.width) + _sampling_words(self.rows)
+        return self.stand + _sampling_words(self.rows)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class HostBuffers:
+    """What one launch sends and gets, on the host (pinned memory on CUDA). Not to be touched while it is in flight."""
+
+    inputs: Tensor
+    """int64"""
+    out: Tensor
+    """int64"""
+    scores: Tensor
+    """float32"""
+    filled: tuple[StepKey, tuple[Request, ...]] | None = None
+    """Whose sampling parameters stand in ``inputs``."""
+    read: torch.cuda.Event | None = None
+    """Done when ``out`` and ``scores`` are there; CUDA only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Launched:
+    """A step on its way."""
+
+    key: StepKey
+    rows: tuple[Row, ...]
+    host: HostBuffers
+    began: float
+    """Seconds of ``time.perf_counter`` at its launch."""
 
 
 _INTEGERS = ("seeds", "top_k", "cold")
@@ -103,45 +151,99 @@ class StepGraphs:
         self._on_cuda = self._captures = device.type == "cuda"
         rows = padded_rows(max_rows)
         words = rows * (3 + on.cache.table_width) + _sampling_words(rows)
-        self._host_in = torch.zeros(words, dtype=torch.int64, pin_memory=self._captures)
-        self._host_out = torch.zeros(rows * (1 + max_path), dtype=torch.int64, pin_memory=self._captures)
         self._in = torch.zeros(words, dtype=torch.int64, device=device)
         self._out = torch.zeros(rows * (1 + max_path), dtype=torch.int64, device=device)
         self._scores = torch.zeros(rows * max_path, dtype=torch.float32, device=device)
+        self._free = [self._host_buffers() for _ in range(2)]
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph] = {}
         self._sampling: tuple[tuple[Request, ...], SamplingRows] | None = None
-        self._filled: tuple[StepKey, tuple[Request, ...]] | None = None
         if self._on_cuda:
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
-            self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def _host_buffers(self) -> HostBuffers:
+        inputs, out, scores = (
+            torch.zeros(like.shape, dtype=like.dtype, pin_memory=self._on_cuda)
+            for like in (self._in, self._out, self._scores)
+        )
+        event = torch.cuda.Event() if self._on_cuda else None  # type: ignore[no-untyped-call]
+        return HostBuffers(inputs=inputs, out=out, scores=scores, read=event)
 
     def __len__(self) -> int:
         """Graphs captured so far."""
         return len(self._graphs)
 
     def run(self, rows: Sequence[Row], shape: TreeShape | None) -> tuple[list[list[int]], list[list[float]]]:
-        """One decode step: each row's number of emitted tokens and the tokens drawn on its path, as ``emitted``; and
+        """One decode step, launched and read."""
+        return self.collect(self.launch(rows, shape))
+
+    def launch(self, rows: Sequence[Row], shape: TreeShape | None) -> Launched:
+        """Start a step of ``rows`` where the host has them standing."""
+        began, host = time.perf_counter(), self._free[-1]
+        key = self._fill(host, rows, shape)
+        launched = Launched(key=key, rows=tuple(rows), host=host, began=began)
+        self._enqueue(launched, slice(0, key.words))
+        return launched
+
+    def covers(self, earlier: Launched, tokens: int) -> bool:
+        """Whether a step can follow ``earlier`` that goes up to ``tokens`` slots beyond what the host knows of."""
+        return self._on.cache.blocks_for(max(row.cached for row in earlier.rows) + tokens) <= earlier.key.width
+
+    def follow(self, earlier: Launched, shape: TreeShape | None) -> Launched:
+        """Start the step after ``earlier``, the last one launched, which need not have been read: the rows go on where
+        it leaves them. Their blocks must reach as far as both can get, see ``covers``."""
+        began, host = time.perf_counter(), self._free[-1]
+        key = dataclasses.replace(earlier.key, shape=shape)
+        table = slice(3 * key.rows, 3 * key.rows + len(earlier.rows) * key.width)
+        host.inputs[table].view(-1, key.width).numpy()[:] = self._on.cache.block_table(earlier.rows, key.width)
+        host.filled = None  # the table may lie where they were
+        launched = Launched(key=key, rows=earlier.rows, host=host, began=began)
+        self._enqueue(launched, table)
+        return launched
+
+    def collect(self, launched: Launched) -> tuple[list[list[int]], list[list[float]]]:
+        """Wait for a step: each row's number of emitted tokens and the tokens drawn on its path, as ``emitted``; and
         the log-probabilities of these where a row asks for them."""
-        key = self.fill(rows, shape)
-        self.upload(key)
-        graph = self._graph(key) if self._captures else None
-        if graph is None:
-            self.step(key)
-        else:
-            graph.replay()
-        read = key.rows * (1 + key.path)
-        self._host_out[:read].copy_(self._out[:read], non_blocking=True)
-        if self._on_cuda:
-            self._read.record(torch.cuda.current_stream(self._in.device))
-            self._read.synchronize()
-        lines: list[list[int]] = self._host_out[:read].view(key.rows, -1)[: len(rows)].tolist()
-        scores: list[list[float]] = [[]] * len(rows)
+        self._wait(launched)
+        key, host, count = launched.key, launched.host, len(launched.rows)
+        lines: list[list[int]] = host.out[: key.rows * (1 + key.path)].view(key.rows, -1)[:count].tolist()
+        scores: list[list[float]] = [[]] * count
         if key.scored:
-            scores = self._scores[: key.rows * key.path].view(key.rows, -1)[: len(rows)].tolist()
+            scores = host.scores[: key.rows * key.path].view(key.rows, -1)[:count].tolist()
+        self._free.append(host)
         return lines, scores
 
-    def fill(self, rows: Sequence[Row], shape: TreeShape | None) -> StepKey:
+    def _enqueue(self, launched: Launched, words: slice) -> None:
+        """Copy these words of the host's input to the device, run the step, copy its output to the host."""
+        self._start(launched, words)
+        self._free.remove(launched.host)
+
+    def _start(self, launched: Launched, words: slice) -> None:
+        key, host = launched.key, launched.host
+        self._in[words].copy_(host.inputs[words], non_blocking=True)
+        graph = self._graph(key) if self._captures else None
+        if graph is None:
+            self._advance(key)
+        else:
+            graph.replay()
+        read, scored = key.rows * (1 + key.path), key.rows * key.path if key.scored else 0
+        host.out[:read].copy_(self._out[:read], non_blocking=True)
+        host.scores[:scored].copy_(self._scores[:scored], non_blocking=True)
+        if host.read is not None:
+            host.read.record(torch.cuda.current_stream(self._in.device))
+
+    def _wait(self, launched: Launched) -> None:
+        if launched.host.read is not None:
+            launched.host.read.synchronize()
+
+    def load(self, rows: Sequence[Row], shape: TreeShape | None) -> StepKey:
+        """Put a step's input on the device without running it."""
+        host = self._free[-1]
+        key = self._fill(host, rows, shape)
+        self._in[: key.words].copy_(host.inputs[: key.words])
+        return key
+
+    def _fill(self, host: HostBuffers, rows: Sequence[Row], shape: TreeShape | None) -> StepKey:
         """Write the step's input into the host's buffer."""
         requests = tuple(row.request for row in rows)
         if self._sampling is None or self._sampling[0] != requests:
@@ -155,40 +257,43 @@ class StepGraphs:
             rows=padded_rows(len(rows)), width=padded_width(blocks, cache.table_width), shape=shape,
             cuts=_cuts(sampling), scored=any(request.logprobs for request in requests),
         )  # fmt: skip
-        stand = key.rows * (3 + key.width)
         fill_pending(
-            self._host_in[:stand].numpy(), cache, rows, size=key.rows, width=key.width,
-            pad_line=self._on.contexts.shape[0] - 1,
-        )  # fmt: skip
-        if self._filled != (key, requests):  # the parameters stay as they are while the batch does
-            for name, view in _sampling_views(self._host_in[stand : key.words], key.rows).items():
+            host.inputs[: key.stand].numpy(), cache, rows, size=key.rows, width=key.width, pad_line=self._pad_line
+        )
+        if host.filled != (key, requests):  # the parameters stay as they are while the batch does
+            for name, view in _sampling_views(host.inputs[key.stand : key.words], key.rows).items():
                 view[: len(rows)] = getattr(sampling, name)
                 view[len(rows) :] = _PAD.get(name, 0)
-            self._filled = (key, requests)
+            host.filled = (key, requests)
         return key
 
-    def upload(self, key: StepKey) -> None:
-        """Copy what ``fill`` wrote to the device."""
-        self._in[: key.words].copy_(self._host_in[: key.words], non_blocking=True)
+    @property
+    def _pad_line(self) -> int:
+        return self._on.contexts.shape[0] - 1
 
-    def step(self, key: StepKey) -> None:
-        """The step from the input to the output buffer, both on the device. What a graph is captured of."""
+    def step(self, key: StepKey) -> Tensor:
+        """The step from the input to the output buffer, both on the device. The input stays: returns where the step
+        leaves the rows, see ``after``."""
         at, sampling = self.inputs(key)
         path, verified = decode_step(self._on, at, key.shape, sampling, fixed=True)
         if key.scored:
             scores = log_probabilities(verified.logits, path)
             self._scores[: key.rows * key.path].view(key.rows, -1).copy_(scores)
         self._out[: key.rows * (1 + key.path)].view(key.rows, -1).copy_(emitted(path))
+        return after(at, path, self._pad_line)
+
+    def _advance(self, key: StepKey) -> None:
+        """The step, and the input made that of the step after it. What a graph is captured of."""
+        self._in[: 2 * key.rows].view(2, -1).copy_(self.step(key))
 
     def inputs(self, key: StepKey) -> tuple[Pending, SamplingRows]:
         """What the step reads, as views of the input buffer on the device."""
-        stand = key.rows * (3 + key.width)
-        views = _sampling_views(self._in[stand : key.words], key.rows)
+        views = _sampling_views(self._in[key.stand : key.words], key.rows)
         sampling = SamplingRows(
             seeds=views["seeds"], temperature=views["temperature"], top_k=views["top_k"], top_p=views["top_p"],
             min_p=views["min_p"], cold=views["cold"] != 0, **dict(zip(_CUTS, key.cuts, strict=True)),
         )  # fmt: skip
-        return pending_from(self._in[:stand], key.rows, key.width), sampling
+        return pending_from(self._in[: key.stand], key.rows, key.width), sampling
 
     def _graph(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
         """The graph of ``key``, captured on the first call; None when that is not possible."""
@@ -202,7 +307,7 @@ class StepGraphs:
         return self._graphs[key]
 
     def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph:
-        """Warm up on a side stream, then record. The rows' contexts are left as they were."""
+        """Warm up on a side stream, then record. The input and the rows' contexts are left as they were."""
         logger.debug("capturing a decode step: %d rows, %d blocks, tree %s", key.rows, key.width, key.shape)
         self._prepare(key.rows, key.shape)
         contexts, current = self._on.contexts.clone(), torch.cuda.current_stream(self._in.device)
@@ -214,7 +319,7 @@ class StepGraphs:
         self._on.contexts.copy_(contexts)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
-            self.step(key)
+            self._advance(key)
         return graph
 
 
