@@ -1,4 +1,7 @@
-"""The C++ linears against the product by definition, and the order of their sums, which nothing may change."""
+"""The C++ linears against the product by definition, and the order of their sums, which nothing may change.
+
+Both kinds, on whatever CPU has the instructions: ``panels`` (AVX2 or AVX512) and ``tiles`` (AMX).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ from trtkit.quant.tensor import (
 from trtkit.runtime import linear
 from trtkit.runtime.native import loader
 from trtkit.runtime.native.linear import native_linear
+from trtkit.runtime.native.tiles import tile_linear, tiles_fit
 
+Linear = Callable[[LinearWeights], Callable[[Tensor], Tensor]]
 KINDS = ["bf16", "int8", "int8-sq", "fp8", "fp8-weights", "int4"]
 # Whole panels, part of a panel, less than one; widths of no multiple of 4; several pieces of 256; one group.
 SHAPES = [(384, 256), (130, 333), (7, 30), (66, 1100), (64, 128)]
@@ -30,6 +35,14 @@ SHAPES = [(384, 256), (130, 333), (7, 30), (66, 1100), (64, 128)]
 def _kernels() -> None:
     if not loader.load():
         pytest.skip("no compiler, or a CPU without AVX2")
+
+
+@pytest.fixture(params=[native_linear, tile_linear], ids=["panels", "tiles"])
+def linear_of(request: pytest.FixtureRequest) -> Linear:
+    made: Linear = request.param
+    if made is tile_linear and not tiles_fit(_weights("bf16", 32, 32)):
+        pytest.skip("a CPU without AMX")
+    return made
 
 
 def _weights(kind: str, out: int, width: int, *, plain: bool = False) -> LinearWeights:
@@ -60,23 +73,28 @@ def _input(rows: int, weights: LinearWeights) -> Tensor:
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_format_and_row_count_matches_the_definition(kind: str, shape: tuple[int, int], plain: bool) -> None:
+def test_every_format_and_row_count_matches_the_definition(
+    kind: str, shape: tuple[int, int], plain: bool, linear_of: Linear
+) -> None:
     weights = _weights(kind, *shape, plain=plain)
-    kernel = native_linear(weights)
-    for rows in (1, 2, 3, 4, 5, 6, 7, 20, 121):
+    kernel = linear_of(weights)
+    # Tiles of bf16 hold pre_scale * x rounded once more, to half of 2^-8 each.
+    rounded_input = linear_of is tile_linear and not plain and not kind.startswith("int8")
+    spread = 2**-7 if rounded_input else 1e-3
+    for rows in (1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 20, 32, 33, 121):
         x = _input(rows, weights)
         out, wanted = kernel(x), linear_reference(x, weights)
         assert out.dtype == torch.bfloat16
         assert out.shape == wanted.shape
         # One rounding to bf16 (half of 2^-8) and float32 sums: a hundredth of it for cancellation.
-        torch.testing.assert_close(out.float(), wanted, rtol=2**-8, atol=1e-3 * float(wanted.std()))
+        torch.testing.assert_close(out.float(), wanted, rtol=2**-8, atol=spread * float(wanted.std()))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int8-sq", "fp8", "int4"])
-def test_a_row_does_not_depend_on_its_company(kind: str) -> None:
+def test_a_row_does_not_depend_on_its_company(kind: str, linear_of: Linear) -> None:
     """Bit for bit: neither on the other rows, nor on how many there are, nor on the threads."""
     weights = _weights(kind, 2000, 640)
-    kernel = native_linear(weights)
+    kernel = linear_of(weights)
     x = _input(250, weights)
     threads = torch.get_num_threads()
     try:
@@ -84,7 +102,7 @@ def test_a_row_does_not_depend_on_its_company(kind: str) -> None:
         whole = kernel(x)
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            for rows in (1, 2, 3, 4, 5, 6, 7, 8, 11, 32, 130, 250):
+            for rows in (1, 2, 3, 4, 5, 6, 7, 8, 11, 17, 32, 130, 250):
                 for start in {0, 250 - rows, (250 - rows) // 3}:
                     assert torch.equal(kernel(x[start : start + rows]), whole[start : start + rows]), (count, rows)
     finally:
@@ -92,7 +110,7 @@ def test_a_row_does_not_depend_on_its_company(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_large_input_leaves_the_others_exact(kind: str) -> None:
+def test_a_large_input_leaves_the_others_exact(kind: str, linear_of: Linear) -> None:
     """The offset inside the packed numbers is taken off: an outlier against zero weights adds nothing visible."""
     weights = _weights(kind, 64, 256, plain=True)
     codes = weights.weight.data
@@ -100,11 +118,11 @@ def test_a_large_input_leaves_the_others_exact(kind: str) -> None:
     x = _input(3, weights)
     x[:, 17] = 1000.0
     wanted = linear_reference(x, weights)
-    torch.testing.assert_close(native_linear(weights)(x).float(), wanted, rtol=2**-8, atol=0.01 * float(wanted.std()))
+    torch.testing.assert_close(linear_of(weights)(x).float(), wanted, rtol=2**-8, atol=0.01 * float(wanted.std()))
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8-sq"])
-def test_activations_are_rounded_as_defined(kind: str) -> None:
+def test_activations_are_rounded_as_defined(kind: str, linear_of: Linear) -> None:
     """Every bf16 number but NaN, one at a time through an identity: codes, ties, subnormals and saturation."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = bits.view(torch.bfloat16)
@@ -114,18 +132,64 @@ def test_activations_are_rounded_as_defined(kind: str) -> None:
     identity = torch.eye(4)
     weight = quantize_fp8(identity) if kind == "fp8" else quantize_int8(identity, steps=127)
     weights = LinearWeights(weight=weight, input_scale=torch.tensor(0.25))
-    torch.testing.assert_close(native_linear(weights)(x), linear_reference(x, weights).bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(linear_of(weights)(x), linear_reference(x, weights).bfloat16(), rtol=0, atol=0)
 
 
-def test_a_row_that_is_not_a_number_stays_alone() -> None:
+@pytest.mark.parametrize("rows", [3, 9, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_a_number_stays_alone(value: float, rows: int, linear_of: Linear) -> None:
     weights = _weights("int8", 64, 128)
-    x = _input(9, weights)
-    clean = native_linear(weights)(x)
-    x[4, 5] = float("nan")
-    out = native_linear(weights)(x)
-    assert out[4].isnan().all()
-    others = [row for row in range(9) if row != 4]
+    x = _input(rows, weights)
+    clean = linear_of(weights)(x)
+    x[2, 5] = value
+    out = linear_of(weights)(x)
+    assert not out[2].isfinite().any()
+    others = [row for row in range(rows) if row != 2]
     assert torch.equal(out[others], clean[others])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_code_is_multiplied_exactly(kind: str, linear_of: Linear) -> None:
+    """All codes of a format, one at a time through a one: -128, e4m3's subnormal numbers, each of a byte's nibbles."""
+    wide = torch.arange(-128, 128, dtype=torch.float32).view(1, 256).expand(64, 256).contiguous()
+    if kind.startswith("fp8"):
+        bytes_ = torch.arange(256, dtype=torch.uint8)
+        bytes_[[0x7F, 0xFF]] = 0  # not a number
+        stored = QuantTensor(
+            data=bytes_.view(torch.float8_e4m3fn).expand(64, 256).contiguous(), scale=torch.tensor(0.5), format="fp8",
+            shape=(64, 256),
+        )  # fmt: skip
+    elif kind == "int4":
+        stored = quantize_int4(wide.remainder(15) - 7)
+    elif kind == "bf16":
+        stored = dense((wide / 3).bfloat16())
+    else:
+        stored = QuantTensor(data=wide.to(torch.int8), scale=torch.full((64,), 0.25), format="int8", shape=(64, 256))
+    step = torch.tensor(1.0) if kind in ("int8-sq", "fp8") else None
+    weights = LinearWeights(weight=stored, input_scale=step)
+    x = torch.eye(256).bfloat16()
+    torch.testing.assert_close(linear_of(weights)(x), linear_reference(x, weights).bfloat16(), rtol=0, atol=0)
+
+
+def test_int8_weights_meet_every_digit_of_the_input() -> None:
+    """Next to an input of 2^13 the others still count: its own weights are zero here. Two digits would fail."""
+    if not tiles_fit(_weights("bf16", 32, 32)):
+        pytest.skip("a CPU without AMX")
+    weights = _weights("int8", 64, 300, plain=True)
+    weights.weight.data[:, 100] = 0
+    for rows in (1, 4, 12, 20):
+        x = _input(rows, weights)
+        x[:, 100] = 2.0**13
+        out, wanted = tile_linear(weights)(x).double(), _exact(x, weights)
+        assert (out - wanted).abs().max() < 2**-8 * wanted.abs().max()
+        small = wanted.abs() < wanted.std() / 8
+        assert (out - wanted)[small].abs().max() < 0.01 * wanted.std()
+
+
+def _exact(x: Tensor, weights: LinearWeights) -> Tensor:
+    scale = weights.weight.scale
+    assert scale is not None
+    return x.double() @ (weights.weight.data.double() * scale.double()[:, None]).T
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -134,6 +198,7 @@ def test_it_runs_where_onednn_has_no_bf16(onednn: bool, monkeypatch: pytest.Monk
     monkeypatch.setattr(linear, "_has_onednn_bf16", lambda: onednn)
     monkeypatch.setattr(linear, "_matmul", lambda *_, **__: lambda x: x)
     monkeypatch.setattr(linear, "loaded", lambda: True)
+    monkeypatch.setattr(linear, "tiles_fit", lambda _weights: False)
     monkeypatch.setattr(linear, "native_linear", lambda weights: chosen.append(weights))
     weights = _weights("bf16", 64, 128)
     linear.runtime_linear(weights, device=torch.device("cpu"), dtype=torch.bfloat16)

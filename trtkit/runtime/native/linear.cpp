@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "activations.h"
 #include "panels.h"
 
 namespace {
@@ -29,8 +30,6 @@ constexpr int64_t PIECE = 256;        // inputs widened at once: they, x's part 
 constexpr int64_t FEW = 6;            // rows of one pass that widens the codes as it reads them
 constexpr int64_t BLOCK = 20 * ROWS;  // rows whose sums are open at once
 
-enum Rounding : int64_t { NONE = 0, TO_INT8 = 1, TO_FP8 = 2 };
-
 struct Job {
   const uint8_t* codes;
   const float *scale, *bias;  // scale (G, N padded): of the sum of a group, FACTOR included; bias (N padded) or null
@@ -39,13 +38,6 @@ struct Job {
   int64_t rows, stride;
   c10::BFloat16* y;
 };
-
-inline uint16_t rounded(float x) {  // to bf16, nearest even
-  uint32_t word;
-  std::memcpy(&word, &x, 4);
-  const uint32_t near = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16, nan = (word >> 16) | 0x40u;
-  return static_cast<uint16_t>((word & 0x7fffffffu) > 0x7f800000u ? nan : near);
-}
 
 // sums (P, R, PANEL) += x times ``chunks`` chunks of P panels that lie ``apart`` bytes apart.
 template <class F, int R, int P>
@@ -200,49 +192,12 @@ void run(const Job& job) {
 
 // ---- x --------------------------------------------------------------------------------------------------------------
 
-inline float to_fp8(float x) {  // nearest even e4m3, saturated; a NaN stays
-  x = x > 448.0f ? 448.0f : x < -448.0f ? -448.0f : x;
-  const float small = (x + 24576.0f) - 24576.0f;  // multiples of 2^-9
-  uint32_t word;
-  std::memcpy(&word, &x, 4);
-  word = (word + 0x7ffffu + ((word >> 20) & 1u)) & 0xfff00000u;
-  float large;
-  std::memcpy(&large, &word, 4);
-  return std::fabs(x) < 0.015625f ? small : x == x ? large : x;
-}
-
-inline float to_int8(float x) {
-  x = x < -128.0f ? -128.0f : x;
-  x = x > 127.0f ? 127.0f : x;
-  return (x + 12582912.0f) - 12582912.0f;
-}
-
-// A row of x as floats, multiplied by ``pre``, rounded to whole activation codes, and times ``lift``.
-void take(
-    const c10::BFloat16* x, const float* pre, Rounding rounding, float inverse, float lift, int64_t width, float* out) {
-  const uint16_t* from = reinterpret_cast<const uint16_t*>(x);
-  for (int64_t k = 0; k < width; k++) {
-    const uint32_t word = static_cast<uint32_t>(from[k]) << 16;
-    std::memcpy(out + k, &word, 4);
-  }
-  if (pre != nullptr)
-    for (int64_t k = 0; k < width; k++) out[k] *= pre[k];
-  if (rounding == TO_INT8)
-    for (int64_t k = 0; k < width; k++) out[k] = to_int8(out[k] * inverse);
-  if (rounding == TO_FP8)
-    for (int64_t k = 0; k < width; k++) out[k] = to_fp8(out[k] * inverse);
-  if (lift != 1.0f)
-    for (int64_t k = 0; k < width; k++) out[k] *= lift;
-}
-
 float total_of(const float* x, int64_t count) {  // ``count`` is a multiple of CHUNK
   float part[CHUNK] = {};
   for (int64_t k = 0; k < count; k += CHUNK)
     for (int i = 0; i < CHUNK; i++) part[i] += x[k + i];
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
-
-int64_t padded(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 // ``format``: bits per weight. codes from ``pack_linear``; scale (G, N); bias (N); pre_scale (K).
 Tensor linear(

@@ -1,0 +1,483 @@
+// The matrix product y (T, N) = x (T, K) W^T on a CPU with matrix units (AMX): bf16 and int8 tiles.
+//
+// A decode step reads every weight once and does little with it, so weights lie in memory in the order in which tiles
+// are loaded, as small as they are stored. bf16 and int8 go from memory into tiles. x meets int8 weights as integers
+// too: as codes (W8A8), or in three digits, whose sums are exact. int4 and e4m3 codes are widened to bf16 on the way, a
+// piece of a panel at a time in the first-level cache, for many rows a whole panel once. Scales multiply the sums.
+//
+// The sum of a row over K has one order, whatever the number of rows: a row's result depends on nothing else.
+//
+// Letters: T tokens, N output features, K input features, G groups of K.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <optional>
+
+#include "huge_pages.h"
+#include "tile_input.h"
+
+namespace {
+
+using at::Tensor;
+using namespace trtkit;
+constexpr int64_t PIECE = 2;     // steps of K widened at once
+constexpr int64_t AHEAD = 4096;  // bytes of a panel's weights asked for before they are needed
+
+struct Job {
+  const uint8_t* codes;
+  const float *scale, *bias;  // scale (G, N padded) of the sum of a group; bias (N padded) or null
+  int64_t out, panels, steps, group, groups;  // steps of K in all and in a group
+  const uint8_t* x;                            // tiles, as ``lay_rows`` lays them
+  const float* x_scale;                        // digits: of each row
+  int64_t rows;
+  uint16_t* y;
+};
+
+// GCC does not know that tile instructions read memory: without this it may drop the stores before them, or move them.
+inline void settle() { asm volatile("" ::: "memory"); }
+
+// The shapes of the tiles, for the life of the object: ``rows[i]`` of tile i, 64 bytes each.
+struct Configured {
+  struct alignas(64) Layout {
+    uint8_t palette = 1, start = 0, none[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  Configured(std::initializer_list<int> tiles, int64_t rows) {
+    Layout layout;
+    for (const int tile : tiles) layout.rows[tile] = static_cast<uint8_t>(rows);
+    asm volatile("ldtilecfg %0" : : "m"(layout));
+  }
+  ~Configured() { _tile_release(); }
+};
+
+inline void fetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
+}
+
+// A panel's weights as they are read; ``next``: the panel read after it.
+struct Stream {
+  const uint8_t *codes, *next;
+  int64_t bytes;  // of a panel
+  inline const uint8_t* ahead(int64_t at) const {
+    at += AHEAD;
+    return at < bytes ? codes + at : next + (at - bytes);
+  }
+};
+
+template <class F>
+inline void widen(const Stream& from, int64_t first, int64_t steps, uint8_t* room) {
+  int64_t at = first * 2 * F::BYTES;
+  for (int64_t tile = 0; tile < 2 * steps; tile++, at += F::BYTES, room += TILE) {
+    fetch(from.ahead(at), F::BYTES);
+    F::widen(from.codes + at, room);
+  }
+}
+
+#define TRTKIT_MULTIPLY(sum, a, b) \
+  if constexpr (INTEGER) _tile_dpbssd(sum, a, b); \
+  else _tile_dpbf16ps(sum, a, b)
+
+// The three shapes of a multiplication. NARROW: sums 0 to 3 are one tile row of x times two panels. SQUARE: two tile
+// rows of x times one panel. TALL: three digits of a tile row times half a panel, sums 0 to 2. No tile is loaded while the
+// multiplication before it may still read it: they are not renamed.
+
+template <bool INTEGER>
+inline void narrow_steps(
+    const uint8_t* x, const uint8_t* first, const uint8_t* second, int64_t steps, const auto& soon) {
+  for (int64_t s = 0; s < steps; s++, x += TILE, first += 2 * TILE, second += 2 * TILE) {
+    soon(s);
+    _tile_loadd(4, x, 64);
+    _tile_loadd(5, first, 64);
+    TRTKIT_MULTIPLY(0, 4, 5);
+    _tile_loadd(6, first + TILE, 64);
+    TRTKIT_MULTIPLY(1, 4, 6);
+    _tile_loadd(7, second, 64);
+    TRTKIT_MULTIPLY(2, 4, 7);
+    _tile_loadd(5, second + TILE, 64);
+    TRTKIT_MULTIPLY(3, 4, 5);
+  }
+}
+
+template <bool INTEGER>
+inline void square_steps(const uint8_t* x, int64_t apart, const uint8_t* panel, int64_t steps, const auto& soon) {
+  for (int64_t s = 0; s < steps; s++, x += TILE, panel += 2 * TILE) {
+    soon(s);
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, panel, 64);
+    TRTKIT_MULTIPLY(0, 4, 6);
+    _tile_loadd(7, panel + TILE, 64);
+    TRTKIT_MULTIPLY(1, 4, 7);
+    _tile_loadd(5, x + apart, 64);
+    TRTKIT_MULTIPLY(2, 5, 6);
+    TRTKIT_MULTIPLY(3, 5, 7);
+  }
+}
+
+inline void tall_steps(const uint8_t* x, const uint8_t* side, int64_t steps, const auto& soon) {
+  const auto step = [&]<int WEIGHTS>(int64_t s) __attribute__((always_inline)) {
+    soon(s);
+    if constexpr (WEIGHTS == 6) _tile_loadd(6, side + s * 2 * TILE, 64);
+    else _tile_loadd(7, side + s * 2 * TILE, 64);
+    _tile_loadd(3, x + s * 3 * TILE, 64);
+    if constexpr (WEIGHTS == 6) _tile_dpbssd(0, 3, 6);
+    else _tile_dpbssd(0, 3, 7);
+    _tile_loadd(4, x + s * 3 * TILE + TILE, 64);
+    if constexpr (WEIGHTS == 6) _tile_dpbssd(1, 4, 6);
+    else _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, x + s * 3 * TILE + 2 * TILE, 64);
+    if constexpr (WEIGHTS == 6) _tile_dpbssd(2, 5, 6);
+    else _tile_dpbssd(2, 5, 7);
+  };
+  int64_t s = 0;
+  for (; s + 1 < steps; s += 2) {
+    step.template operator()<6>(s);
+    step.template operator()<7>(s + 1);
+  }
+  if (s < steps) step.template operator()<6>(s);
+}
+
+inline void clear_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+inline void store_sums(uint8_t* to) {
+  _tile_stored(0, to, 64);
+  _tile_stored(1, to + TILE, 64);
+  _tile_stored(2, to + 2 * TILE, 64);
+  _tile_stored(3, to + 3 * TILE, 64);
+}
+
+// The sum of a row and 16 outputs; its digits' sums lie ``digit`` bytes apart.
+template <class F>
+inline __m512 sum_at(const uint8_t* at, int64_t digit) {
+  if constexpr (F::DIGITS > 1) {
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(at));
+    const __m512 middle = _mm512_cvtepi32_ps(_mm512_load_si512(at + digit));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(at + 2 * digit));
+    const __m512 base = _mm512_set1_ps(256.0f);
+    return _mm512_fmadd_ps(_mm512_fmadd_ps(high, base, middle), base, low);
+  } else if constexpr (F::INTEGER) {
+    return _mm512_cvtepi32_ps(_mm512_load_si512(at));
+  } else {
+    return _mm512_load_ps(at);
+  }
+}
+
+// totals (rows, PANEL) += scale * the sums at ``part``, a tile for each half of the panel.
+template <class F>
+inline void add_scaled(
+    float* totals, int64_t stride, const uint8_t* part, int64_t digit, const float* scale, const float* x_scale,
+    int64_t rows) {
+  const __m512 left = _mm512_loadu_ps(scale), right = _mm512_loadu_ps(scale + SIDE);
+  for (int64_t r = 0; r < rows; r++, totals += stride) {
+    __m512 a = sum_at<F>(part + r * 64, digit), b = sum_at<F>(part + TILE + r * 64, digit);
+    if constexpr (F::DIGITS > 1) {
+      const __m512 own = _mm512_set1_ps(x_scale[r]);
+      a = _mm512_mul_ps(a, own), b = _mm512_mul_ps(b, own);
+    }
+    _mm512_store_ps(totals, _mm512_fmadd_ps(a, left, _mm512_load_ps(totals)));
+    _mm512_store_ps(totals + SIDE, _mm512_fmadd_ps(b, right, _mm512_load_ps(totals + SIDE)));
+  }
+}
+
+inline void start(const Job& job, int64_t panel, float* totals, int64_t stride, int64_t rows) {
+  const __m512 zero = _mm512_setzero_ps();
+  const __m512 a = job.bias ? _mm512_loadu_ps(job.bias + panel * PANEL) : zero;
+  const __m512 b = job.bias ? _mm512_loadu_ps(job.bias + panel * PANEL + SIDE) : zero;
+  for (int64_t r = 0; r < rows; r++, totals += stride) _mm512_store_ps(totals, a), _mm512_store_ps(totals + SIDE, b);
+}
+
+inline void finish(const Job& job, int64_t panel, const float* totals, int64_t stride, int64_t row, int64_t rows) {
+  const int64_t from = panel * PANEL, count = std::clamp<int64_t>(job.out - from, 0, PANEL);
+  const __mmask32 inside = static_cast<__mmask32>((uint64_t{1} << count) - 1);
+  for (int64_t r = 0; r < rows; r++, totals += stride) {
+    const __m512bh line = _mm512_cvtne2ps_pbh(_mm512_load_ps(totals + SIDE), _mm512_load_ps(totals));
+    _mm512_mask_storeu_epi16(job.y + (row + r) * job.out + from, inside, reinterpret_cast<const __m512i&>(line));
+  }
+}
+
+// All steps of a panel whose weights are widened: ``fill(from, steps, room)`` writes a piece while the one before it is
+// multiplied by ``multiply(from, steps, room)``; two rooms of ``bytes`` in turns. ``fold(g)`` ends a group.
+inline void in_pieces(const Job& job, uint8_t* room, int64_t bytes, const auto& fill, const auto& multiply, const auto& fold) {
+  const int64_t piece = job.groups == 1 ? PIECE : std::min(PIECE, job.group);
+  const auto steps = [&](int64_t from) { return std::min(piece, job.steps - from); };
+  fill(0, steps(0), room);
+  for (int64_t from = 0, turn = 0; from < job.steps; from += piece, turn ^= 1) {
+    const int64_t next = from + piece;
+    if (next < job.steps) fill(next, steps(next), room + (turn ^ 1) * bytes);
+    settle();
+    multiply(from, steps(from), room + turn * bytes);
+    if (next >= job.steps || next % job.group == 0) fold(from / job.group);
+  }
+}
+
+constexpr auto nothing = [](int64_t) {};
+
+// Rows that fill one tile at the most, against two panels.
+template <class F>
+void narrow(const Job& job, int64_t pair, uint8_t* room) {
+  alignas(64) float totals[SIDE * 2 * PANEL];
+  alignas(64) uint8_t part[4 * TILE];
+  const int64_t bytes = job.steps * 2 * F::BYTES;
+  Stream streams[2];
+  for (int p = 0; p < 2; p++) {
+    const uint8_t* codes = job.codes + (2 * pair + p) * bytes;
+    streams[p] = {codes, codes + 2 * bytes, bytes};
+    start(job, 2 * pair + p, totals + p * PANEL, 2 * PANEL, job.rows);
+  }
+  const auto fold = [&](int64_t g) {
+    store_sums(part);
+    for (int p = 0; p < 2; p++)
+      add_scaled<F>(
+          totals + p * PANEL, 2 * PANEL, part + p * 2 * TILE, job.rows * 64,
+          job.scale + (g * job.panels + 2 * pair + p) * PANEL, job.x_scale, job.rows);
+    clear_sums();
+  };
+  clear_sums();
+  if constexpr (F::WIDENED) {
+    const auto fill = [&](int64_t from, int64_t steps, uint8_t* to) {
+      for (int p = 0; p < 2; p++) widen<F>(streams[p], from, steps, to + p * 2 * PIECE * TILE);
+    };
+    const auto multiply = [&](int64_t from, int64_t steps, const uint8_t* weights) {
+      narrow_steps<false>(job.x + from * TILE, weights, weights + 2 * PIECE * TILE, steps, nothing);
+    };
+    in_pieces(job, room, 4 * PIECE * TILE, fill, multiply, fold);
+  } else {
+    for (int64_t g = 0; g < job.groups; g++) {
+      const int64_t from = g * job.group * 2 * TILE;
+      const auto soon = [&](int64_t s) {
+        for (int p = 0; p < 2; p++) fetch(streams[p].ahead(from + s * 2 * TILE), 2 * TILE);
+      };
+      narrow_steps<F::INTEGER>(
+          job.x + g * job.group * TILE, streams[0].codes + from, streams[1].codes + from, job.group, soon);
+      fold(g);
+    }
+  }
+  for (int p = 0; p < 2; p++) finish(job, 2 * pair + p, totals + p * PANEL, 2 * PANEL, 0, job.rows);
+}
+
+// Up to 32 rows from ``row`` on against one panel, whose weights are in memory or, ``ready``, widened in the room.
+template <class F>
+void square(const Job& job, int64_t panel, int64_t row, uint8_t* room, bool ready) {
+  alignas(64) float totals[PANEL * PANEL];
+  alignas(64) uint8_t part[4 * TILE];
+  const int64_t rows = std::min(job.rows - row, 2 * SIDE), upper = std::min(rows, SIDE);
+  const int64_t bytes = job.steps * 2 * F::BYTES, apart = job.steps * TILE;
+  const Stream stream{job.codes + panel * bytes, job.codes + (panel + 1) * bytes, bytes};
+  const uint8_t* x = job.x + row / SIDE * apart;
+  const auto fold = [&](int64_t g) {
+    const float* scale = job.scale + (g * job.panels + panel) * PANEL;
+    store_sums(part);
+    add_scaled<F>(totals, PANEL, part, 0, scale, nullptr, upper);
+    add_scaled<F>(totals + SIDE * PANEL, PANEL, part + 2 * TILE, 0, scale, nullptr, rows - upper);
+    clear_sums();
+  };
+  start(job, panel, totals, PANEL, rows);
+  clear_sums();
+  if (F::WIDENED && !ready) {
+    if constexpr (F::WIDENED) {
+      const auto fill = [&](int64_t from, int64_t steps, uint8_t* to) { widen<F>(stream, from, steps, to); };
+      const auto multiply = [&](int64_t from, int64_t steps, const uint8_t* weights) {
+        square_steps<false>(x + from * TILE, apart, weights, steps, nothing);
+      };
+      in_pieces(job, room, 2 * PIECE * TILE, fill, multiply, fold);
+    }
+  } else {
+    for (int64_t g = 0; g < job.groups; g++) {
+      const int64_t from = g * job.group * 2 * TILE;
+      square_steps<F::INTEGER>(
+          x + g * job.group * TILE, apart, (F::WIDENED ? room : stream.codes) + from, job.group, [&](int64_t s) {
+            if (!F::WIDENED && row == 0) fetch(stream.ahead(from + s * 2 * TILE), 2 * TILE);
+          });
+      fold(g);
+    }
+  }
+  finish(job, panel, totals, PANEL, row, rows);
+}
+
+// Up to 16 rows from ``row`` on, in digits, against one panel.
+void tall(const Job& job, int64_t panel, int64_t row) {
+  alignas(64) float totals[SIDE * PANEL];
+  alignas(64) uint8_t part[6 * TILE];  // low, middle and high digits, each for both halves of the panel
+  const int64_t rows = std::min(job.rows - row, SIDE), bytes = job.steps * 2 * TILE;
+  const Stream stream{job.codes + panel * bytes, job.codes + (panel + 1) * bytes, bytes};
+  start(job, panel, totals, PANEL, rows);
+  for (int64_t side = 0; side < 2; side++) {
+    const auto soon = [&](int64_t s) {
+      if (row == 0) fetch(stream.ahead((s * 2 + side) * TILE), TILE);
+    };
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    tall_steps(job.x + row * job.steps * 3 * 64, stream.codes + side * TILE, job.steps, soon);
+    _tile_stored(0, part + side * TILE, 64);
+    _tile_stored(1, part + side * TILE + 2 * TILE, 64);
+    _tile_stored(2, part + side * TILE + 4 * TILE, 64);
+  }
+  add_scaled<Int8>(totals, PANEL, part, 2 * TILE, job.scale + panel * PANEL, job.x_scale + row, rows);
+  finish(job, panel, totals, PANEL, row, rows);
+}
+
+uint8_t* aligned(std::vector<uint8_t>& room, int64_t bytes) {
+  if (static_cast<int64_t>(room.size()) < bytes + 64) room.resize(bytes + 64);
+  return reinterpret_cast<uint8_t*>(padded(reinterpret_cast<int64_t>(room.data()), 64));
+}
+
+template <class F>
+void run(const Job& job) {
+  const int64_t work = UNIT * job.steps * F::K * job.rows, grain = std::max<int64_t>(1, 262144 / work);
+  // Two panels, of every thread's share.
+  const auto for_pairs = [&](const auto& piece) { at::parallel_for(0, job.panels / 2, grain, piece); };
+  static thread_local std::vector<uint8_t> memory;
+  if (one_tile<F>(job.rows)) {
+    for_pairs([&](int64_t from, int64_t to) {
+      const Configured tiles({0, 1, 2, 3, 4}, job.rows * F::DIGITS);
+      uint8_t* room = aligned(memory, F::WIDENED ? 8 * PIECE * TILE : 0);
+      for (int64_t pair = from; pair < to; pair++) narrow<F>(job, pair, room);
+    });
+  } else if constexpr (F::DIGITS > 1) {
+    for_pairs([&](int64_t from, int64_t to) {
+      const Configured tiles({0, 1, 2, 3, 4, 5}, std::min(job.rows, SIDE));
+      for (int64_t panel = 2 * from; panel < 2 * to; panel++)
+        for (int64_t row = 0; row < job.rows; row += SIDE) tall(job, panel, row);
+    });
+  } else {
+    const bool ready = job.rows > 2 * SIDE;
+    for_pairs([&](int64_t from, int64_t to) {
+      const Configured tiles({2, 3, 5}, ready ? SIDE : job.rows - SIDE);
+      uint8_t* room = aligned(memory, !F::WIDENED ? 0 : ready ? job.steps * 2 * TILE : 4 * PIECE * TILE);
+      for (int64_t panel = 2 * from; panel < 2 * to; panel++) {
+        if constexpr (F::WIDENED)
+          if (ready) {
+            const int64_t bytes = job.steps * 2 * F::BYTES;
+            widen<F>({job.codes + panel * bytes, job.codes + (panel + 1) * bytes, bytes}, 0, job.steps, room);
+            settle();
+          }
+        for (int64_t row = 0; row < job.rows; row += 2 * SIDE) square<F>(job, panel, row, room, ready);
+      }
+    });
+  }
+}
+
+template <class F>
+void multiply_as(Job job, Input in, uint16_t* y) {
+  job.steps = in.steps = padded(in.width, F::K) / F::K;
+  TORCH_CHECK(job.steps % job.groups == 0, "trtkit_cpu: groups of no whole tiles");
+  job.group = job.steps / job.groups;
+  // As many rows at a time as half of a second-level cache holds.
+  const int64_t row_bytes = job.steps * 64 * F::DIGITS, tokens = in.rows, out = job.out;
+  const int64_t most = std::max<int64_t>(64, (int64_t{1} << 20) / row_bytes / 32 * 32);
+  static thread_local std::vector<uint8_t> memory;
+  static thread_local std::vector<float> scales;
+  in.tiles = aligned(memory, std::max(padded(std::min(most, tokens), 2 * SIDE), SIDE) * row_bytes);
+  scales.resize(std::min(most, tokens));
+  in.scale = scales.data();
+  job.x = in.tiles, job.x_scale = in.scale;
+  const c10::BFloat16* x = in.x;
+  for (int64_t first = 0; first < tokens; first += most) {
+    job.rows = in.rows = std::min(most, tokens - first);
+    in.x = x + first * in.width, job.y = y + first * out;
+    lay_rows<F>(in);
+    settle();
+    run<F>(job);
+  }
+}
+
+enum Kind : int64_t { BF16 = 0, INT8 = 1, INT8_CODES = 2, FP8 = 3, INT4 = 4 };
+
+auto for_kind(int64_t kind, const auto& call) {
+  switch (kind) {
+    case BF16: return call(Bf16{});
+    case INT8: return call(Int8{});
+    case INT8_CODES: return call(Int8Codes{});
+    case FP8: return call(Fp8{});
+    default: TORCH_CHECK(kind == INT4, "trtkit_cpu: unknown format"); return call(Int4{});
+  }
+}
+
+// codes from ``pack_tiles``; scale (G, N padded); bias (N padded); pre_scale (K).
+Tensor linear_tiles(
+    const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& pre_scale, int64_t kind, int64_t out, int64_t rounding, double inverse) {
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kBFloat16, "trtkit_cpu: bfloat16 (T, K) only");
+  Tensor y = at::empty({x.size(0), out}, x.options());
+  Job job{};
+  job.codes = codes.data_ptr<uint8_t>();
+  job.scale = scale.data_ptr<float>();
+  job.bias = bias ? bias->data_ptr<float>() : nullptr;
+  job.out = out, job.panels = scale.size(1) / PANEL, job.groups = scale.size(0);
+  Input in{};
+  in.x = x.data_ptr<c10::BFloat16>(), in.rows = x.size(0), in.width = x.size(1);
+  in.pre = pre_scale ? pre_scale->data_ptr<float>() : nullptr;
+  in.rounding = static_cast<Rounding>(rounding), in.inverse = static_cast<float>(inverse);
+  for_kind(kind, [&](auto format) {
+    using F = decltype(format);
+    TORCH_CHECK(
+        codes.numel() == job.panels * 2 * (padded(in.width, F::K) / F::K) * F::BYTES,
+        "trtkit_cpu: codes of another shape");
+    multiply_as<F>(job, in, reinterpret_cast<uint16_t*>(y.data_ptr<c10::BFloat16>()));
+  });
+  return y;
+}
+
+// Whether this process may use the tile registers: Linux gives them on request.
+bool tiles_ready() {
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool given = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  return given;
+}
+
+// (N, K) as int16 (bits of bf16), int8 (codes of 8 or 4 bits) or uint8 (bits of e4m3) -> the tiles' bytes.
+Tensor pack_tiles(const Tensor& weight, int64_t kind) {
+  TORCH_CHECK(tiles_ready(), "trtkit_cpu: the system gives no tile registers");
+  TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2);
+  const int64_t out = weight.size(0), in = weight.size(1), sides = padded(out, UNIT) / SIDE;
+  const int64_t size = weight.element_size();
+  TORCH_CHECK(size == (kind == BF16 ? 2 : 1), "trtkit_cpu: weights of another type");
+  const uint8_t* from = static_cast<const uint8_t*>(weight.data_ptr());
+  return for_kind(kind, [&](auto format) {
+    using F = decltype(format);
+    const int64_t steps = padded(in, F::K) / F::K;
+    Tensor codes = huge_bytes(sides * steps * F::BYTES);
+    uint8_t* to = codes.data_ptr<uint8_t>();
+    at::parallel_for(0, sides, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t side = begin; side < end; side++)
+        for (int64_t s = 0; s < steps; s++) {
+          uint8_t* tile = to + ((side / 2 * steps + s) * 2 + side % 2) * F::BYTES;
+          for (int64_t n = 0; n < SIDE; n++)
+            for (int64_t k = 0; k < F::K; k++) {
+              const int64_t row = side * SIDE + n, column = s * F::K + k;
+              uint16_t word = 0;
+              if (row < out && column < in) std::memcpy(&word, from + (row * in + column) * size, size);
+              F::put(tile, k, n, word);
+            }
+        }
+    });
+    return codes;
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(trtkit_cpu, m) {
+  m.def("pack_tiles(Tensor weight, int kind) -> Tensor", pack_tiles);
+  m.def(
+      "linear_tiles(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? pre_scale, int kind, int out,"
+      " int rounding, float inverse) -> Tensor",
+      linear_tiles);
+  m.def("tiles_ready() -> bool", tiles_ready);
+}
+#else
+TORCH_LIBRARY_FRAGMENT(trtkit_cpu, m) {
+  m.def("tiles_ready() -> bool", [] { return false; });
+}
+#endif
