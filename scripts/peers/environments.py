@@ -12,8 +12,11 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from peers.machine import cpu_features
 
 __all__ = ["ENVIRONMENTS", "Environment", "InstallError", "ensure_environment", "last_words"]
 
@@ -33,13 +36,20 @@ class Environment:
     without: tuple[str, ...] = ()
     """Declared dependencies of ``head`` that are not needed: their default builds do not load beside a CPU torch."""
     note: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Set while it is installed."""
 
+
+# Built with GCC 12, llama.cpp's kernels for matrix units are killed (SIGILL) at the first product (its issue 20824).
+_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+_LLAMA_BUILD = {"CMAKE_ARGS": f"-DCMAKE_C_FLAGS='{_NO_AMX}' -DCMAKE_CXX_FLAGS='{_NO_AMX}'"}
 
 ENVIRONMENTS: dict[str, Environment] = {
     "transformers": Environment(packages=("transformers==5.24.0", "accelerate==1.14.0")),
     "llama": Environment(
         torch=False, packages=("llama-cpp-python==0.3.36", "gguf==0.19.0"),
-        note="built from its sources: needs a C++ compiler, a few minutes",
+        note="built from its sources: needs a C++ compiler, a few minutes; without AMX, whose kernels crash",
+        variables=_LLAMA_BUILD if "amx_int8" in cpu_features() else {},
     ),
     "openvino": Environment(
         head="optimum-intel==2.2.0", without=("torchvision",),
@@ -73,7 +83,10 @@ def ensure_environment(name: str, directory: Path, log: Path) -> Path:
             stream.write(f"$ {shlex.join(command)}\n")
             stream.flush()
             # Niced: a source build takes all cores, and a person may be working beside it.
-            code = subprocess.call(["nice", "-n", "5", *command], stdout=stream, stderr=subprocess.STDOUT)
+            code = subprocess.call(
+                ["nice", "-n", "5", *command], stdout=stream, stderr=subprocess.STDOUT,
+                env={**os.environ, **wanted.variables},
+            )  # fmt: skip
             if code:
                 raise InstallError(f"not installed: {last_words(log)} (see {log})")
 

@@ -139,7 +139,7 @@ def test_pointwise_is_that_of_torch(dtype: torch.dtype, tokens: int) -> None:
 
 
 @pytest.mark.usefixtures("native")
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(1, 5),
@@ -147,14 +147,15 @@ def test_pointwise_is_that_of_torch(dtype: torch.dtype, tokens: int) -> None:
     longest=st.sampled_from([0, 3, 16, 255, 256, 300]),
     dtype=st.sampled_from(list(TOLERANCE)),
     group=st.sampled_from([1, 3, 7]),
+    dim=st.sampled_from([32, 64, 96, 128]),
 )
 def test_attention_is_that_of_torch(
-    seed: int, rows: int, nodes: int, longest: int, dtype: torch.dtype, group: int
+    seed: int, rows: int, nodes: int, longest: int, dtype: torch.dtype, group: int, dim: int
 ) -> None:
     """Rows of several lengths, blocks in any order, random trees, what the kernel must not read filled with noise."""
     torch.manual_seed(seed)
-    heads, dim, size = 2, 64, 16
-    spec = dataclasses.replace(SPEC, heads=2 * group)
+    heads, size = 2, 16
+    spec = dataclasses.replace(SPEC, heads=2 * group, head_dim=dim)
     width = -(-(longest + nodes) // size)
     cached = torch.randint(0, longest + 1, (rows,))
     table = torch.randperm(rows * width + 3)[: rows * width].view(rows, width)
@@ -180,7 +181,7 @@ def test_attention_is_that_of_torch(
         results.append(attend_verify(cache, 0, batch, q, k, v))
         pools.append(cache.pools(0))
     assert all(torch.equal(a, b) for a, b in zip(*pools, strict=True)), "the same keys and values are written"
-    close = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 4e-2}
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 4e-2}
     torch.testing.assert_close(results[1], results[0], **close)
 
 

@@ -1,66 +1,12 @@
 // Attention over the block table, without a copy of the cache.
-#include "vectors.h"
+#include <optional>
+#include <type_traits>
 
-#include <cmath>
-#include <vector>
+#include "attention_tiles.h"
 
 namespace {
 
-constexpr int64_t TILE = 256;              // slots between two updates of the running maximum
 constexpr int64_t MOST = W == 16 ? 8 : 6;  // queries whose sums fit into the registers
-
-// exp for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (the Cephes coefficients), within 2 units in the last place;
-// 0 below -87.
-inline vec exp_below_zero(vec x) {
-  const auto dead = x < all(-87.0f);
-  x = dead ? all(0.0f) : x;
-  const ivec n = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);  // truncation towards 0: x <= 0 rounds to nearest
-  const vec f = __builtin_convertvector(n, vec);
-  const vec r = (x - f * 0.693359375f) - f * -2.12194440e-4f;
-  vec p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return dead ? all(0.0f) : p * (vec)((n + 127) << 23);
-}
-
-struct Shape {
-  int64_t nodes, group, kv_heads, dim, block, blocks_per_row, token_stride;
-};
-
-// a0 b0 a1 b1 ...: the first halves of two rows merged, and the second ones.
-#ifdef __AVX512F__
-inline vec merge_first(vec a, vec b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-inline vec merge_second(vec a, vec b) {
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
-#else
-inline vec merge_first(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-inline vec merge_second(vec a, vec b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
-#endif
-
-// W keys of one block as D rows of W floats: a query then needs one multiply-add for each of its numbers.
-template <typename E>
-inline void transpose(const E* keys, int64_t dim, float* out) {
-  for (int64_t d = 0; d < dim; d += W) {
-    vec rows[W], next[W];
-    for (int i = 0; i < W; i++) rows[i] = load(keys + i * dim + d);
-    // log2(W) rounds of merging row i with row i + W / 2; after them row i holds column i.
-    for (int64_t round = 1; round < W; round *= 2) {
-      for (int i = 0; i < W / 2; i++) {
-        next[2 * i] = merge_first(rows[i], rows[i + W / 2]);
-        next[2 * i + 1] = merge_second(rows[i], rows[i + W / 2]);
-      }
-      for (int i = 0; i < W; i++) rows[i] = next[i];
-    }
-    for (int i = 0; i < W; i++) store(out + (d + i) * W, rows[i]);
-  }
-}
 
 // Scores of P queries against W keys. Each query has two sums, whatever P is: a single chain of additions would wait for
 // itself, and its order must not depend on the company.
@@ -111,51 +57,25 @@ inline void blend(const float* weights, const float* values, int64_t dim, float*
   for (; d < dim; d += W) blend_part<1>(weights, values + d, dim, result + d);
 }
 
-template <typename E>
-struct Work {
-  const E *keys, *values;     // one KV head: blocks x block x D
-  const int64_t* table;       // the row's blocks
-  const bool* hidden;         // N x S of the row
-  int64_t slots, length;      // width of ``hidden``; slots that some node sees
-};
-
 // Queries (group, nodes, D), scaled, of one row and KV head -> result of the same shape.
 template <typename E>
 void attend_head(const Work<E>& work, const Shape& shape, const float* queries, float* result, std::vector<float>& room) {
   const int64_t count = shape.group * shape.nodes, dim = shape.dim;
-  room.resize(count * (TILE + 2) + dim * W);
-  float *scores = room.data(), *top = scores + count * TILE, *mass = top + count, *turned = mass + count;  // later: the values
+  room.resize(count * (SPAN + 2) + dim * W);
+  float *scores = room.data(), *top = scores + count * SPAN, *mass = top + count, *turned = mass + count;  // later: the values
   std::fill(result, result + count * dim, 0.0f);
   std::fill(top, top + count, LOWEST);
   std::fill(mass, mass + count, 0.0f);
-  for (int64_t start = 0; start < work.length; start += TILE) {
-    const int64_t end = std::min(start + TILE, work.length), whole = (end - start + W - 1) / W * W;
+  for (int64_t start = 0; start < work.length; start += SPAN) {
+    const int64_t end = std::min(start + SPAN, work.length), whole = (end - start + W - 1) / W * W;
     for (int64_t slot = start; slot < end; slot += W) {
       const int64_t block = work.table[slot / shape.block], offset = slot % shape.block;
       transpose(work.keys + (block * shape.block + offset) * dim, dim, turned);
-      score(queries, turned, count, dim, scores + (slot - start), TILE);
+      score(queries, turned, count, dim, scores + (slot - start), SPAN);
     }
     for (int64_t q = 0; q < count; q++) {
-      float* line = scores + q * TILE;
       const bool* dark = work.hidden + (q % shape.nodes) * work.slots + start;
-      for (int64_t s = 0; s < end - start; s++) line[s] = dark[s] ? LOWEST : line[s];
-      for (int64_t s = end - start; s < whole; s++) line[s] = LOWEST;
-      vec peak = all(top[q]);
-      for (int64_t s = 0; s < whole; s += W) peak = larger(load(line + s), peak);
-      const float best = largest(peak);
-      if (best == LOWEST) {  // nothing seen yet
-        std::fill(line, line + whole, 0.0f);
-        continue;
-      }
-      const float keep = top[q] == LOWEST ? 0.0f : std::exp(top[q] - best);
-      vec added{};
-      for (int64_t s = 0; s < whole; s += W) {
-        const vec weight = exp_below_zero(load(line + s) - best);
-        store(line + s, weight);
-        added += weight;
-      }
-      top[q] = best;
-      mass[q] = mass[q] * keep + sum(added);
+      const float keep = weigh(scores + q * SPAN, dark, end - start, whole, top + q, mass + q);
       if (keep != 1.0f) {
         for (int64_t d = 0; d < dim; d++) result[q * dim + d] *= keep;
       }
@@ -164,7 +84,7 @@ void attend_head(const Work<E>& work, const Shape& shape, const float* queries, 
       const int64_t block = work.table[slot / shape.block], offset = slot % shape.block;
       const E* values = work.values + (block * shape.block + offset) * dim;
       for (int64_t i = 0; i < dim * W; i += W) store(turned + i, load(values + i));
-      for (int64_t q = 0; q < count; q++) blend(scores + q * TILE + (slot - start), turned, dim, result + q * dim);
+      for (int64_t q = 0; q < count; q++) blend(scores + q * SPAN + (slot - start), turned, dim, result + q * dim);
     }
   }
   for (int64_t q = 0; q < count; q++) {
@@ -172,6 +92,29 @@ void attend_head(const Work<E>& work, const Shape& shape, const float* queries, 
     for (int64_t d = 0; d < dim; d++) result[q * dim + d] *= scale;
   }
 }
+
+// The matrix units, where they fit: ``run`` says whether it has done the work.
+struct Tiles {
+#ifdef TRTKIT_TILES
+  std::optional<trtkit::Configured> shapes;
+  std::vector<const bf16*> queries;
+  TileRoom room;
+  Tiles(const Shape& shape, bool fits) {
+    if (fits && tiles_attend(shape)) shapes.emplace(std::initializer_list<int>{}, SIDE);
+  }
+  bool run(const Work<bf16>& work, const Shape& shape, const auto& source, float scale, float* result) {
+    if (!shapes) return false;
+    queries.clear();
+    for (int64_t g = 0; g < shape.group; g++)
+      for (int64_t n = 0; n < shape.nodes; n++) queries.push_back(source(g, n));
+    attend_head_tiles(work, shape, queries.data(), scale, result, room);
+    return true;
+  }
+#else
+  Tiles(const Shape&, bool) {}
+#endif
+  bool run(const auto&...) { return false; }
+};
 
 inline int64_t seen(const bool* hidden, int64_t nodes, int64_t slots) {
   int64_t length = 0;
@@ -209,26 +152,32 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
     at::parallel_for(0, rows * kv_heads, piece, [&](int64_t from, int64_t to) {
       std::vector<float> room, work(2 * group * nodes * dim);
       float *queries = work.data(), *result = queries + group * nodes * dim;
+      [[maybe_unused]] Tiles tiles(shape, std::is_same_v<E, bf16>);
       for (int64_t task = from; task < to; task++) {
         const int64_t row = task / kv_heads, head = task % kv_heads, plane = head * blocks * block * dim;
         for (int64_t n = 0; n < nodes; n++) {
           const int64_t token = row * nodes + n, at = plane + place[token] * dim;
           std::memcpy(pool_k + at, fresh_k + token * k.stride(0) + head * dim, dim * sizeof(E));
           std::memcpy(pool_v + at, fresh_v + token * v.stride(0) + head * dim, dim * sizeof(E));
-          for (int64_t g = 0; g < group; g++) {
-            const E* source = query + token * q.stride(0) + (head * group + g) * dim;
-            for (int64_t d = 0; d < dim; d += W) store(queries + (g * nodes + n) * dim + d, load(source + d) * scale);
-          }
         }
         const bool* mine = dark + row * nodes * width;
         const Work<E> job{pool_k + plane, pool_v + plane, listed + row * shape.blocks_per_row, mine,
                           width, seen(mine, nodes, width)};
-        attend_head(job, shape, queries, result, room);
+        const auto source = [&](int64_t g, int64_t n) {
+          return query + (row * nodes + n) * q.stride(0) + (head * group + g) * dim;
+        };
+        if (!tiles.run(job, shape, source, scale, result)) {
+          for (int64_t g = 0; g < group; g++)
+            for (int64_t n = 0; n < nodes; n++)
+              for (int64_t d = 0; d < dim; d += W)
+                store(queries + (g * nodes + n) * dim + d, load(source(g, n) + d) * scale);
+          attend_head(job, shape, queries, result, room);
+        }
         for (int64_t n = 0; n < nodes; n++) {
           for (int64_t g = 0; g < group; g++) {
             E* target = y + (row * nodes + n) * heads * dim + (head * group + g) * dim;
-            const float* source = result + (g * nodes + n) * dim;
-            for (int64_t d = 0; d < dim; d += W) store(target + d, load(source + d));
+            const float* sums = result + (g * nodes + n) * dim;
+            for (int64_t d = 0; d < dim; d += W) store(target + d, load(sums + d));
           }
         }
       }

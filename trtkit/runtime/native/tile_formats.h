@@ -5,17 +5,14 @@
 // INTEGER: tiles and sums are integers. DIGITS: tiles that a row of x fills. ``put`` writes one weight into a tile.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
 #include <cstring>
+
+#include "tile_registers.h"
 
 namespace trtkit {
 
-constexpr int64_t TILE = 1024;
-constexpr int64_t SIDE = 16;          // outputs, or rows of x, of a tile
-constexpr int64_t PANEL = 2 * SIDE;   // outputs whose tiles take turns in memory
-constexpr int64_t UNIT = 2 * PANEL;   // N is padded to a multiple
+constexpr int64_t PANEL = 2 * SIDE;  // outputs whose tiles take turns in memory
+constexpr int64_t UNIT = 2 * PANEL;  // N is padded to a multiple
 
 struct Bf16 {
   static constexpr int64_t K = 32, BYTES = TILE;

@@ -13,10 +13,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "tile_registers.h"
 
+#ifdef TRTKIT_TILES
 #include <optional>
 
 #include "huge_pages.h"
@@ -38,28 +37,6 @@ struct Job {
   int64_t rows;
   uint16_t* y;
 };
-
-// GCC does not know that tile instructions read memory: without this it may drop the stores before them, or move them.
-inline void settle() { asm volatile("" ::: "memory"); }
-
-// The shapes of the tiles, for the life of the object: ``rows[i]`` of tile i, 64 bytes each.
-struct Configured {
-  struct alignas(64) Layout {
-    uint8_t palette = 1, start = 0, none[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
-  Configured(std::initializer_list<int> tiles, int64_t rows) {
-    Layout layout;
-    for (const int tile : tiles) layout.rows[tile] = static_cast<uint8_t>(rows);
-    asm volatile("ldtilecfg %0" : : "m"(layout));
-  }
-  ~Configured() { _tile_release(); }
-};
-
-inline void fetch(const uint8_t* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
-}
 
 // A panel's weights as they are read; ``next``: the panel read after it.
 struct Stream {
@@ -427,13 +404,6 @@ Tensor linear_tiles(
     multiply_as<F>(job, in, reinterpret_cast<uint16_t*>(y.data_ptr<c10::BFloat16>()));
   });
   return y;
-}
-
-// Whether this process may use the tile registers: Linux gives them on request.
-bool tiles_ready() {
-  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool given = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-  return given;
 }
 
 // (N, K) as int16 (bits of bf16), int8 (codes of 8 or 4 bits) or uint8 (bits of e4m3) -> the tiles' bytes.

@@ -1,0 +1,49 @@
+// The tile registers of a CPU with matrix units (AMX): asking for them, their shapes, and what GCC does not know.
+#pragma once
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__)
+#define TRTKIT_TILES
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+namespace trtkit {
+
+constexpr int64_t TILE = 1024;  // bytes: 16 rows of 64
+constexpr int64_t SIDE = 16;    // rows
+
+// Whether this process may use them: Linux gives them on request.
+inline bool tiles_ready() {
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool given = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  return given;
+}
+
+// Tiles of 16 rows of 64 bytes, but for those named, which have ``rows``; for the life of the object.
+struct Configured {
+  struct alignas(64) Layout {
+    uint8_t palette = 1, start = 0, none[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  Configured(std::initializer_list<int> tiles, int64_t rows) {
+    Layout layout;
+    for (const int tile : tiles) layout.rows[tile] = static_cast<uint8_t>(rows);
+    asm volatile("ldtilecfg %0" : : "m"(layout));
+  }
+  ~Configured() { _tile_release(); }
+  Configured(const Configured&) = delete;
+};
+
+// GCC does not know that tile instructions read memory: without this it may drop the stores before them, or move them.
+inline void settle() { asm volatile("" ::: "memory"); }
+
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(static_cast<const char*>(from) + at, _MM_HINT_T0);
+}
+
+}  // namespace trtkit
+#endif
