@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peers.machine import cpu_features
-
 __all__ = ["ENVIRONMENTS", "Environment", "InstallError", "ensure_environment", "last_words"]
 
 DEFAULT_TORCH = "torch==2.13.0"
@@ -40,16 +38,14 @@ class Environment:
     """Set while it is installed."""
 
 
-# Built with GCC 12, llama.cpp's kernels for matrix units are killed (SIGILL) at the first product (its issue 20824).
-_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-_LLAMA_BUILD = {"CMAKE_ARGS": f"-DCMAKE_C_FLAGS='{_NO_AMX}' -DCMAKE_CXX_FLAGS='{_NO_AMX}'"}
+_INCLUDE = f"-include {Path(__file__).with_name('tile_config.h')}"
+_LLAMA_BUILD = {"CMAKE_ARGS": f"-DCMAKE_C_FLAGS='{_INCLUDE}' -DCMAKE_CXX_FLAGS='{_INCLUDE}'"}
 
 ENVIRONMENTS: dict[str, Environment] = {
     "transformers": Environment(packages=("transformers==5.24.0", "accelerate==1.14.0")),
     "llama": Environment(
         torch=False, packages=("llama-cpp-python==0.3.36", "gguf==0.19.0"),
-        note="built from its sources: needs a C++ compiler, a few minutes; without AMX, whose kernels crash",
-        variables=_LLAMA_BUILD if "amx_int8" in cpu_features() else {},
+        note="built from its sources: needs a C++ compiler, a few minutes", variables=_LLAMA_BUILD,
     ),
     "openvino": Environment(
         head="optimum-intel==2.2.0", without=("torchvision",),
@@ -73,7 +69,7 @@ def ensure_environment(name: str, directory: Path, log: Path) -> Path:
     """
     wanted, torch = ENVIRONMENTS[name], os.environ.get("TRTKIT_TORCH", DEFAULT_TORCH)
     python, stamp = directory / "bin" / "python", directory / _STAMP
-    digest = hashlib.sha256(f"{wanted} {torch}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{wanted.packages} {wanted.head} {wanted.without} {torch}".encode()).hexdigest()
     if python.is_file() and stamp.is_file() and stamp.read_text().strip() == digest:
         return python
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ its codes are expanded once at load (e4m3 values are exact in bf16).
 CUDA, bfloat16: ``cuda/linear.py``.
 Everything else (float32, no compiler, odd shapes on CUDA) multiplies expanded codes: the same numbers, plainly.
 
-``linear_reference`` in ``quant/tensor.py`` is the definition that each kernel is tested against.
+``linear_reference`` in ``quant/tensor.py`` is the definition that each kernel is tested against; ``docs/cpu.md`` explains.
 Letters: T tokens, N output features, K input features.
 """
 
