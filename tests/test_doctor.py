@@ -3,10 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from trtkit import doctor
 from trtkit.errors import ConfigError
 from trtkit.gpu import profile_named
+from trtkit.runtime.native import loader
 from trtkit.scheme import scheme_named
 
 
@@ -47,6 +49,33 @@ def test_a_missing_or_old_torch_is_a_failure(
     versions(monkeypatch, torch=version)
     assert found(tmp_path, "torch").status == "fail"
     assert not doctor.examine(tmp_path).healthy
+
+
+def test_a_cpu_without_a_compiler_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "detect", lambda: profile_named("cpu"))
+    monkeypatch.delenv(loader.SWITCH, raising=False)
+    monkeypatch.setattr(loader, "compiler_path", lambda: None)
+    check = found(tmp_path, "kernels")
+    assert check.status == "warn"
+    assert "g++" in check.hint
+
+
+@pytest.mark.parametrize(
+    ("flags", "vectors", "said"),
+    [("amx_tile amx_bf16 amx_int8 avx512_bf16", "AVX512", "AMX"), ("avx512f", "AVX512", "oneDNN"),
+     ("avx2", "AVX2", "AVX2"), ("sse2", "DEFAULT", "plain torch")],
+)  # fmt: skip
+def test_which_kernels_a_cpu_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, vectors: str, said: str
+) -> None:
+    monkeypatch.setattr(doctor, "detect", lambda: profile_named("cpu"))
+    monkeypatch.delenv(loader.SWITCH, raising=False)
+    monkeypatch.setattr(loader, "compiler_path", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(loader, "_cpu_flags", lambda: set(flags.split()))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    check = found(tmp_path, "kernels")
+    assert check.status == "ok"
+    assert said in check.detail
 
 
 def test_a_missing_practice_checkpoint_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,8 @@ def examine(directory: Path) -> Diagnosis:
     checks = (
         _python_check(), *(_package_check(name, least) for name, least in _LEAST.items()),
         _optional_check("nvidia-modelopt", "for --calibrator modelopt: pip install 'trtkit[modelopt]'"),
-        _tensorrt_check(gpu), device, _threads_check(), _disk_check(directory), _practice_check(),
+        _tensorrt_check(gpu), device, *_kernels_checks(gpu), _threads_check(), _disk_check(directory),
+        _practice_check(),
     )  # fmt: skip
     return Diagnosis(checks=checks, precisions=tuple(precision_support(s, gpu) for s in SCHEMES.values()))
 
@@ -150,6 +151,30 @@ def _device_check() -> tuple[Check, GpuProfile | None]:
         return Check(name="device", status="ok", detail=f"{gpu.title}, {memory}; no CUDA GPU"), gpu
     detail = f"{gpu.title}, {memory} each, compute capability {capability_text(gpu.capability)}"
     return Check(name="device", status="ok", detail=detail), gpu
+
+
+def _kernels_checks(gpu: GpuProfile | None) -> tuple[Check, ...]:
+    """What a CPU engine runs on; nothing to say on a GPU."""
+    if gpu is None or not gpu.is_cpu:
+        return ()
+    from trtkit.runtime.native import loader
+
+    detail, switch = loader.kernels_here(), os.environ.get(loader.SWITCH, "")
+    if switch == "0":
+        return (
+            Check(
+                name="kernels", status="warn", detail=f"turned off by {loader.SWITCH}=0: plain torch",
+                hint="unset it: decoding is several times as fast with them",
+            ),
+        )  # fmt: skip
+    if detail is None and loader.compiler_path() is None:
+        return (
+            Check(
+                name="kernels", status="warn", detail="no C++ compiler: plain torch",
+                hint="install g++: decoding is several times as fast with compiled kernels",
+            ),
+        )  # fmt: skip
+    return (Check(name="kernels", status="ok", detail=detail or "plain torch: the CPU has no AVX2"),)
 
 
 def _threads_check() -> Check:

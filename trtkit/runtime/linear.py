@@ -1,14 +1,15 @@
 """The matrix product against a stored weight, by the best kernel measured for the device and the row count.
 
 CPU, bfloat16: our own C++ kernels (``native/``) with matrix units (AMX), and without any bf16 instructions (AVX2),
-where torch falls back to slow loops. In between (AVX512 with bf16), and without a compiler, oneDNN: prepacked bf16
+where torch falls back to slow loops. In between (AVX512), and without a compiler, oneDNN: prepacked bf16
 weights for any row count; int8 and int4 read their packed codes while there are few rows (a decode step of a few
 sequences is bound by weight traffic) and expanded ones above; W8A8 runs oneDNN's int8 product; fp8 has no kernel there,
 its codes are expanded once at load (e4m3 values are exact in bf16).
 CUDA, bfloat16: ``cuda/linear.py``.
 Everything else (float32, no compiler, odd shapes on CUDA) multiplies expanded codes: the same numbers, plainly.
 
-``linear_reference`` in ``quant/tensor.py`` is the definition that each kernel is tested against; ``docs/cpu.md`` explains.
+``linear_reference`` in ``quant/tensor.py`` is the definition that each kernel is tested against; see
+``docs/cpu.md`` for the CPU.
 Letters: T tokens, N output features, K input features.
 """
 

@@ -94,17 +94,20 @@ def draw_tokens(
 
 
 DRAFT_ROWS = 8
-"""Up to here one pass per row beats the library's products in the draft head."""
+"""Up to here one pass per few rows beats the kernels of whole products in a small draft head."""
+DRAFT_WEIGHTS = 2_000_000
+"""Up to here a head is small: one thread reads its weights sooner than two find together seven times per position."""
 
 
 def draft_chain(head: Drafter, table: Tensor) -> Callable[[Tensor, Tensor, int], Tensor] | None:
     """One-beam search of a recurrent head in one call: (context (R, H), tokens (R,), length) -> int64 (R, L).
 
-    ``table`` (V, H) holds the target's embeddings. None where the kernel does not fit. It sums in float32 throughout,
-    so a near-tie may be drafted differently, which the emitted tokens do not notice.
+    ``table`` (V, H) holds the target's embeddings. None where the kernel does not fit or the head is large. It sums in
+    float32 throughout, so a near-tie may be drafted differently, which the emitted tokens do not notice.
     """
     config = head.config
     fits = config.hidden_size % 16 == 0 and config.exit_dim % 16 == 0
+    fits &= sum(weight.numel() for weight in head.parameters()) <= DRAFT_WEIGHTS
     if not loaded() or head.rnn_w is None or head.rnn_u is None or not fits:
         return None
     blocks = [block for block in head.blocks if isinstance(block, nn.Linear)]

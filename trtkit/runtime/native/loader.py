@@ -21,7 +21,16 @@ import torch
 
 from trtkit.log import logger
 
-__all__ = ["COMPILE_SECONDS", "SWITCH", "WORTHWHILE_PARAMETERS", "compiler_path", "library_path", "load", "wanted"]
+__all__ = [
+    "COMPILE_SECONDS",
+    "SWITCH",
+    "WORTHWHILE_PARAMETERS",
+    "compiler_path",
+    "kernels_here",
+    "library_path",
+    "load",
+    "wanted",
+]
 
 SWITCH = "TRTKIT_NATIVE"
 """Environment variable: 0 never compiles or loads, 1 does so for the smallest model."""
@@ -41,6 +50,8 @@ _FLAGS = (
 _OF_ONE_SOURCE = {"sampling.cpp": ("-ffp-contract=off",)}
 _LINK = ("-lc10", "-ltorch_cpu")
 _TIMEOUT_SECONDS = 600
+_MATRIX_UNITS = {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16"}
+"""What ``tile_registers.h`` asks for."""
 
 
 def wanted(parameters: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -79,6 +90,16 @@ def library_path() -> Path:
     return root / name / f"{name}.so"
 
 
+def kernels_here() -> str | None:
+    """In words, what bfloat16 engines run on this CPU, without compiling it; None where that is plain torch."""
+    flags, vectors = _cpu_flags(), torch.backends.cpu.get_cpu_capability()
+    if compiler_path() is None or vectors not in ("AVX2", "AVX512"):
+        return None
+    if flags >= _MATRIX_UNITS:
+        return "C++ kernels on matrix units (AMX)"
+    return "C++ kernels, products by oneDNN" if vectors == "AVX512" else "C++ kernels (AVX2)"
+
+
 def _sources() -> list[Path]:
     return sorted(_FOLDER.glob("*.cpp"))
 
@@ -95,11 +116,19 @@ def _library() -> Path:
 
 def _cpu() -> str:
     """What ``-march=native`` looks at: a home directory may serve several machines."""
+    return "\n".join(sorted(_cpu_lines())) or platform.platform()
+
+
+def _cpu_flags() -> set[str]:
+    return {word for line in _cpu_lines() if line.startswith("flags") for word in line.split()}
+
+
+def _cpu_lines() -> set[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.platform()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+        return set()
+    return {line for line in lines if line.startswith(("model name", "flags"))}
 
 
 def _compile(compiler: str, target: Path) -> None:
