@@ -19,14 +19,14 @@ __all__ = ["tile_linear", "tiles_fit"]
 _BF16, _INT8, _INT8_DIRECT, _FP8, _INT4 = range(5)
 _AS_IS, _TO_INT8, _TO_FP8 = range(3)
 """What x is rounded to first. Both lists are the numbers of the C++ sources."""
-_STEP = 32
-"""Inputs of a tile: no tile may hold two groups."""
+_PIECE = 64
+"""Inputs widened at once: a group is a multiple."""
 
 
 def tiles_fit(weights: LinearWeights) -> bool:
-    """Whether this process may use tiles, and the weights' groups are whole tiles. The kernels must be loaded."""
+    """Whether this process may use tiles, and the weights' groups are whole pieces. The kernels must be loaded."""
     weight = weights.weight
-    whole = weight.format != "int4" or weight.scale is None or weight.shape[1] % (_STEP * weight.scale.shape[1]) == 0
+    whole = weight.format != "int4" or weight.scale is None or weight.shape[1] % (_PIECE * weight.scale.shape[1]) == 0
     return bool(torch.ops.trtkit_cpu.tiles_ready()) and whole
 
 
