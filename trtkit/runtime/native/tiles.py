@@ -21,11 +21,15 @@ _AS_IS, _TO_INT8, _TO_FP8 = range(3)
 """What x is rounded to first. Both lists are the numbers of the C++ sources."""
 _PIECE = 64
 """Inputs widened at once: a group is a multiple."""
+_MOST_INPUTS = 2**17 - 1
+"""Of an int8 product: 2^14 times as much is the largest sum that int32 holds."""
 
 
 def tiles_fit(weights: LinearWeights) -> bool:
     """Whether this process may use tiles, and the weights' groups are whole pieces. The kernels must be loaded."""
     weight = weights.weight
+    if weight.format == "int8" and weight.shape[1] > _MOST_INPUTS:
+        return False
     whole = weight.format != "int4" or weight.scale is None or weight.shape[1] % (_PIECE * weight.scale.shape[1]) == 0
     return bool(torch.ops.trtkit_cpu.tiles_ready()) and whole
 
