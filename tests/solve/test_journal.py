@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from trtkit.errors import OutputError
 from trtkit.runtime.api import EngineStats, FinishReason
 from trtkit.solve.ends import Ending
 from trtkit.solve.journal import Journal, read_history
+from trtkit.solve.journal_rows import engine_row, read_engine
 from trtkit.solve.records import Attempt, Solution
 from trtkit.solve.vote import Tally
 
@@ -37,6 +38,12 @@ def solution(problem: str, error: str | None = None) -> Solution:
         stopped_early=None if error else "unassailable",
         error=error,
     )
+
+
+def test_every_counter_of_the_engine_is_read_back() -> None:
+    counts = {field.name: 1 + place for place, field in enumerate(fields(EngineStats)) if field.type == "int"}
+    stats = EngineStats(**counts, accepted_by_depth=(5, 2), seconds={"verify": 1.5})  # type: ignore[arg-type]
+    assert read_engine(json.loads(json.dumps(engine_row(stats)))) == stats
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

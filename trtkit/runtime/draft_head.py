@@ -21,7 +21,8 @@ from drafter.model import Drafter
 from trtkit.errors import EngineError, UsageError
 from trtkit.files import read_json
 from trtkit.model_spec import ModelSpec
-from trtkit.quant.tensor import LinearWeights, dense, quantize_int8
+from trtkit.quant.in_cache import int8_matrix
+from trtkit.quant.tensor import LinearWeights, dense
 from trtkit.recipe import TOKEN_ORDER_FILE, TRAINING_FILE
 from trtkit.runtime.cuda.linear import prepare_linears
 from trtkit.runtime.linear import Kernel, runtime_linear
@@ -135,7 +136,7 @@ def with_kernels(
             if isinstance(layer, nn.Linear):
                 matrix, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
                 coded = precision == "int8" and layer is head.output
-                weight = quantize_int8(matrix.cpu(), steps=128) if coded else dense(matrix)
+                weight = int8_matrix(matrix.cpu(), steps=128) if coded else dense(matrix)
                 kernel = runtime_linear(LinearWeights(weight=weight, bias=bias), device=device, dtype=dtype)
                 setattr(parent, name, _KernelLinear(kernel))
     return head

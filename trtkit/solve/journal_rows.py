@@ -127,6 +127,7 @@ def read_engine(row: dict[str, Any]) -> EngineStats:
     counts = {name: int(row[name]) for name in _ENGINE_COUNTS}
     return EngineStats(
         drafted_row_steps=int(row.get("drafted_row_steps", 0)),
+        discarded_row_steps=int(row.get("discarded_row_steps", 0)),
         accepted_by_depth=tuple(int(count) for count in row["accepted_by_depth"]),
         seconds={str(phase): float(seconds) for phase, seconds in row["seconds"].items()},
         **counts,
