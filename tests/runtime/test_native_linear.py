@@ -40,9 +40,14 @@ def _kernels() -> None:
 @pytest.fixture(params=[native_linear, tile_linear], ids=["panels", "tiles"])
 def linear_of(request: pytest.FixtureRequest) -> Linear:
     made: Linear = request.param
-    if made is tile_linear and not tiles_fit(_weights("bf16", 32, 32)):
-        pytest.skip("a CPU without AMX")
+    if made is tile_linear:
+        _needs_tiles()
     return made
+
+
+def _needs_tiles() -> None:
+    if not tiles_fit(_weights("bf16", 32, 32)):
+        pytest.skip("a CPU without AMX")
 
 
 def _weights(kind: str, out: int, width: int, *, plain: bool = False) -> LinearWeights:
@@ -173,8 +178,7 @@ def test_every_code_is_multiplied_exactly(kind: str, linear_of: Linear) -> None:
 
 def test_int8_weights_meet_every_digit_of_the_input() -> None:
     """Next to an input of 2^13 the others still count: its own weights are zero here. Two digits would fail."""
-    if not tiles_fit(_weights("bf16", 32, 32)):
-        pytest.skip("a CPU without AMX")
+    _needs_tiles()
     weights = _weights("int8", 64, 300, plain=True)
     weights.weight.data[:, 100] = 0
     for rows in (1, 4, 12, 20):

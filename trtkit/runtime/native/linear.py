@@ -15,10 +15,10 @@ from torch import Tensor
 from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import LinearWeights, QuantTensor
 
-__all__ = ["native_linear"]
+__all__ = ["native_linear", "padded", "sum_scale"]
 
 _AS_IS, _TO_INT8, _TO_FP8 = 0, 1, 2
-"""What x is rounded to first; the numbers of ``linear.cpp``."""
+"""What x is rounded to first; the numbers of ``activations.h``."""
 
 
 def native_linear(weights: LinearWeights) -> Callable[[Tensor], Tensor]:
@@ -26,16 +26,12 @@ def native_linear(weights: LinearWeights) -> Callable[[Tensor], Tensor]:
 
     The activation is multiplied by ``pre_scale`` and rounded by ``input_scale`` in float32; the output is rounded once.
     """
-    weight, step = weights.weight, weights.input_scale
+    weight = weights.weight
     bits, stored = _codes(weight)
     codes, factor = torch.ops.trtkit_cpu.pack_linear(stored.contiguous(), bits)
-    scale = _scale(weight)
-    rounding, inverse = _AS_IS, 1.0
-    if step is not None:
-        scale, inverse = scale * step, float(1 / step)
-        rounding = _TO_FP8 if weight.format == "fp8" else _TO_INT8
-    scale = _padded(scale, factor.numel()) * factor
-    bias = None if weights.bias is None else _padded(weights.bias.float(), factor.numel())
+    scale, rounding, inverse = sum_scale(weights)
+    scale = padded(scale, factor.numel()) * factor
+    bias = None if weights.bias is None else padded(weights.bias.float(), factor.numel())
     pre_scale = None if weights.pre_scale is None else weights.pre_scale.float().contiguous()
     out, product = weight.shape[0], torch.ops.trtkit_cpu.linear.default
 
@@ -55,8 +51,17 @@ def _codes(weight: QuantTensor) -> tuple[int, Tensor]:
     return 16, weight.data.to(torch.bfloat16).view(torch.int16)
 
 
-def _scale(weight: QuantTensor) -> Tensor:
-    """float32 (G, N): what a group's sum of code * x is multiplied by."""
+def sum_scale(weights: LinearWeights) -> tuple[Tensor, int, float]:
+    """float32 (G, N), what a group's sum of code * x is multiplied by; what x is rounded to first, after it was
+    multiplied by the last number."""
+    weight, step = weights.weight, weights.input_scale
+    scale = _weight_scale(weight)
+    if step is None:
+        return scale, _AS_IS, 1.0
+    return scale * step, _TO_FP8 if weight.format == "fp8" else _TO_INT8, float(1 / step)
+
+
+def _weight_scale(weight: QuantTensor) -> Tensor:
     rows = weight.shape[0]
     if weight.scale is None:
         return torch.ones(1, rows)
@@ -65,5 +70,6 @@ def _scale(weight: QuantTensor) -> Tensor:
     return weight.scale.float().expand(rows).reshape(1, rows)
 
 
-def _padded(values: Tensor, width: int) -> Tensor:
+def padded(values: Tensor, width: int) -> Tensor:
+    """The last dimension filled up with zeros."""
     return F.pad(values, (0, width - values.shape[-1])).contiguous()

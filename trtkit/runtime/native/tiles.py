@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import LinearWeights
+from trtkit.runtime.native.linear import padded, sum_scale
 
 __all__ = ["tile_linear", "tiles_fit"]
 
 _BF16, _INT8, _INT8_DIRECT, _FP8, _INT4 = range(5)
-_AS_IS, _TO_INT8, _TO_FP8 = range(3)
-"""What x is rounded to first. Both lists are the numbers of the C++ sources."""
+"""The numbers of ``tiles.cpp``."""
+_UNIT = 64
+"""Outputs are padded to a multiple; the number of ``tile_formats.h``."""
 _PIECE = 64
 """Inputs widened at once: a group is a multiple."""
 _MOST_INPUTS = 2**17 - 1
@@ -39,18 +40,14 @@ def tile_linear(weights: LinearWeights) -> Callable[[Tensor], Tensor]:
 
     Codes are multiplied exactly, sums are float32 (int32 in W8A8); x times ``pre_scale`` is rounded to bf16 first.
     """
-    weight, step = weights.weight, weights.input_scale
     kind, stored = _codes(weights)
     codes = torch.ops.trtkit_cpu.pack_tiles(stored.contiguous(), kind)
-    scale = _scale(weights)
-    rounding, inverse = _AS_IS, 1.0
-    if step is not None:
-        scale, inverse = scale * step, float(1 / step)
-        rounding = _TO_FP8 if weight.format == "fp8" else _TO_INT8
-    scale = _padded(scale)
-    bias = None if weights.bias is None else _padded(weights.bias.float())
+    out, product = weights.weight.shape[0], torch.ops.trtkit_cpu.linear_tiles.default
+    width = -(-out // _UNIT) * _UNIT
+    scale, rounding, inverse = sum_scale(weights)
+    scale = padded(scale, width)
+    bias = None if weights.bias is None else padded(weights.bias.float(), width)
     pre_scale = None if weights.pre_scale is None else weights.pre_scale.float().contiguous()
-    out, product = weight.shape[0], torch.ops.trtkit_cpu.linear_tiles.default
 
     def run(x: Tensor) -> Tensor:
         y: Tensor = product(x.contiguous(), codes, scale, bias, pre_scale, kind, out, rounding, inverse)
@@ -68,17 +65,3 @@ def _codes(weights: LinearWeights) -> tuple[int, Tensor]:
     if weight.format == "fp8":
         return _FP8, weight.data.view(torch.uint8)
     return _BF16, weight.data.to(torch.bfloat16).view(torch.int16)
-
-
-def _scale(weights: LinearWeights) -> Tensor:
-    """float32 (G, N): what a group's sum of code * x is multiplied by."""
-    weight, rows = weights.weight, weights.weight.shape[0]
-    if weight.scale is None:
-        return torch.ones(1, rows)
-    if weight.format == "int4":
-        return weight.scale.float().T
-    return weight.scale.float().expand(rows).reshape(1, rows)
-
-
-def _padded(values: Tensor) -> Tensor:
-    return F.pad(values, (0, -values.shape[-1] % 64)).contiguous()
