@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 
 # What runs leave in the user's cache must not decide what a test sees.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trtkit-test-cache-")
+_CACHE = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trtkit-test-cache-")
 os.environ.setdefault("TRTKIT_NATIVE", "0")  # tests of the kernels ask for them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,3 +24,8 @@ settings.load_profile("trtkit")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(_CACHE, ignore_errors=True)

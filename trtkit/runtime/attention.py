@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtkit.runtime.kv_cache import KvCache
-from trtkit.runtime.native.kernels import attend, attend_fits
+from trtkit.runtime.native.kernels import attend
 
 __all__ = ["Span", "VerifyBatch", "attend_prefill", "attend_verify"]
 
@@ -43,7 +43,7 @@ class VerifyBatch:
     hidden_slots: Tensor
     """bool (R, N, S): True where a node must not look."""
     native: bool = False
-    """Use the C++ kernel where the cache has its layout."""
+    """Use the C++ kernel, which the cache fits."""
 
 
 def attend_prefill(
@@ -77,9 +77,8 @@ def attend_verify(cache: KvCache, layer: int, batch: VerifyBatch, q: Tensor, k: 
     The g query heads of a KV head are folded into its query rows, so that each key is read once: one batched product
     of (g * N, D) x (D, S) per KV head and row.
     """
-    pools = cache.pools(layer)
-    if batch.native and attend_fits(pools[0], q.shape[2], cache.block_size, q.dtype):
-        return attend((q, k, v), pools, batch.blocks, batch.slots, batch.hidden_slots)
+    if batch.native:
+        return attend((q, k, v), cache.pools(layer), batch.blocks, batch.slots, batch.hidden_slots)
     cache.write(layer, batch.slots, k, v)
     keys, values = cache.read(layer, batch.blocks, batch.rows)
     kv_heads, rows, slots, head_dim = keys.shape

@@ -28,12 +28,12 @@ from drafter.beam import beam_search
 from drafter.config import TreeShape
 from drafter.model import Drafter
 from drafter.tree import TokenTree, build_tree
-from trtkit.decoder import Attend
 from trtkit.runtime.attention import VerifyBatch, attend_verify
 from trtkit.runtime.cuda.batch import CudaVerifyBatch
 from trtkit.runtime.cuda.kernels import attend_fits
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.native.kernels import attend_fits as native_fits
 from trtkit.runtime.processors import SwitchRows, penalise
 from trtkit.runtime.sampling import SamplingRows, pick
 from trtkit.runtime.scheduler import Row
@@ -143,38 +143,39 @@ def verify(model: DecoderModel, cache: KvCache, at: Pending, tree: TokenTree) ->
     size, (count, nodes) = cache.block_size, tree.tokens.shape
     places = at.cached[:, None] + torch.arange(nodes, device=model.device)
     slots = at.blocks.gather(1, places // size) * size + places % size
-    attend = _attention(model, cache, at, tree, slots, places)
-    positions = at.cached[:, None] + tree.depth
-    hidden = model.forward(tree.tokens.flatten(), positions.flatten(), attend)
+    hidden = _forward(model, cache, at, tree, slots, places)
     return Verified(
         logits=model.logits(hidden).view(count, nodes, -1), hidden=hidden.view(count, nodes, -1), slots=slots
     )
 
 
-def _attention(
+def _forward(
     model: DecoderModel, cache: KvCache, at: Pending, tree: TokenTree, slots: Tensor, places: Tensor
-) -> Callable[[int], Attend]:
-    """The attention of each layer. ``slots`` and ``places`` (R, N): the nodes' slots in the cache and in their row."""
+) -> Tensor:
+    """Hidden states (R * N, H) of the nodes; ``slots`` and ``places`` (R, N): theirs in the cache and in their row."""
     count, nodes = slots.shape
+    tokens, positions = tree.tokens.flatten(), (at.cached[:, None] + tree.depth).flatten()
     if model.triton and attend_fits(model.device, cache.kv_dtype):
         from trtkit.runtime.cuda.attention import attend_verify_triton
 
         on_device = CudaVerifyBatch(
             rows=count, nodes=nodes, blocks=at.blocks, cached=at.cached, mask=tree.mask.int(), slots=slots.flatten()
         )
-        return lambda layer: lambda q, k, v: attend_verify_triton(cache, layer, on_device, q, k, v)
+        return model.forward(
+            tokens, positions, lambda layer: lambda q, k, v: attend_verify_triton(cache, layer, on_device, q, k, v)
+        )
     seen = torch.arange(at.blocks.shape[1] * cache.block_size, device=model.device)
     hidden_slots = (seen >= at.cached[:, None])[:, None, :].repeat(1, nodes, 1)
     hidden_slots.scatter_(2, places[:, None, :].expand(-1, nodes, -1), ~tree.mask)
     batch = VerifyBatch(
         rows=count, nodes=nodes, blocks=at.blocks.flatten(), slots=slots.flatten(), hidden_slots=hidden_slots,
-        native=model.native,
+        native=model.native and native_fits(cache.stored[0], model.spec.head_dim, cache.block_size, model.dtype),
     )  # fmt: skip
-
-    def attend(layer: int) -> Attend:
-        return lambda q, k, v: attend_verify(cache, layer, batch, q, k, v)
-
-    return attend
+    if batch.native and model.native_layers is not None:
+        return model.native_layers.run(
+            model.embed(tokens), model.rope(positions), cache.stored, batch.blocks, batch.slots, batch.hidden_slots
+        )
+    return model.forward(tokens, positions, lambda layer: lambda q, k, v: attend_verify(cache, layer, batch, q, k, v))
 
 
 def accept(

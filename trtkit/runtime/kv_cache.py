@@ -98,6 +98,11 @@ class KvCache:
             codes = self._encode(fresh.transpose(0, 1), scale).contiguous()
             self._bytes(flat).index_copy_(1, slots, self._bytes(codes))
 
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every layer and block as they are stored: (layers, kv_heads, blocks, block_size * D)."""
+        return self._keys, self._values
+
     def pools(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of every block as they are stored: (kv_heads, blocks, block_size * D) each."""
         return self._keys[layer], self._values[layer]

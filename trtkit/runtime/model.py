@@ -22,6 +22,7 @@ from trtkit.runtime.cuda.kernels import open_cuda_kernels
 from trtkit.runtime.cuda.linear import prepare_linears
 from trtkit.runtime.linear import Kernel, runtime_linear
 from trtkit.runtime.native.kernels import NativePointwise, open_kernels
+from trtkit.runtime.native.layers import open_layers
 from trtkit.scheme import OutputLayer
 
 __all__ = ["DecoderModel", "WeightSource"]
@@ -76,6 +77,9 @@ class DecoderModel:
         self._layers = [self._load_layer(checkpoint, index) for index in range(self.spec.layers)]
         self.embedding = checkpoint.embedding().to(device=device, dtype=dtype)
         self._final_norm = checkpoint.final_norm().to(device).float()
+        whole = [(layer.norms, layer.kernels) for layer in self._layers]
+        self.native_layers = open_layers(self.spec, whole, self._final_norm) if self.native else None
+        """Every layer in one call, for decode steps on the C++ kernels."""
         matrix = checkpoint.lm_head()
         head = int8_matrix(matrix, steps=128) if output_layer == "int8" else dense(matrix)
         self._head = runtime_linear(LinearWeights(weight=head), device=device, dtype=dtype)
@@ -111,11 +115,14 @@ class DecoderModel:
 
         ``attend(layer)`` is that layer's attention over the cache.
         """
-        hidden = self.embed(tokens)
-        rope = Rope(self._rope.cos[positions], self._rope.sin[positions])
+        hidden, rope = self.embed(tokens), self.rope(positions)
         for index, layer in enumerate(self._layers):
             hidden = decoder_layer(self.spec, layer.norms, hidden, rope, layer.linear, attend(index), self._pointwise)
         return self._pointwise.norm(hidden, self._final_norm, self.spec.norm_eps)
+
+    def rope(self, positions: Tensor) -> Rope:
+        """The rotation of tokens at positions (T,)."""
+        return Rope(self._rope.cos[positions], self._rope.sin[positions])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings: ids (...) -> (..., H)."""

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import LinearWeights
-from trtkit.runtime.native.linear import padded, sum_scale
+from trtkit.runtime.native.packed import PackedLinear, packed_linear
 
 __all__ = ["tile_linear", "tiles_fit"]
 
@@ -35,25 +33,15 @@ def tiles_fit(weights: LinearWeights) -> bool:
     return bool(torch.ops.trtkit_cpu.tiles_ready()) and whole
 
 
-def tile_linear(weights: LinearWeights) -> Callable[[Tensor], Tensor]:
+def tile_linear(weights: LinearWeights) -> PackedLinear:
     """``linear_reference`` for bf16 x (T, K), contiguous -> bf16 (T, N).
 
     Codes are multiplied exactly, sums are float32 (int32 in W8A8); x times ``pre_scale`` is rounded to bf16 first.
     """
     kind, stored = _codes(weights)
     codes = torch.ops.trtkit_cpu.pack_tiles(stored.contiguous(), kind)
-    out, product = weights.weight.shape[0], torch.ops.trtkit_cpu.linear_tiles.default
-    width = -(-out // _UNIT) * _UNIT
-    scale, rounding, inverse = sum_scale(weights)
-    scale = padded(scale, width)
-    bias = None if weights.bias is None else padded(weights.bias.float(), width)
-    pre_scale = None if weights.pre_scale is None else weights.pre_scale.float().contiguous()
-
-    def run(x: Tensor) -> Tensor:
-        y: Tensor = product(x.contiguous(), codes, scale, bias, pre_scale, kind, out, rounding, inverse)
-        return y
-
-    return run
+    width = -(-weights.weight.shape[0] // _UNIT) * _UNIT
+    return packed_linear("linear_tiles", weights, codes, kind, width=width)
 
 
 def _codes(weights: LinearWeights) -> tuple[int, Tensor]:
