@@ -294,6 +294,13 @@ def test_what_a_redrafter_engine_cannot_do_is_refused(
     return None
 
 
+def test_a_top_k_that_the_kernel_would_cut_down_is_refused() -> None:
+    """``setup_topk_runtime_args`` in layers/topKSamplingLayer.cu takes 1024 for anything above it."""
+    check_sampling(SamplingParams(top_k=1024), PLAIN)
+    with pytest.raises(UsageError, match="no more than 1024"):
+        check_sampling(SamplingParams(top_k=1025), PLAIN)
+
+
 def test_thought_penalties_are_refused_everywhere() -> None:
     with pytest.raises(UsageError, match="thought switches"):
         check_sampling(SamplingParams(switch=SwitchPenalty(alpha=3, beta=600, tokens=(1,))), PLAIN)

@@ -7,7 +7,8 @@ Three limits are not what they seem:
 - Chunked context and KV block reuse both need paged context FMHA, which an int8 KV cache excludes, and an fp8 KV cache
   too unless the weights are fp8. Nobody has shown chunked context with a ReDrafter, so it is not used there.
 - The builder adds the draft tokens to ``max_seq_len`` by itself, and ReDrafter verifies a whole tree per row in one
-  step: ``max_num_tokens`` must hold batch x (1 + beams x length).
+  step: ``max_num_tokens`` must hold batch x (1 + beams x length). It may not exceed batch x ``max_seq_len``, to which
+  the builder cuts it down (``check_max_num_tokens`` in ``tensorrt_llm/_common.py``).
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def plan_build(recipe: Recipe, spec: ModelSpec) -> BuildPlan:
     nodes = 1 if tree is None else tree.max_nodes
     whole_prompts = tree is not None or not paged
     total = min(limits.total_tokens, spec.max_positions)
-    context = total if whole_prompts else max(_CHUNK_TOKENS, min(limits.prompt_tokens, total))
+    chunk = max(_CHUNK_TOKENS, min(limits.prompt_tokens, total))
+    context = total if whole_prompts else min(chunk, limits.batch * total)
     fused = weights_fp8 or recipe.precision == "bf16"
     return BuildPlan(
         max_batch_size=limits.batch,

@@ -38,6 +38,12 @@ class SamplingConfig(Strict):
             raise RuntimeError("Assertion failed: top_p")
         if self.temperature is not None and not self.temperature > 0:
             raise RuntimeError("Assertion failed: temperature")
+        if self.top_k is not None and self.top_k < 0:
+            raise RuntimeError("Assertion failed: top_k")
+        if self.top_k is not None and self.top_k > 1024:
+            raise RuntimeError("top_k would be clipped to 1024, the sampling kernel's largest")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise RuntimeError("Assertion failed: min_p")
 
     @property
     def greedy(self):
