@@ -187,6 +187,9 @@ class Executor:
             raise RuntimeError("prompt length + max_tokens exceeds max_seq_len")
         if len(request.input_token_ids) > build["max_num_tokens"] and not self.config.enable_chunked_context:
             raise RuntimeError("prompt length exceeds maximum input length")
+        vocab = self.engine_config["pretrained_config"]["vocab_size"]
+        if request.end_id is not None and not -1 <= request.end_id < vocab:
+            raise RuntimeError("the end id lies outside the vocabulary")
         drafted = bool(build["max_draft_len"])
         sampling = request.sampling_config
         if drafted and (sampling.top_k or sampling.top_p or sampling.min_p):
