@@ -110,6 +110,8 @@ def test_no_more_tokens_than_all_rows_can_have() -> None:
 def test_no_longer_than_the_model() -> None:
     made = plan("h100", "fp8", model="fast-math-qwen3-14b", limits=Limits(total_tokens=100000))
     assert (made.max_seq_len, made.max_input_len) == (40960, 40960)
+    made = plan("h100", "fp8", model="fast-math-qwen3-14b", limits=Limits(total_tokens=100000), tree=(2, 3))
+    assert made.max_seq_len + 3 == 40960, "the last step's drafted tokens have positions, too"
 
 
 def test_command_line() -> None:
