@@ -101,9 +101,17 @@ def test_prompts_that_cannot_be_chunked_fit_whole() -> None:
     assert plan("l4", "int8", limits=limits, tree=(1, 3)).max_num_tokens == 16384
 
 
+def test_no_more_tokens_than_all_rows_can_have() -> None:
+    """Asked for more, the builder cuts it down with a warning: ``check_max_num_tokens`` in tensorrt_llm/_common.py."""
+    assert plan("l4", "int8", limits=Limits(batch=1, prompt_tokens=512, total_tokens=4096)).max_num_tokens == 4096
+    assert plan("l4", "int8", limits=Limits(batch=2, prompt_tokens=512, total_tokens=4096)).max_num_tokens == 8192
+
+
 def test_no_longer_than_the_model() -> None:
     made = plan("h100", "fp8", model="fast-math-qwen3-14b", limits=Limits(total_tokens=100000))
     assert (made.max_seq_len, made.max_input_len) == (40960, 40960)
+    made = plan("h100", "fp8", model="fast-math-qwen3-14b", limits=Limits(total_tokens=100000), tree=(2, 3))
+    assert made.max_seq_len + 3 == 40960, "the last step's drafted tokens have positions, too"
 
 
 def test_command_line() -> None:

@@ -11,6 +11,7 @@ import torch
 from tests.checkpoint.conftest import Native
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
 from trtkit.checkpoint.unified_export import write_unified_hf
+from trtkit.cli.app import run
 from trtkit.decoder import rms_norm
 from trtkit.errors import UnsupportedError
 from trtkit.quant.tensor import linear_reference
@@ -60,6 +61,58 @@ def test_other_formats_are_the_native_tensors(native: Native, tmp_path: Path, fa
         assert theirs.shards.entries[name].dtype == entry.dtype
         assert torch.equal(theirs.shards.tensor(name).float(), ours.shards.tensor(name).float())
     assert (tmp_path / "out" / "hf_quant_config.json").is_file() == (kind != "bf16")
+
+
+def quantization_as_read(directory: Path) -> tuple[str, str | None] | None:
+    """(weights, KV cache) by the rules of TensorRT-LLM's loader; None is a checkpoint that is not quantized.
+
+    ``_update_from_hf_quant_config`` in llmapi/llm_utils.py raises for a quantization file without ``quant_algo``; newer
+    releases compare it with config.json, read in the flat form (``_read_flat`` in quantization/modelopt_config.py).
+    """
+    inline = json.loads((directory / "config.json").read_text()).get("quantization_config")
+    if not (directory / "hf_quant_config.json").is_file():
+        assert inline is None
+        return None
+    nested = json.loads((directory / "hf_quant_config.json").read_text())["quantization"]
+    assert nested["quant_algo"] is not None, "the loader raises"
+    scheme = inline.get("kv_cache_scheme", {})
+    assert nested["quant_algo"] == inline["quant_algo"]
+    assert nested.get("group_size") == inline.get("group_size")
+    assert nested["exclude_modules"] == inline["ignore"]
+    assert nested["kv_cache_quant_algo"] == (
+        "FP8" if (scheme.get("type"), scheme.get("num_bits")) == ("float", 8) else None
+    )
+    return nested["quant_algo"], nested["kv_cache_quant_algo"]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "read"),
+    [
+        ("qwen2", "fp8", ("FP8", None)), ("qwen2", "fp8+fp8", ("FP8", "FP8")),
+        ("qwen2", "int4+fp8", ("W4A16_AWQ", "FP8")),
+        ("qwen3", "int8", ("W8A16", None)), ("qwen2", "bf16", None), ("qwen2", "bf16+fp8", None),
+    ],
+)  # fmt: skip
+def test_the_loader_understands_the_quantization(
+    native: Native, tmp_path: Path, family: str, kind: str, read: tuple[str, str | None] | None
+) -> None:
+    write_unified_hf(native(family, kind), tmp_path / "out")
+    assert quantization_as_read(tmp_path / "out") == read
+    made = open_unified(tmp_path / "out")
+    with_scales = any(name.endswith(("k_scale", "v_scale")) for name in made.shards.entries)
+    assert with_scales == (read is not None and read[1] is not None)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("fp8", ""), ("fp8+fp8", "scale 1"), ("bf16+fp8", "{dtype: fp8}")])
+def test_what_is_different_about_an_fp8_cache_is_said(
+    native: Native, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, said: str
+) -> None:
+    source, out = str(native("qwen2", kind)), str(tmp_path / "out")
+    assert run(["export", source, "--format", "unified-hf", "--out", out, "--json"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    notes = json.loads(shown[-1])["notes"]
+    assert len(notes) == (1 if said else 0)
+    assert all(said in note and f"note: {note}" in shown for note in notes)
 
 
 def test_nothing_of_trtkits_own_goes_along(native: Native, tmp_path: Path) -> None:

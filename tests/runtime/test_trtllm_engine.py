@@ -102,6 +102,39 @@ def test_an_end_id_that_the_executor_swallows_is_put_back(engines: dict[str, Pat
     assert tokens["a"] == said["a"][: said["a"].index(stop[0]) + 1]
 
 
+@pytest.mark.parametrize(
+    ("said", "reason", "tokens", "finish"),
+    [
+        ((5, 6), "END_ID", (5, 6, EOS), FinishReason.STOP),
+        ((5, 9), "STOP_WORDS", (5, 9), FinishReason.STOP),
+        ((5, 6, 7), "END_ID", (5, 6, 7), FinishReason.LENGTH),
+        ((5, 6, 7), "STOP_WORDS", (5, 6, 7), FinishReason.LENGTH),
+        ((5, 6, 9), "STOP_WORDS", (5, 6, 9), FinishReason.STOP),
+    ],
+)
+def test_a_stop_past_the_limit_does_not_count(
+    engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch, said: tuple[int, ...], reason: str,
+    tokens: tuple[int, ...], finish: FinishReason,
+) -> None:  # fmt: skip
+    """A draft tree's step may reach past the limit of 3 and stop there; the executor cuts the tokens, not the reason.
+
+    ``StopCriteriaLayer::forwardAsync`` (layers/stopCriteriaLayer.cpp) looks for stop words and the end id in all new
+    tokens, and only then at the length; ``FinishedState::toFinishReason`` puts the length last.
+    """
+    with opened(engines["greedy"]) as engine:
+        bindings = sys.modules["tensorrt_llm.bindings.executor"]
+        engine.submit(request("a", (1, 2), max_tokens=3, temperature=0.0, stop_ids=(EOS, 9)))
+        result = bindings._Result(
+            is_final=True,
+            output_token_ids=[list(said)],
+            finish_reasons=[bindings.FinishReason[reason]],
+            decoding_iter=2,
+        )
+        monkeypatch.setattr(last_executor(), "await_responses", lambda timeout: [bindings._Response(1, result)])
+        (output,) = engine.step()
+    assert (output.tokens, output.finish) == (tokens, finish)
+
+
 def test_cancel(engines: dict[str, Path]) -> None:
     with opened(engines["plain"]) as engine:
         for name in ("stays", "goes"):
@@ -292,6 +325,13 @@ def test_what_a_redrafter_engine_cannot_do_is_refused(
     assert len(caught.value.offenders) == offenders
     assert "--top-p 1 --top-k 0 --min-p 0" in (caught.value.hint or "")
     return None
+
+
+def test_a_top_k_that_the_kernel_would_cut_down_is_refused() -> None:
+    """``setup_topk_runtime_args`` in layers/topKSamplingLayer.cu takes 1024 for anything above it."""
+    check_sampling(SamplingParams(top_k=1024), PLAIN)
+    with pytest.raises(UsageError, match="no more than 1024"):
+        check_sampling(SamplingParams(top_k=1025), PLAIN)
 
 
 def test_thought_penalties_are_refused_everywhere() -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trtkit.build.trtllm_config import WINDOW, WINDOW_TEXT, BuildPlan, PluginPlan
+from trtkit.checkpoint.trtllm_config import ARCHITECTURES, REDRAFTER_ARCHITECTURES
 from trtkit.errors import CapacityError, EngineError, MissingDependency, OutputError, TrtkitError, UnsupportedError
 from trtkit.gpu import capability_text, cuda_device, profile_named
 from trtkit.log import Progress, logger
@@ -37,7 +38,7 @@ __all__ = [
 
 _ENGINE_SHARE = 1.1
 """Size of the compiled engines relative to the rank files: the same weights, plans and a timing cache beside them."""
-_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "ReDrafterForQWenLM", "ReDrafterForLLaMALM")
+_ARCHITECTURES = (*ARCHITECTURES.values(), *sorted({*REDRAFTER_ARCHITECTURES.values()}))
 
 
 def require_tensorrt_llm() -> str:

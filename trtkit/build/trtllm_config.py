@@ -7,7 +7,8 @@ Three limits are not what they seem:
 - Chunked context and KV block reuse both need paged context FMHA, which an int8 KV cache excludes, and an fp8 KV cache
   too unless the weights are fp8. Nobody has shown chunked context with a ReDrafter, so it is not used there.
 - The builder adds the draft tokens to ``max_seq_len`` by itself, and ReDrafter verifies a whole tree per row in one
-  step: ``max_num_tokens`` must hold batch x (1 + beams x length).
+  step: ``max_num_tokens`` must hold batch x (1 + beams x length). It may not exceed batch x ``max_seq_len``, to which
+  the builder cuts it down (``check_max_num_tokens`` in ``tensorrt_llm/_common.py``).
 """
 
 from __future__ import annotations
@@ -90,15 +91,20 @@ class BuildPlan:
 
 
 def plan_build(recipe: Recipe, spec: ModelSpec) -> BuildPlan:
-    """The build that ``recipe`` asks for; like the torch runtime it ends at the model's last position."""
+    """The build that ``recipe`` asks for; like the torch runtime it ends at the model's last position.
+
+    A draft tree ends there, too: the engine's table of rotations has no more rows, and the kernel that reads it checks
+    nothing (``applyBiasRopeUpdateKVCacheV2`` in kernels/unfusedAttentionKernels_2_template.h).
+    """
     weights_fp8 = SCHEMES[recipe.precision].activations == "fp8"
     capability = profile_named(recipe.gpu).capability or (0, 0)
     paged = recipe.kv_dtype == "model" or (recipe.kv_dtype == "fp8" and weights_fp8)
     limits, tree = recipe.limits, recipe.tree
     nodes = 1 if tree is None else tree.max_nodes
     whole_prompts = tree is not None or not paged
-    total = min(limits.total_tokens, spec.max_positions)
-    context = total if whole_prompts else max(_CHUNK_TOKENS, min(limits.prompt_tokens, total))
+    total = min(limits.total_tokens, spec.max_positions - (0 if tree is None else tree.length))
+    chunk = max(_CHUNK_TOKENS, min(limits.prompt_tokens, total))
+    context = total if whole_prompts else min(chunk, limits.batch * total)
     fused = weights_fp8 or recipe.precision == "bf16"
     return BuildPlan(
         max_batch_size=limits.batch,

@@ -12,7 +12,16 @@ from trtkit.files import JsonObject
 from trtkit.model_spec import Family, ModelSpec
 from trtkit.scheme import KvDtype, QuantScheme
 
-__all__ = ["EXCLUDED", "KV_ALGOS", "TrtllmDtype", "TrtllmOptions", "trtllm_config", "trtllm_dtype"]
+__all__ = [
+    "ARCHITECTURES",
+    "EXCLUDED",
+    "KV_ALGOS",
+    "REDRAFTER_ARCHITECTURES",
+    "TrtllmDtype",
+    "TrtllmOptions",
+    "trtllm_config",
+    "trtllm_dtype",
+]
 
 TrtllmDtype: TypeAlias = Literal["bfloat16", "float16"]
 

@@ -124,7 +124,11 @@ def quant_config(scheme: QuantScheme, *, pre_scale: bool) -> JsonObject:
 
 
 def unified_config(original: Mapping[str, Any], spec: ModelSpec, quant: JsonObject | None) -> JsonObject:
-    """``config.json``: what the source said, in our spelling where we know it, and the quantization mirrored."""
+    """``config.json``: what the source said, in our spelling where we know it, and the quantization mirrored.
+
+    The mirror also has ModelOpt's keys of the flat form (``convert_hf_quant_config_format`` in its
+    ``torch/export/convert_hf_config.py``): readers of config.json look for ``ignore`` and ``kv_cache_scheme``.
+    """
     config = {**original, **spec_to_config(spec)}
     if quant is not None:
         config["quantization_config"] = {
@@ -133,6 +137,8 @@ def unified_config(original: Mapping[str, Any], spec: ModelSpec, quant: JsonObje
             **quant["quantization"],
             "ignore": quant["quantization"]["exclude_modules"],
         }
+        if quant["quantization"]["kv_cache_quant_algo"] == "FP8":
+            config["quantization_config"]["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return config
 
 

@@ -7,10 +7,15 @@ The native layout is nearly that. What differs, after the loader's source (``ten
   and up. ModelOpt folds these into the norm in front, and so does this export; a missing one is written as ones.
 - int8 (W8A16): codes and scales are taken as they are, but the product leaves the bias out: refused where there is one.
 - int8-sq and an int8 KV cache do not exist there.
+- A quantization file without a ``quant_algo`` is refused (``_update_from_hf_quant_config`` in ``llmapi/llm_utils.py``):
+  bf16 weights with an fp8 KV cache are exported as plain bf16, and the server is told the cache's dtype.
+- The fp8 cache runs at scale 1: ``attention_backend/trtllm.py`` has ones, and ``modules/attention.py`` hands it the
+  checkpoint's scales for an fp4 cache alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import shutil
 from collections.abc import Iterator
@@ -35,9 +40,9 @@ from trtkit.errors import CheckpointError, UnsupportedError, UsageError
 from trtkit.files import digest_file, staged_dir, write_json
 from trtkit.log import Progress
 from trtkit.model_spec import ModelSpec
-from trtkit.scheme import QuantScheme
+from trtkit.scheme import SCHEMES, QuantScheme
 
-__all__ = ["SPECULATIVE_MODES", "check_unified_hf", "write_unified_hf"]
+__all__ = ["SPECULATIVE_MODES", "check_unified_hf", "unified_notes", "write_unified_hf"]
 
 SPECULATIVE_MODES = ("MTP", "Eagle3", "NGram", "DraftTarget", "PARD", "DFlash", "suffix automaton", "user-provided")
 """What TensorRT-LLM's PyTorch backend can draft with."""
@@ -70,6 +75,16 @@ def check_unified_hf(spec: ModelSpec, scheme: QuantScheme) -> None:
         )
 
 
+def unified_notes(scheme: QuantScheme) -> tuple[str, ...]:
+    """What the PyTorch backend does otherwise than the torch runtime, or must be told when it serves."""
+    if scheme.kv_dtype != "fp8":
+        return ()
+    scales = "its fp8 cache runs at scale 1, whatever scales the checkpoint has"
+    if scheme.quant_algo is not None:
+        return (scales,)
+    return (f"serve with kv_cache_config: {{dtype: fp8}}, which no bf16 checkpoint can say; {scales}",)
+
+
 def write_unified_hf(engine_dir: Path, out: Path, *, replace: bool = False) -> dict[str, str]:
     """Write the native checkpoint in ``engine_dir`` for the PyTorch backend; returns SHA-256 by file name.
 
@@ -80,6 +95,8 @@ def write_unified_hf(engine_dir: Path, out: Path, *, replace: bool = False) -> d
     check_unified_hf(source.spec, source.scheme)
     if out.resolve() == engine_dir.resolve() or out.resolve() in engine_dir.resolve().parents:
         raise UsageError("the output would replace the checkpoint it is made from", where=str(out))
+    if source.scheme.quant_algo is None:
+        source = dataclasses.replace(source, scheme=SCHEMES["bf16"])
     _check_folding(source)
     layout = _layout(source)
     with staged_dir(out, replace=replace) as stage:
@@ -149,7 +166,7 @@ def _check_folding(source: UnifiedCheckpoint) -> None:
 def _companions(source: UnifiedCheckpoint, stage: Path) -> None:
     """config.json, the quantization file, the tokenizer: nothing of trtkit's own."""
     quant = None
-    if source.scheme.quant_algo is not None or source.scheme.kv_dtype != "model":
+    if source.scheme.quant_algo is not None:
         quant = quant_config(source.scheme, pre_scale=True)
         write_json(stage / QUANT_FILE, quant)
     config = read_config(source.directory)

@@ -121,10 +121,11 @@ def _trtllm(directory: Path, out: Path, options: TrtllmOptions, *, force: bool) 
 
 def _unified(directory: Path, out: Path, *, force: bool) -> dict[str, Any]:
     from trtkit.checkpoint.unified import open_unified
-    from trtkit.checkpoint.unified_export import SPECULATIVE_MODES, write_unified_hf
+    from trtkit.checkpoint.unified_export import SPECULATIVE_MODES, unified_notes, write_unified_hf
 
-    output_note = _output_note(directory)
+    notes = _output_note(directory)
     digests = write_unified_hf(directory, out, replace=force)
+    notes += unified_notes(open_unified(directory).scheme)
     scheme = open_unified(out).scheme
     modes = ", ".join(SPECULATIVE_MODES)
     facts(
@@ -137,12 +138,12 @@ def _unified(directory: Path, out: Path, *, force: bool) -> dict[str, Any]:
         },
     )
     if (directory / DRAFTER_DIR).is_dir():
-        notice("note: the engine's ReDrafter head stays behind, that backend cannot load it")
-    for note in output_note:
+        notes.append("the engine's ReDrafter head stays behind, that backend cannot load it")
+    for note in notes:
         notice(f"note: {note}")
     return {
         "directory": str(out), "format": "unified-hf", "precision": scheme.name,
-        "speculative_modes": list(SPECULATIVE_MODES), "digests": digests,
+        "speculative_modes": list(SPECULATIVE_MODES), "notes": notes, "digests": digests,
     }  # fmt: skip
 
 

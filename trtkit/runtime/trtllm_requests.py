@@ -43,6 +43,8 @@ class _Row:
     """Tokens since ``prompt``, as reported."""
     executor_id: int | None = None
     """None while the row rests."""
+    limit: int = 0
+    """Most tokens that the current executor request may make."""
     iterations: int = 0
     extensions: int = 0
 
@@ -115,10 +117,11 @@ class TrtllmEngine:
         stop_words = [[token] for token in request.stop_ids if token != row.eos]
         # Another stream of random numbers for every part: the executor's starts anew with each of its requests.
         seed = request.seed + row.extensions * _SEED_STRIDE
+        row.limit = min(max_tokens, self.max_total_tokens - len(row.prompt))
         row.executor_id = self._executor.enqueue_request(
             trt.Request(
                 input_token_ids=row.prompt,
-                max_tokens=min(max_tokens, self.max_total_tokens - len(row.prompt)),
+                max_tokens=row.limit,
                 streaming=True,
                 sampling_config=trt.SamplingConfig(**executor_sampling(request.sampling, seed, self._facts.kind)),
                 output_config=trt.OutputConfig(exclude_input_from_output=True),
@@ -163,8 +166,13 @@ class TrtllmEngine:
             finish = FinishReason.STOP
             if not result.is_final:
                 self._executor.cancel_request(response.request_id)
-        elif row.eos is not None and finish is not None and _ended_by_id(result):
-            tokens.append(row.eos)
+        elif finish is FinishReason.STOP:
+            # The end id is left out of the output. A draft tree's step may also reach past the limit and stop there:
+            # the executor cuts the tokens (``lengthCriterion`` in stopCriteriaKernels.cu), and still names the stop.
+            if row.eos is not None and len(row.generated) + len(tokens) < row.limit and _ended_by_id(result):
+                tokens.append(row.eos)
+            else:
+                finish = FinishReason.LENGTH
         row.generated += tokens
         self._new_tokens += len(tokens)
         self._row_steps += max(0, result.decoding_iter - row.iterations)

@@ -17,6 +17,8 @@ __all__ = ["COLD", "EngineKind", "check_sampling", "executor_sampling", "kind_of
 COLD = 0.01
 """Temperature that stands for 0 in a ReDrafter engine, which computes with its inverse."""
 _SEED_BITS = 64
+_MAX_TOP_K = 1024
+"""The sampling kernel cuts a larger k down to this, with a warning alone (``layers/topKSamplingLayer.cu``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,11 @@ def check_sampling(sampling: SamplingParams, kind: EngineKind, *, logprobs: bool
             hint="leave the penalty off, or solve with the torch backend",
         )
     if not kind.redrafter:
+        if sampling.top_k > _MAX_TOP_K:
+            raise UsageError(
+                f"top-k {sampling.top_k}: tensorrt-llm engines know no more than {_MAX_TOP_K}",
+                hint=f"use --top-k {_MAX_TOP_K}, or 0 for no cut",
+            )
         return
     wrong = [
         f"{name} {value:g}: the engine samples inside its graph and cannot cut the distribution"

@@ -73,6 +73,8 @@ def _would_override(model, config):
         "max_seq_len is needed": config.max_seq_len is None,
         "max_input_len exceeds max_seq_len": config.max_seq_len is not None
         and config.max_input_len > config.max_seq_len,
+        "max_num_tokens exceeds max_batch_size * max_seq_len": config.max_num_tokens
+        > config.max_batch_size * (config.max_seq_len or 0),
         "max_seq_len exceeds the model's positions": (config.max_seq_len or 0) > model["max_position_embeddings"],
         "fp8 context FMHA needs fp8 weights": plugins.use_fp8_context_fmha and algo != "FP8",
         "fp8 context FMHA needs SM 89": plugins.use_fp8_context_fmha and sm < 89,

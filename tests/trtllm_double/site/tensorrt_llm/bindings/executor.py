@@ -38,6 +38,12 @@ class SamplingConfig(Strict):
             raise RuntimeError("Assertion failed: top_p")
         if self.temperature is not None and not self.temperature > 0:
             raise RuntimeError("Assertion failed: temperature")
+        if self.top_k is not None and self.top_k < 0:
+            raise RuntimeError("Assertion failed: top_k")
+        if self.top_k is not None and self.top_k > 1024:
+            raise RuntimeError("top_k would be clipped to 1024, the sampling kernel's largest")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise RuntimeError("Assertion failed: min_p")
 
     @property
     def greedy(self):
@@ -181,6 +187,9 @@ class Executor:
             raise RuntimeError("prompt length + max_tokens exceeds max_seq_len")
         if len(request.input_token_ids) > build["max_num_tokens"] and not self.config.enable_chunked_context:
             raise RuntimeError("prompt length exceeds maximum input length")
+        vocab = self.engine_config["pretrained_config"]["vocab_size"]
+        if request.end_id is not None and not -1 <= request.end_id < vocab:
+            raise RuntimeError("the end id lies outside the vocabulary")
         drafted = bool(build["max_draft_len"])
         sampling = request.sampling_config
         if drafted and (sampling.top_k or sampling.top_p or sampling.min_p):
