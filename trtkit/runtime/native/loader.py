@@ -50,7 +50,7 @@ _FLAGS = (
 _OF_ONE_SOURCE = {"sampling.cpp": ("-ffp-contract=off",)}
 _LINK = ("-lc10", "-ltorch_cpu")
 _TIMEOUT_SECONDS = 600
-_MATRIX_UNITS = {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16"}
+_MATRIX_UNITS = {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_vbmi2"}
 """What ``tile_registers.h`` asks for."""
 
 

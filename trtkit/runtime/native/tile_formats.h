@@ -2,7 +2,8 @@
 //
 // A tile of weights has 16 outputs and 16 rows of 64 bytes: two inputs in a row for bf16, four for int8. A format's
 // K: inputs of a tile. BYTES: of a tile in memory. WIDENED: its codes become bf16 on the way, by ``widen``, exactly.
-// INTEGER: tiles and sums are integers. DIGITS: tiles that a row of x fills. ``put`` writes one weight into a tile.
+// INTEGER: tiles and sums are integers. DIGITS: tiles that a row of x fills. OFFSET: what a widened weight is too large by.
+// ``put`` writes one weight into a tile.
 #pragma once
 
 #include <cstring>
@@ -17,6 +18,7 @@ constexpr int64_t UNIT = 2 * PANEL;  // N is padded to a multiple
 struct Bf16 {
   static constexpr int64_t K = 32, BYTES = TILE;
   static constexpr int DIGITS = 1;
+  static constexpr float OFFSET = 0.0f;
   static constexpr bool WIDENED = false, INTEGER = false;
   static void put(uint8_t* tile, int64_t k, int64_t n, uint16_t word) {
     std::memcpy(tile + k / 2 * 64 + n * 4 + k % 2 * 2, &word, 2);
@@ -27,6 +29,7 @@ struct Bf16 {
 struct Int8Codes {
   static constexpr int64_t K = 64, BYTES = TILE;
   static constexpr int DIGITS = 1;
+  static constexpr float OFFSET = 0.0f;
   static constexpr bool WIDENED = false, INTEGER = true;
   static void put(uint8_t* tile, int64_t k, int64_t n, uint16_t word) {
     tile[k / 4 * 64 + n * 4 + k % 4] = static_cast<uint8_t>(word);
@@ -41,6 +44,7 @@ struct Int8 : Int8Codes {
 struct Fp8 {
   static constexpr int64_t K = 32, BYTES = TILE / 2;
   static constexpr int DIGITS = 1;
+  static constexpr float OFFSET = 0.0f;
   static constexpr bool WIDENED = true, INTEGER = false;
   static void put(uint8_t* tile, int64_t k, int64_t n, uint16_t word) {
     tile[k / 2 * 32 + n * 2 + k % 2] = static_cast<uint8_t>(word);
@@ -64,27 +68,35 @@ struct Fp8 {
   }
 };
 
+// Widened to 16 + (code + 8), whose bits are those of the code next to a constant: four instructions for 64 weights, where
+// a lookup of 16 numbers takes as many for 16. The sums of x, times 24, are taken off the sums of a group.
 struct Int4 {
   static constexpr int64_t K = 32, BYTES = TILE / 4;
   static constexpr int DIGITS = 1;
+  static constexpr float OFFSET = 24.0f;
   static constexpr bool WIDENED = true, INTEGER = false;
-  // The four nibbles of a 16-bit word: four neighbouring rows of the tile.
+  // The codes of four neighbouring rows of the tile in a 16-bit word: the first lies where bf16 has its upper four bits
+  // of mantissa, the others follow upwards; the fourth goes round the end.
   static void put(uint8_t* tile, int64_t k, int64_t n, uint16_t word) {
-    const int64_t row = k / 2, nibble = row % 4;
-    tile[row / 4 * 64 + (n * 2 + k % 2) * 2 + nibble / 2] |=
-        static_cast<uint8_t>(((word + 8) & 0xf) << 4 * (nibble % 2));
+    const int64_t row = k / 2;
+    uint8_t* at = tile + row / 4 * 64 + (n * 2 + k % 2) * 2;
+    uint16_t four;
+    std::memcpy(&four, at, 2);
+    const uint32_t code = static_cast<uint32_t>((word + 8) & 0xf) << (3 + 4 * (row % 4));
+    four = static_cast<uint16_t>(four | code | code >> 16);
+    std::memcpy(at, &four, 2);
   }
   static inline void widen(const uint8_t* from, uint8_t* to) {
-    // bf16 of -8 .. 7, twice: the lookup's index has five bits, of which the fifth belongs to the next nibble.
-    const __m512i table = _mm512_broadcast_i64x4(_mm256_set_epi64x(
-        0x40e040c040a04080, 0x404040003f800000, static_cast<int64_t>(0xbf80c000c040c080),
-        static_cast<int64_t>(0xc0a0c0c0c0e0c100)));
-    for (int row = 0; row < SIDE; row += 4, from += 64, to += 256) {
+    const __m512i mantissa = _mm512_set1_epi16(0x78), sixteen = _mm512_set1_epi16(0x4180);
+    const auto put = [&](__m512i words, int64_t row) {
+      _mm512_store_si512(to + row * 64, _mm512_ternarylogic_epi32(words, mantissa, sixteen, 0xea));  // (a & b) | c
+    };
+    for (int row = 0; row < SIDE; row += 4, from += 64) {
       const __m512i words = _mm512_loadu_si512(from);
-      _mm512_store_si512(to, _mm512_permutexvar_epi16(words, table));
-      _mm512_store_si512(to + 64, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table));
-      _mm512_store_si512(to + 128, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table));
-      _mm512_store_si512(to + 192, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table));
+      put(words, row);
+      put(_mm512_srli_epi16(words, 4), row + 1);
+      put(_mm512_srli_epi16(words, 8), row + 2);
+      put(_mm512_shldi_epi16(words, words, 4), row + 3);
     }
   }
 };

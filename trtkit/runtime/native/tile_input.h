@@ -21,7 +21,10 @@ struct Input {
   Rounding rounding;
   float inverse;
   uint8_t* tiles;
-  float* scale;  // digits: of each row
+  // Of each row: with digits what they are multiplied by; with an offset its sums over the groups, times that, a line of
+  // ``line`` rows for each group of ``group`` steps.
+  float* own;
+  int64_t group, line;
 };
 
 // A row's numbers as ``q`` * scale with whole ``q`` below 2^22, in three signed digits of base 256. scale is a power of
@@ -67,6 +70,28 @@ inline void lay_int8(const float* line, int64_t steps, uint8_t* to) {
           reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_loadu_ps(line))));
 }
 
+// A row of bf16 as it is.
+inline void copy_row(const Input& in, int64_t row, uint8_t* to) {
+  const uint8_t* line = reinterpret_cast<const uint8_t*>(in.x + row * in.width);
+  const int64_t whole = in.width / 32;
+  for (int64_t s = 0; s < whole; s++) std::memcpy(to + s * TILE, line + s * 64, 64);
+  if (whole < in.steps) {
+    std::memset(to + whole * TILE, 0, 64);
+    std::memcpy(to + whole * TILE, line + whole * 64, (in.width - whole * 32) * 2);
+  }
+}
+
+// The numbers of one row in ``steps`` tiles of bf16 added up, in one order.
+inline float total(const uint8_t* tiles, int64_t steps) {
+  __m512 even = _mm512_setzero_ps(), odd = even;
+  for (int64_t s = 0; s < steps; s++, tiles += TILE) {
+    const __m512i words = _mm512_load_si512(tiles);
+    even = _mm512_add_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)));
+    odd = _mm512_add_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000)))));
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+}
+
 // Whether a row's digits share one tile with those of all others.
 template <class F>
 inline bool one_tile(int64_t rows) { return rows * F::DIGITS <= SIDE; }
@@ -83,27 +108,23 @@ void lay_rows(const Input& in) {
     room.resize(wide);
     for (int64_t row = from; row < end; row++) {
       uint8_t* to = in.tiles + row / SIDE * in.steps * step + row % SIDE * 64;
-      const bool as_is = !F::INTEGER && in.pre == nullptr && in.rounding == NONE;
-      if (row < in.rows && as_is) {
-        const uint8_t* line = reinterpret_cast<const uint8_t*>(in.x + row * in.width);
-        const int64_t whole = in.width / 32;
-        for (int64_t s = 0; s < whole; s++) std::memcpy(to + s * TILE, line + s * 64, 64);
-        if (whole < in.steps) {
-          std::memset(to + whole * TILE, 0, 64);
-          std::memcpy(to + whole * TILE, line + whole * 64, (in.width - whole * 32) * 2);
-        }
-        continue;
-      }
-      std::fill(room.begin(), room.end(), 0.0f);
-      if (row < in.rows) take(in.x + row * in.width, in.pre, in.rounding, in.inverse, 1.0f, in.width, room.data());
-      if constexpr (F::DIGITS > 1) {
-        const float scale = split(room.data(), in.steps, to, step, digit);
-        if (row < in.rows) in.scale[row] = scale;
-      } else if constexpr (F::INTEGER) {
-        lay_int8(room.data(), in.steps, to);
+      if (row < in.rows && !F::INTEGER && in.pre == nullptr && in.rounding == NONE) {
+        copy_row(in, row, to);
       } else {
-        lay_bf16(room.data(), in.steps, to);
+        std::fill(room.begin(), room.end(), 0.0f);
+        if (row < in.rows) take(in.x + row * in.width, in.pre, in.rounding, in.inverse, 1.0f, in.width, room.data());
+        if constexpr (F::DIGITS > 1) {
+          const float scale = split(room.data(), in.steps, to, step, digit);
+          if (row < in.rows) in.own[row] = scale;
+        } else if constexpr (F::INTEGER) {
+          lay_int8(room.data(), in.steps, to);
+        } else {
+          lay_bf16(room.data(), in.steps, to);
+        }
       }
+      if (F::OFFSET != 0.0f && row < in.rows)
+        for (int64_t s = 0, g = 0; s < in.steps; s += in.group, g++)
+          in.own[g * in.line + row] = F::OFFSET * total(to + s * TILE, in.group);
     }
   });
 }

@@ -1,7 +1,8 @@
 // The tile registers of a CPU with matrix units (AMX): asking for them, their shapes, and what GCC does not know.
 #pragma once
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && \
+    defined(__AVX512VBMI2__)
 #define TRTKIT_TILES
 #include <immintrin.h>
 #include <sys/syscall.h>

@@ -3,7 +3,8 @@
 // A decode step reads every weight once and does little with it, so weights lie in memory in the order in which tiles
 // are loaded, as small as they are stored. bf16 and int8 go from memory into tiles. x meets int8 weights as integers
 // too: as codes (W8A8), or in three digits, whose sums are exact. int4 and e4m3 codes are widened to bf16 on the way, a
-// piece of a panel at a time in the first-level cache, for many rows a whole panel once. Scales multiply the sums.
+// step ahead in the first-level cache, for many rows a whole panel once. Scales multiply the sums, a group behind: both
+// run beside the multiplications.
 //
 // The sum of a row over K has one order, whatever the number of rows: a row's result depends on nothing else.
 //
@@ -26,15 +27,17 @@ namespace {
 
 using at::Tensor;
 using namespace trtkit;
-constexpr int64_t PIECE = 2;  // steps of K widened at once
+
+// All that it calls becomes part of it: captured variables stay in registers.
+#define FLAT __attribute__((flatten))
 
 struct Job {
   const uint8_t* codes;
   const float *scale, *bias;  // scale (G, N padded) of the sum of a group; bias (N padded) or null
   int64_t out, panels, steps, group, groups;  // steps of K in all and in a group
   const uint8_t* x;                            // tiles, as ``lay_rows`` lays them
-  const float* x_scale;                        // digits: of each row
-  int64_t rows;
+  const float* own;                            // as in ``Input``
+  int64_t line, rows;
   uint16_t* y;
 };
 
@@ -54,25 +57,27 @@ inline void finish(const Job& job, int64_t panel, const float* totals, int64_t s
   }
 }
 
-// All steps of a panel whose weights are widened: ``fill(from, steps, room)`` writes a piece while the one before it is
-// multiplied by ``multiply(from, steps, room)``; two rooms of ``bytes`` in turns. ``fold(g)`` ends a group.
-inline void in_pieces(const Job& job, uint8_t* room, int64_t bytes, const auto& fill, const auto& multiply, const auto& fold) {
-  const auto steps = [&](int64_t from) { return std::min(PIECE, job.steps - from); };
-  fill(0, steps(0), room);
-  for (int64_t from = 0, turn = 0; from < job.steps; from += PIECE, turn ^= 1) {
-    const int64_t next = from + PIECE;
-    if (next < job.steps) fill(next, steps(next), room + (turn ^ 1) * bytes);
-    settle();
-    multiply(from, steps(from), room + turn * bytes);
-    if (next >= job.steps || next % job.group == 0) fold(from / job.group);
+// All steps, group by group: ``step(s, turn)`` multiplies one. The sums of a group are in ``part`` after the first step of
+// the next and added, ``add(group, from row, to row)``, a share of the rows with each of its steps.
+inline void in_groups(const Job& job, int64_t rows, uint8_t* part, const auto& step, const auto& add) {
+  const int64_t share = (rows + job.group - 1) / job.group;
+  for (int64_t g = 0, s = 0; g < job.groups; g++) {
+    Turn turn = g ? ANOTHER_GROUP : FIRST;
+    int64_t done = g ? 0 : rows;  // of the group before
+    for (const int64_t end = s + job.group; s < end; s++, turn = GOES_ON) {
+      step(s, turn);
+      const int64_t upto = std::min(done + share, rows);
+      if (done < upto) add(g - 1, done, upto);
+      done = upto;
+    }
   }
+  store_sums(part);
+  add(job.groups - 1, 0, rows);
 }
 
-constexpr auto nothing = [](int64_t) {};
-
-// Rows that fill one tile at the most, against two panels.
+// Rows that fill one tile at the most, against two panels. ``room``: of two steps.
 template <class F>
-void narrow(const Job& job, int64_t pair, uint8_t* room) {
+FLAT void narrow(const Job& job, int64_t pair, uint8_t* room) {
   alignas(64) float totals[SIDE * 2 * PANEL];
   alignas(64) uint8_t part[4 * TILE];
   const int64_t bytes = job.steps * 2 * F::BYTES;
@@ -82,73 +87,49 @@ void narrow(const Job& job, int64_t pair, uint8_t* room) {
     streams[p] = {codes, codes + 2 * bytes, bytes};
     start(job, 2 * pair + p, totals + p * PANEL, 2 * PANEL, job.rows);
   }
-  const auto fold = [&](int64_t g) {
-    store_sums(part);
+  const auto add = [&](int64_t g, int64_t from, int64_t to) {
     for (int p = 0; p < 2; p++)
       add_scaled<F>(
-          totals + p * PANEL, 2 * PANEL, part + p * 2 * TILE, job.rows * 64,
-          job.scale + (g * job.panels + 2 * pair + p) * PANEL, job.x_scale, job.rows);
-    clear_sums();
+          totals + (2 * from + p) * PANEL, 2 * PANEL, part + p * 2 * TILE + from * 64, job.rows * 64,
+          job.scale + (g * job.panels + 2 * pair + p) * PANEL, job.own + g * job.line + from, to - from);
   };
-  clear_sums();
-  if constexpr (F::WIDENED) {
-    const auto fill = [&](int64_t from, int64_t steps, uint8_t* to) {
-      for (int p = 0; p < 2; p++) widen<F>(streams[p], from, steps, to + p * 2 * PIECE * TILE);
+  const auto take = [&](int64_t s, int64_t i) { take_tile<F>(streams[i / 2], 2 * s + i % 2, job.steps, room, 4 * (s % 2) + i); };
+  for (int64_t i = 0; F::WIDENED && i < 4; i++) take(0, i);
+  in_groups(job, job.rows, part, [&](int64_t s, Turn turn) {
+    const auto weights = [&](int p) {
+      return F::WIDENED ? room + (4 * (s % 2) + 2 * p) * TILE : streams[p].codes + s * 2 * TILE;
     };
-    const auto multiply = [&](int64_t from, int64_t steps, const uint8_t* weights) {
-      narrow_steps<false>(job.x + from * TILE, weights, weights + 2 * PIECE * TILE, steps, nothing);
-    };
-    in_pieces(job, room, 4 * PIECE * TILE, fill, multiply, fold);
-  } else {
-    for (int64_t g = 0; g < job.groups; g++) {
-      const int64_t from = g * job.group * 2 * TILE;
-      const auto soon = [&](int64_t s) {
-        for (int p = 0; p < 2; p++) fetch(streams[p].ahead(from + s * 2 * TILE), 2 * TILE);
-      };
-      narrow_steps<F::INTEGER>(
-          job.x + g * job.group * TILE, streams[0].codes + from, streams[1].codes + from, job.group, soon);
-      fold(g);
-    }
-  }
+    narrow_step<F::INTEGER>(turn, part, job.x + s * TILE, weights(0), weights(1), [&](int64_t i) { take(s + 1, i); });
+  }, add);
   for (int p = 0; p < 2; p++) finish(job, 2 * pair + p, totals + p * PANEL, 2 * PANEL, 0, job.rows);
 }
 
 // Up to 32 rows from ``row`` on against one panel, whose weights are in memory or, ``ready``, widened in the room.
 template <class F>
-void square(const Job& job, int64_t panel, int64_t row, uint8_t* room, bool ready) {
+FLAT void square(const Job& job, int64_t panel, int64_t row, uint8_t* room, bool ready) {
   alignas(64) float totals[PANEL * PANEL];
   alignas(64) uint8_t part[4 * TILE];
-  const int64_t rows = std::min(job.rows - row, 2 * SIDE), upper = std::min(rows, SIDE);
-  const int64_t bytes = job.steps * 2 * F::BYTES, apart = job.steps * TILE;
+  const int64_t rows = std::min(job.rows - row, 2 * SIDE), bytes = job.steps * 2 * F::BYTES, apart = job.steps * TILE;
   const Stream stream{job.codes + panel * bytes, job.codes + (panel + 1) * bytes, bytes};
   const uint8_t* x = job.x + row / SIDE * apart;
-  const auto fold = [&](int64_t g) {
-    const float* scale = job.scale + (g * job.panels + panel) * PANEL;
-    store_sums(part);
-    add_scaled<F>(totals, PANEL, part, 0, scale, nullptr, upper);
-    add_scaled<F>(totals + SIDE * PANEL, PANEL, part + 2 * TILE, 0, scale, nullptr, rows - upper);
-    clear_sums();
-  };
   start(job, panel, totals, PANEL, rows);
-  clear_sums();
-  if (F::WIDENED && !ready) {
-    if constexpr (F::WIDENED) {
-      const auto fill = [&](int64_t from, int64_t steps, uint8_t* to) { widen<F>(stream, from, steps, to); };
-      const auto multiply = [&](int64_t from, int64_t steps, const uint8_t* weights) {
-        square_steps<false>(x + from * TILE, apart, weights, steps, nothing);
-      };
-      in_pieces(job, room, 2 * PIECE * TILE, fill, multiply, fold);
+  const auto add = [&](int64_t g, int64_t from, int64_t to) {  // rows 16 and above have tiles of their own
+    const float *scale = job.scale + (g * job.panels + panel) * PANEL, *own = job.own + g * job.line + row;
+    for (int64_t side = 0; side < 2; side++) {
+      const int64_t first = std::max(from, side * SIDE), last = std::min(to, (side + 1) * SIDE);
+      add_scaled<F>(
+          totals + first * PANEL, PANEL, part + (side * SIDE + first) * 64, 0, scale, own + first, last - first);
     }
-  } else {
-    for (int64_t g = 0; g < job.groups; g++) {
-      const int64_t from = g * job.group * 2 * TILE;
-      square_steps<F::INTEGER>(
-          x + g * job.group * TILE, apart, (F::WIDENED ? room : stream.codes) + from, job.group, [&](int64_t s) {
-            if (!F::WIDENED && row == 0) fetch(stream.ahead(from + s * 2 * TILE), 2 * TILE);
-          });
-      fold(g);
-    }
-  }
+  };
+  const bool here = F::WIDENED && !ready;  // to be widened on the way
+  const auto take = [&](int64_t s, int64_t i) { take_tile<F>(stream, 2 * s + i, job.steps, room, 2 * (s % 2) + i); };
+  for (int64_t i = 0; here && i < 2; i++) take(0, i);
+  in_groups(job, rows, part, [&](int64_t s, Turn turn) {
+    const uint8_t* weights = here ? room + 2 * (s % 2) * TILE : (F::WIDENED ? room : stream.codes) + s * 2 * TILE;
+    square_step<F::INTEGER>(turn, part, x + s * TILE, apart, weights, [&](int64_t i) {
+      if (here || (!F::WIDENED && row == 0)) take(s + 1, i);
+    });
+  }, add);
   finish(job, panel, totals, PANEL, row, rows);
 }
 
@@ -171,7 +152,7 @@ void tall(const Job& job, int64_t panel, int64_t row) {
     _tile_stored(1, part + side * TILE + 2 * TILE, 64);
     _tile_stored(2, part + side * TILE + 4 * TILE, 64);
   }
-  add_scaled<Int8>(totals, PANEL, part, 2 * TILE, job.scale + panel * PANEL, job.x_scale + row, rows);
+  add_scaled<Int8>(totals, PANEL, part, 2 * TILE, job.scale + panel * PANEL, job.own + row, rows);
   finish(job, panel, totals, PANEL, row, rows);
 }
 
@@ -189,7 +170,7 @@ void run(const Job& job) {
   if (one_tile<F>(job.rows)) {
     for_pairs([&](int64_t from, int64_t to) {
       const Configured tiles({0, 1, 2, 3, 4}, job.rows * F::DIGITS);
-      uint8_t* room = aligned(memory, F::WIDENED ? 8 * PIECE * TILE : 0);
+      uint8_t* room = aligned(memory, F::WIDENED ? 8 * TILE : 0);
       for (int64_t pair = from; pair < to; pair++) narrow<F>(job, pair, room);
     });
   } else if constexpr (F::DIGITS > 1) {
@@ -202,13 +183,13 @@ void run(const Job& job) {
     const bool ready = job.rows > 2 * SIDE;
     for_pairs([&](int64_t from, int64_t to) {
       const Configured tiles({2, 3, 5}, ready ? SIDE : job.rows - SIDE);
-      uint8_t* room = aligned(memory, !F::WIDENED ? 0 : ready ? job.steps * 2 * TILE : 4 * PIECE * TILE);
+      uint8_t* room = aligned(memory, !F::WIDENED ? 0 : (ready ? job.steps : 2) * 2 * TILE);
       for (int64_t panel = 2 * from; panel < 2 * to; panel++) {
         if constexpr (F::WIDENED)
           if (ready) {
             const int64_t bytes = job.steps * 2 * F::BYTES;
-            widen<F>({job.codes + panel * bytes, job.codes + (panel + 1) * bytes, bytes}, 0, job.steps, room);
-            settle();
+            const Stream stream{job.codes + panel * bytes, job.codes + (panel + 1) * bytes, bytes};
+            for (int64_t tile = 0; tile < 2 * job.steps; tile++) take_tile<F>(stream, tile, job.steps, room, tile);
           }
         for (int64_t row = 0; row < job.rows; row += 2 * SIDE) square<F>(job, panel, row, room, ready);
       }
@@ -219,18 +200,18 @@ void run(const Job& job) {
 template <class F>
 void multiply_as(Job job, Input in, uint16_t* y) {
   job.steps = in.steps = padded(in.width, F::K) / F::K;
-  TORCH_CHECK(
-      job.groups == 1 || job.steps % (job.groups * PIECE) == 0, "trtkit_cpu: groups of no whole pieces");
+  TORCH_CHECK(job.steps % job.groups == 0, "trtkit_cpu: groups of no whole steps");
   job.group = job.steps / job.groups;
   // As many rows at a time as half of a second-level cache holds.
   const int64_t row_bytes = job.steps * 64 * F::DIGITS, tokens = in.rows, out = job.out;
   const int64_t most = std::max<int64_t>(64, (int64_t{1} << 20) / row_bytes / 32 * 32);
   static thread_local std::vector<uint8_t> memory;
-  static thread_local std::vector<float> scales;
+  static thread_local std::vector<float> own;
   in.tiles = aligned(memory, std::max(padded(std::min(most, tokens), 2 * SIDE), SIDE) * row_bytes);
-  scales.resize(std::min(most, tokens));
-  in.scale = scales.data();
-  job.x = in.tiles, job.x_scale = in.scale;
+  in.group = job.group, in.line = job.line = std::min(most, tokens);
+  own.resize(job.groups * in.line);
+  in.own = own.data();
+  job.x = in.tiles, job.own = in.own;
   const c10::BFloat16* x = in.x;
   for (int64_t first = 0; first < tokens; first += most) {
     job.rows = in.rows = std::min(most, tokens - first);

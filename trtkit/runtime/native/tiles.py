@@ -18,18 +18,18 @@ _BF16, _INT8, _INT8_DIRECT, _FP8, _INT4 = range(5)
 """The numbers of ``tiles.cpp``."""
 _UNIT = 64
 """Outputs are padded to a multiple; the number of ``tile_formats.h``."""
-_PIECE = 64
-"""Inputs widened at once: a group is a multiple."""
+_STEP = 32
+"""Inputs of a tile that holds bf16: a group is a multiple."""
 _MOST_INPUTS = 2**17 - 1
 """Of an int8 product: 2^14 times as much is the largest sum that int32 holds."""
 
 
 def tiles_fit(weights: LinearWeights) -> bool:
-    """Whether this process may use tiles, and the weights' groups are whole pieces. The kernels must be loaded."""
+    """Whether this process may use tiles, and the weights' groups are whole steps. The kernels must be loaded."""
     weight = weights.weight
     if weight.format == "int8" and weight.shape[1] > _MOST_INPUTS:
         return False
-    whole = weight.format != "int4" or weight.scale is None or weight.shape[1] % (_PIECE * weight.scale.shape[1]) == 0
+    whole = weight.format != "int4" or weight.scale is None or weight.shape[1] % (_STEP * weight.scale.shape[1]) == 0
     return bool(torch.ops.trtkit_cpu.tiles_ready()) and whole
 
 
