@@ -164,6 +164,31 @@ def test_a_resumed_run_counts_the_time_already_spent(grader: Grader, tmp_path: P
     assert all(solution.answer is not None for solution in found)
 
 
+def test_a_resumed_pooled_run_has_used_only_its_parts_of_the_batch(grader: Grader, tmp_path: Path) -> None:
+    """Ten problems that ran side by side for 300 s have used 30 s each, not 300."""
+
+    def one_is_quick(request: Request) -> Sequence[int]:
+        quick = request.id.endswith("/0") and not asked_to_answer(request)
+        return CHAT.encode("x" * 200 + "\\boxed{8}</think>") if quick else endless(request)
+
+    class Interrupting(TimedEngine):
+        def step(self) -> list[StepOutput]:
+            if self.now >= 50.0 + 300.0:
+                raise KeyboardInterrupt
+            return super().step()
+
+    path, pooled = tmp_path / "journal.jsonl", {"order": "pooled", "time_limit": 1000.0, "stop": ()}
+    first = Interrupting(one_is_quick, rows=40)
+    with Journal(path, clock=lambda: first.now) as journal, pytest.raises(KeyboardInterrupt):
+        solve(grader, first, 10, journal, **pooled)
+    second = TimedEngine(one_is_quick, rows=40)
+    with Journal(path, clock=lambda: second.now) as journal:
+        found = solve(grader, second, 10, journal, **pooled)
+    assert 500.0 < second.now - 50.0 <= 1000.0 - 300.0
+    assert [solution.answer and solution.answer.key for solution in found] == ["7"] * 10
+    assert [len(solution.attempts) for solution in found] == [4] * 10
+
+
 def test_steps_that_take_longer_than_a_share_overrun_by_one_step(grader: Grader) -> None:
     engine = TimedEngine(endless, rows=4, step_seconds=30.0)
     found = solve(grader, engine, 10, time_limit=200.0, default_answer="0")

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from trtkit.chat import Chat
 from trtkit.errors import EngineError, OutputError
@@ -157,7 +158,7 @@ class Solver:
         rule = self._count_ended(contest)
         stopped = rule.text if rule else None
         if self._bank is not None:
-            contest.share_seconds = self._bank.open(problem.id, now, used=contest.earlier_seconds)
+            contest.share_seconds = self._bank.open(problem.id, now, used=contest.earlier_used)
             if missing and stopped is None and self._bank.left_for(problem.id, now) <= 0:
                 stopped = TIME_LIMIT
         if missing and stopped is None:
@@ -238,9 +239,12 @@ class Solver:
         return sample.attempt(text, ending, finish, self._now(), keep_text=self._options.save_text)
 
     def _record(self, finished: dict[str, list[Attempt]]) -> None:
-        """Write down what ended in this step."""
-        for ended in finished.values():
+        """Write down what ended in this step, and what time its problem was charged until now."""
+        for problem_id, ended in finished.items():
             ended.sort(key=lambda attempt: attempt.index)
+            if self._bank is not None:
+                used = self._bank.used(problem_id)
+                ended[:] = [replace(attempt, used_seconds=used) for attempt in ended]
         if self._journal is not None:
             self._journal.record([attempt for ended in finished.values() for attempt in ended], [])
         for problem_id, ended in finished.items():
