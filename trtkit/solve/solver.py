@@ -17,6 +17,7 @@ from dataclasses import replace
 from trtkit.chat import Chat
 from trtkit.errors import EngineError, OutputError
 from trtkit.runtime.api import Engine, FinishReason, StepOutput
+from trtkit.solve.answers import Answer
 from trtkit.solve.clock import Clock, TimeBudget
 from trtkit.solve.code_rows import CodeRows
 from trtkit.solve.contest import Contest, Sample, earlier_solutions, force_answer
@@ -264,13 +265,18 @@ class Solver:
         """Count what can be counted, up to the rule that ends the problem, if one does."""
         while group := contest.turn():
             for attempt in group:
-                contest.count(attempt, self._options.mode, self._grader.same)
+                contest.count(attempt, self._options.mode, self._same)
                 self._observer.attempted(contest.problem, attempt, contest.tally)
             outstanding = contest.outstanding
             rule = first_to_hold(self._rules, contest.tally, outstanding) if outstanding else None
             if rule is not None:
                 return rule
         return None
+
+    def _same(self, one: Answer, other: Answer) -> bool:
+        """Whether two answers are equal. Past the limit nobody is asked: expressions can take seconds for each pair."""
+        late = self._bank is not None and self._bank.left(self._now()) <= 0
+        return not late and self._grader.same(one, other)
 
     def _keep_time(self, bank: Clock, now: float) -> None:
         """Settle problems whose time is up; shortly before that, make their samples answer."""
