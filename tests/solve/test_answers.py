@@ -35,6 +35,11 @@ AIMO = AnswerMode(kind="integer", modulus=1000)
         ("\\boxed{5}, put it in \\boxed{answer}", "5"),
         ("\\boxed{5} \\boxed{\\text{your answer}} \\boxed{...}", "5"),
         ("\\boxed{  }", None),
+        ("\\boxed{5} goes into \\boxed{\\quad} or \\boxed{\\hspace{2cm}}", "5"),
+        ("\\boxed{5} \\boxed{\\,} \\boxed{~} \\boxed{\\ } \\boxed{$$} \\boxed{{}} \\boxed{\\boxed{}}", "5"),
+        ("\\boxed{5} \\boxed{\\square} \\boxed{\\underline{\\phantom{10}}} \\boxed{\\_\\_}", "5"),
+        ("\\boxed{5} \\boxed{\\{\\}}", "\\{\\}"),
+        ("\\boxed{\\quad 5\\square}", "\\quad 5\\square"),
         ("\\boxedx{3}", None),
         ("\\\\boxed{\\\\frac{1}{2}}", "\\frac{1}{2}"),  # escaped twice
         ("\\boxed{\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
@@ -179,6 +184,8 @@ def test_numbers_are_exact(text: str, key: str) -> None:
         "\\frac{1}",
         "\\binom{3}{6}",
         "10^{10^{10}}",
+        "2^" * 499 + "2",
+        "\\begin{cases} x" + "\\\\" * 11 + "y \\end{cases}",
         "9!!!!!!",
         "(((1",
         "(" * 400 + "1" + ")" * 400,
@@ -271,6 +278,11 @@ def test_integer_mode(box: str | None, key: str | None) -> None:
     answer = read_answer(box, AIMO)
     assert (answer and answer.key) == key
     assert answer is None or answer.raw == box
+
+
+@pytest.mark.parametrize("box", [" ", "\\%", ",", "\\quad", "\\boxed{}"])
+def test_nothing_is_no_answer(box: str) -> None:
+    assert read_answer(box, AUTO) is None
 
 
 def test_modes_that_make_no_sense() -> None:

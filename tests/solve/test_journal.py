@@ -67,7 +67,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_what_came_later_is_read_back_and_may_be_missing(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    forced = replace(attempt("p", 0), ending=Ending.DEADLINE, forced=True, confidence=-0.25)
+    forced = replace(attempt("p", 0), ending=Ending.DEADLINE, forced=True, confidence=-0.25, used_seconds=0.75)
     settled = replace(
         solution("p"), share_seconds=9.5, used_seconds=4.5, bank_seconds=100.25, cancelled=3, stopped_early="deadline"
     )

@@ -10,6 +10,7 @@ import pytest
 
 from tests.fakes import EOS_ID, FakeChat, FakeEngine
 from trtkit.runtime.api import Request, StepOutput
+from trtkit.solve.answers import Answer
 from trtkit.solve.ends import ANSWER_OPENING, Ending
 from trtkit.solve.grading import Grader
 from trtkit.solve.journal import Journal
@@ -162,6 +163,45 @@ def test_a_resumed_run_counts_the_time_already_spent(grader: Grader, tmp_path: P
     assert second.now - 50.0 + 20.0 + before <= limit
     assert second.now - 50.0 + 20.0 + before >= 0.9 * limit
     assert all(solution.answer is not None for solution in found)
+
+
+def test_a_resumed_pooled_run_has_used_only_its_parts_of_the_batch(grader: Grader, tmp_path: Path) -> None:
+    """Ten problems that ran side by side for 300 s have used 30 s each, not 300."""
+
+    def one_is_quick(request: Request) -> Sequence[int]:
+        quick = request.id.endswith("/0") and not asked_to_answer(request)
+        return CHAT.encode("x" * 200 + "\\boxed{8}</think>") if quick else endless(request)
+
+    class Interrupting(TimedEngine):
+        def step(self) -> list[StepOutput]:
+            if self.now >= 50.0 + 300.0:
+                raise KeyboardInterrupt
+            return super().step()
+
+    path, pooled = tmp_path / "journal.jsonl", {"order": "pooled", "time_limit": 1000.0, "stop": ()}
+    first = Interrupting(one_is_quick, rows=40)
+    with Journal(path, clock=lambda: first.now) as journal, pytest.raises(KeyboardInterrupt):
+        solve(grader, first, 10, journal, **pooled)
+    second = TimedEngine(one_is_quick, rows=40)
+    with Journal(path, clock=lambda: second.now) as journal:
+        found = solve(grader, second, 10, journal, **pooled)
+    assert 500.0 < second.now - 50.0 <= 1000.0 - 300.0
+    assert [solution.answer and solution.answer.key for solution in found] == ["7"] * 10
+    assert [len(solution.attempts) for solution in found] == [4] * 10
+
+
+def test_comparing_answers_keeps_the_limit() -> None:
+    """Every sample boxes another expression, and each pair of them takes the grader 40 s."""
+
+    class SlowGrader(Grader):
+        def equal(self, gold: Answer, answer: Answer) -> bool:
+            engine.now += 20.0
+            return False
+
+    engine = TimedEngine(lambda request: CHAT.encode(f"\\boxed{{x^{request.id[-1]}}}</think>"), rows=6)
+    found = solve(SlowGrader(), engine, 3, samples=6, time_limit=200.0, stop=())
+    assert engine.now - 50.0 <= 200.0 + 40.0
+    assert found[0].answer is not None
 
 
 def test_steps_that_take_longer_than_a_share_overrun_by_one_step(grader: Grader) -> None:

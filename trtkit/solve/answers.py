@@ -20,6 +20,13 @@ _TOKEN = re.compile(r"(?P<box>\\+(?:boxed|fbox)(?![A-Za-z]))\s*(?P<bare>[-+]?[0-
 _PLACEHOLDERS = frozenset(
     ("", ".", "..", "...", "?", "_", "\\ldots", "\\dots", "\\cdots", "answer", "your answer", "final answer")
 )
+# What leaves a box blank: spaces, and what is drawn where an answer is to be put.
+_BLANK = re.compile(
+    r"\\(?:[,;:!_ ]|(?:q?quad|square|Box|underline|boxed|fbox)(?![A-Za-z])|[hv]?(?:space|phantom)\*?\s*\{[^{}]*\})"
+    r"|(?<!\\)[{}~$\s]"
+)
+_LONGEST_BLANK = 100
+"""Characters; longer boxes are not looked through, so that nested ones stay cheap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +75,9 @@ def read_answer(box: str | None, mode: AnswerMode) -> Answer | None:
     ``3.14`` is not an integer, ``42.0`` is. With a modulus, values from 0 up are reduced; negative ones
     stay as they are, because whether -5 means 995 is not ours to guess. ``raw`` keeps what was written.
     """
-    if box is None or not box.strip():
+    text = canonical_text(box or "")
+    if box is None or not text:
         return None
-    text = canonical_text(box)
     value = exact_value(text)
     if mode.kind == "auto":
         return Answer(raw=box, key=text if value is None else str(value), value=value)
@@ -107,9 +114,12 @@ def _last_box(text: str) -> str | None:
 
 def _better(best: tuple[int, str] | None, start: int, content: str, command: str) -> tuple[int, str] | None:
     """The box that begins later, unless it is empty. An inner box begins later than the one around it."""
+    if best is not None and best[0] > start:
+        return best
     if command.startswith("\\\\"):
         content = content.replace("\\\\", "\\")
     bare = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", content).strip()
-    if bare.lower() in _PLACEHOLDERS or (best is not None and best[0] > start):
+    blank = len(content) <= _LONGEST_BLANK and not _BLANK.sub("", content)
+    if blank or bare.lower() in _PLACEHOLDERS:
         return best
     return start, content.strip()

@@ -82,14 +82,10 @@ class _Arithmetic:
         return token
 
     def _sum(self) -> Fraction:
-        self._depth += 1
-        if self._depth > _MAX_DEPTH:
-            raise _NotArithmetic
         result = self._product()
         while operator := self._next("+", "-"):
             right = self._product()
             result = _bounded(result + right if operator == "+" else result - right)
-        self._depth -= 1
         return result
 
     def _product(self) -> Fraction:
@@ -103,7 +99,12 @@ class _Arithmetic:
         sign = 1
         while operator := self._next("+", "-"):
             sign = -sign if operator == "-" else sign
-        return sign * self._power()
+        self._depth += 1  # here, because groups and exponents both come through
+        if self._depth > _MAX_DEPTH:
+            raise _NotArithmetic
+        result = sign * self._power()
+        self._depth -= 1
+        return result
 
     def _power(self) -> Fraction:
         result = self._atom()

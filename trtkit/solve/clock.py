@@ -151,6 +151,10 @@ class Clock:
         draw = min(self.budget.draw_seconds, (self.bank(now) + drawn) / drawers)
         return min(account.base + draw - account.used, self.left(now))
 
+    def used(self, problem_id: str) -> float:
+        """What an open problem has used, earlier sessions included."""
+        return self._accounts[problem_id].used
+
     def close(self, problem_id: str) -> float:
         """End a problem; what it has not used is in the bank. Returns what it used, earlier sessions included."""
         return self._accounts.pop(problem_id).used

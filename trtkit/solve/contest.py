@@ -70,6 +70,8 @@ class Contest:
     problem: Problem
     began: float
     earlier_seconds: float = 0.0
+    earlier_used: float = 0.0
+    """Of a time limit, by earlier sessions."""
     ended: dict[int, Attempt] = field(default_factory=dict)
     """Finished samples by index, in order of arrival, those of earlier sessions included."""
     attempts: list[Attempt] = field(default_factory=list)
@@ -98,6 +100,7 @@ class Contest:
             problem=problem,
             began=now,
             earlier_seconds=max((attempt.seconds for attempt in earlier), default=0.0),
+            earlier_used=max((attempt.charged_seconds for attempt in earlier), default=0.0),
             ended={attempt.index: attempt for attempt in earlier},
             order=CountingOrder(options.samples, lanes),
             tally=Tally(weighting=options.votes),

@@ -56,6 +56,7 @@ def attempt_row(attempt: Attempt) -> dict[str, Any]:
         "forced": attempt.forced or None,
         "confidence": attempt.confidence,
         "tool_calls": attempt.tool_calls or None,
+        "used": _rounded(attempt.used_seconds),
         "text": attempt.text,
     }
     return row | {name: value for name, value in optional.items() if value is not None}
@@ -76,6 +77,7 @@ def read_attempt(row: dict[str, Any]) -> Attempt:
         forced=bool(row.get("forced", False)),
         confidence=_optional(row, "confidence"),
         tool_calls=int(row.get("tool_calls", 0)),
+        used_seconds=_optional(row, "used"),
     )
 
 

@@ -41,6 +41,13 @@ class Attempt:
     """Mean log-probability of its last tokens, where it was asked for (``ends.CONFIDENCE_TOKENS``)."""
     tool_calls: int = 0
     """Code blocks that were run for it."""
+    used_seconds: float | None = None
+    """What its problem had used of a time limit by then: less than ``seconds`` where problems share the batch."""
+
+    @property
+    def charged_seconds(self) -> float:
+        """``used_seconds``; journals of older versions do not have it."""
+        return self.seconds if self.used_seconds is None else self.used_seconds
 
     def answer(self, mode: AnswerMode) -> Answer | None:
         """What it votes for."""

@@ -12,10 +12,12 @@ import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from trtkit.chat import Chat
 from trtkit.errors import EngineError, OutputError
 from trtkit.runtime.api import Engine, FinishReason, StepOutput
+from trtkit.solve.answers import Answer
 from trtkit.solve.clock import Clock, TimeBudget
 from trtkit.solve.code_rows import CodeRows
 from trtkit.solve.contest import Contest, Sample, earlier_solutions, force_answer
@@ -157,7 +159,7 @@ class Solver:
         rule = self._count_ended(contest)
         stopped = rule.text if rule else None
         if self._bank is not None:
-            contest.share_seconds = self._bank.open(problem.id, now, used=contest.earlier_seconds)
+            contest.share_seconds = self._bank.open(problem.id, now, used=contest.earlier_used)
             if missing and stopped is None and self._bank.left_for(problem.id, now) <= 0:
                 stopped = TIME_LIMIT
         if missing and stopped is None:
@@ -238,9 +240,12 @@ class Solver:
         return sample.attempt(text, ending, finish, self._now(), keep_text=self._options.save_text)
 
     def _record(self, finished: dict[str, list[Attempt]]) -> None:
-        """Write down what ended in this step."""
-        for ended in finished.values():
+        """Write down what ended in this step, and what time its problem was charged until now."""
+        for problem_id, ended in finished.items():
             ended.sort(key=lambda attempt: attempt.index)
+            if self._bank is not None:
+                used = self._bank.used(problem_id)
+                ended[:] = [replace(attempt, used_seconds=used) for attempt in ended]
         if self._journal is not None:
             self._journal.record([attempt for ended in finished.values() for attempt in ended], [])
         for problem_id, ended in finished.items():
@@ -260,13 +265,18 @@ class Solver:
         """Count what can be counted, up to the rule that ends the problem, if one does."""
         while group := contest.turn():
             for attempt in group:
-                contest.count(attempt, self._options.mode, self._grader.same)
+                contest.count(attempt, self._options.mode, self._same)
                 self._observer.attempted(contest.problem, attempt, contest.tally)
             outstanding = contest.outstanding
             rule = first_to_hold(self._rules, contest.tally, outstanding) if outstanding else None
             if rule is not None:
                 return rule
         return None
+
+    def _same(self, one: Answer, other: Answer) -> bool:
+        """Whether two answers are equal. Past the limit nobody is asked: expressions can take seconds for each pair."""
+        late = self._bank is not None and self._bank.left(self._now()) <= 0
+        return not late and self._grader.same(one, other)
 
     def _keep_time(self, bank: Clock, now: float) -> None:
         """Settle problems whose time is up; shortly before that, make their samples answer."""
