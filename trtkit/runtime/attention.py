@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.native.kernels import attend, attend_fits
@@ -56,15 +57,12 @@ def attend_prefill(
         part = slice(span.start, span.start + span.tokens)
         seen = span.cached + span.tokens
         keys, values = cache.read(layer, span.blocks, 1)
-        mask = None
-        if span.cached:
-            mask = torch.ones(span.tokens, seen, dtype=torch.bool, device=q.device).tril(span.cached)
         result = F.scaled_dot_product_attention(
             q[part].transpose(0, 1)[None],
             keys[:, 0, :seen][None],
             values[:, 0, :seen][None],
-            attn_mask=mask,
-            is_causal=mask is None,
+            # Not a tensor of booleans: with fewer KV heads than query heads CUDA would then hold all scores in float32.
+            attn_mask=causal_lower_right(span.tokens, seen),
             enable_gqa=True,
         )
         out[part] = result[0].transpose(0, 1)
