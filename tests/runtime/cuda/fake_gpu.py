@@ -310,7 +310,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[FakeG
             if name in RULES:
                 monkeypatch.setattr(room, name, _Kernel(gpu, kernel))
     _patch_torch(monkeypatch, gpu)
-    monkeypatch.setattr("trtkit.runtime.attention.causal_lower_right", _bias)
+    monkeypatch.setattr("torch.nn.attention.bias.causal_lower_right", _bias)
     monkeypatch.setattr(nn.Module, "_apply", _moved)
     # In inference mode operations arrive whole (``to`` for ``_to_copy``), which fake tensors are not made for.
     monkeypatch.setattr(TorchEngine, "step", torch.no_grad()(inspect.unwrap(TorchEngine.step)))
