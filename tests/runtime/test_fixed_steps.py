@@ -71,6 +71,20 @@ def test_the_stream_is_the_plain_stream(
     assert run_all(engine, requests, arrivals_per_step=arrivals) == plain
 
 
+def test_rows_that_pad_a_greedy_batch_are_greedy_too(model: DecoderModel, head: Drafter) -> None:
+    """Kernels prepare nothing but the most likely token of such a batch: another draw would read what nobody wrote."""
+    engine = _engine(model, head, None, fixed_shapes=True)
+    for index in range(3):
+        engine.submit(request(str(index), (1, 2), max_tokens=9, temperature=0.0))
+    engine.step()
+    graphs = engine._graphs
+    assert graphs is not None
+    key = graphs.load(engine._scheduler.running, None)
+    _, sampling = graphs.inputs(key)
+    assert (key.rows, sampling.greedy) == (4, True)
+    assert sampling.cold.all()
+
+
 def _prepared(model: DecoderModel, head: Drafter, count: int) -> tuple[TorchEngine, list[Row]]:
     """An engine whose ``count`` rows stand in the middle of their samples."""
     engine = _engine(model, head, SHAPES[2], fixed_shapes=True)

@@ -56,9 +56,7 @@ def attend_prefill(
         part = slice(span.start, span.start + span.tokens)
         seen = span.cached + span.tokens
         keys, values = cache.read(layer, span.blocks, 1)
-        mask = None
-        if span.cached:
-            mask = torch.ones(span.tokens, seen, dtype=torch.bool, device=q.device).tril(span.cached)
+        mask = _behind_cache(span, q.device) if span.cached else None
         result = F.scaled_dot_product_attention(
             q[part].transpose(0, 1)[None],
             keys[:, 0, :seen][None],
@@ -69,6 +67,19 @@ def attend_prefill(
         )
         out[part] = result[0].transpose(0, 1)
     return out.reshape(q.shape[0], -1)
+
+
+def _behind_cache(span: Span, device: torch.device) -> Tensor:
+    """The mask of tokens that see the whole cache before them.
+
+    On CUDA no tensor of booleans: with fewer KV heads than query heads all scores would then be held in float32.
+    """
+    if device.type != "cuda":
+        shape = (span.tokens, span.cached + span.tokens)
+        return torch.ones(shape, dtype=torch.bool, device=device).tril(span.cached)
+    from torch.nn.attention.bias import causal_lower_right  # loads torch's compiler and Triton
+
+    return causal_lower_right(span.tokens, span.cached + span.tokens)
 
 
 def attend_verify(cache: KvCache, layer: int, batch: VerifyBatch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ from trtkit.scheme import OutputLayer
 __all__ = ["OpenOptions", "compute_dtype", "device_named", "open_engine", "set_threads"]
 
 _BLOCK_SIZE = 16
+_BESIDE_BYTES = 3 << 29
+"""Kept free on CUDA unless a share of the memory is asked for: for a prefill pass, expanded weights, graphs and tuning.
+Their sizes added up, not measured."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -38,14 +41,15 @@ class OpenOptions:
     """What may differ from run to run without a rebuild."""
 
     device: str = "auto"
-    """``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
+    """``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``: then the current device of the process."""
     dtype: str | None = None
     """Compute dtype; None takes the checkpoint's. float16 checkpoints compute in float32 on a CPU."""
     threads: int | None = None
     rows: int | None = None
     """Largest in-flight batch; None takes the engine's own limit."""
     kv_memory_fraction: float | None = None
-    """Share of the free memory for keys and values; None means 0.9 on CUDA, 0.25 on a CPU."""
+    """Share of the free memory for keys and values; None means 0.9 on CUDA, but all less 1.5 GiB at most, and 0.25 on a
+    CPU."""
     speculative: bool = True
     """Use the engine's draft head if it has one. The tokens are the same either way."""
     tree: TreeShape | None = None
@@ -162,7 +166,10 @@ def set_threads(threads: int | None) -> None:
 
 
 def device_named(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Raises :class:`UsageError` for what is not there."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Raises :class:`UsageError` for what is not there.
+
+    ``cuda:N`` becomes the current device of the process: Triton launches there, wherever the tensors lie.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -173,6 +180,11 @@ def device_named(name: str) -> torch.device:
         raise UsageError("no CUDA device is available", hint="use --device cpu, or see `trtkit doctor`")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device {name!r} is not supported", hint="auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and device.index is not None:
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise UsageError(f"no device {name!r}: this machine has {count}", hint="counted from cuda:0")
+        torch.cuda.set_device(device)
     return device
 
 
@@ -201,7 +213,11 @@ def _limits(
     kv_dtype = manifest.recipe.kv_dtype
     block_bytes = kv_block_bytes(spec, kv_dtype, model.dtype, _BLOCK_SIZE)
     fraction = options.kv_memory_fraction or (0.9 if model.device.type == "cuda" else 0.25)
-    affordable = int(_free_bytes(model.device) * fraction) // block_bytes
+    free = _free_bytes(model.device)
+    usable = int(free * fraction)
+    if model.device.type == "cuda" and options.kv_memory_fraction is None:
+        usable = max(0, min(usable, free - _BESIDE_BYTES))
+    affordable = usable // block_bytes
     # One block more for the copy of a shared partial prompt block.
     least = blocks_for(reach, _BLOCK_SIZE) + 1
     if affordable < least:
@@ -219,6 +235,7 @@ def _limits(
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading has left in torch's own cache is free, too
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -77,7 +77,9 @@ def draft_batch(model: DecoderModel, windows: Sequence[Window]) -> DraftBatch:
     hidden = model.forward(tokens, positions, attend)
     inside = torch.cat([torch.arange(w.end, device=device) >= w.start for w in windows])
     scored = torch.cat([torch.arange(w.end, device=device) >= max(w.sample.prompt, w.start) for w in windows])
-    segment = torch.arange(len(windows), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    segment = torch.arange(len(windows), device=device).repeat_interleave(
+        torch.tensor(lengths, device=device), output_size=len(tokens)
+    )
     kept = tokens[inside]
     return DraftBatch(
         tokens=kept,

@@ -136,6 +136,19 @@ def test_it_is_the_plain_attention(device: torch.device, dtype: torch.dtype, kv_
     check(device, [0, 30, 255], Shape(dtype=dtype, kv_dtype=kv_dtype))
 
 
+def test_offsets_of_fresh_keys_need_64_bits(device: torch.device) -> None:
+    """Slot times stride reaches 2^31: at 32 slots with this stride, at 300,000 with a 14B model's."""
+    shape, cached, stride = Shape(nodes=1), [32, 32], 1 << 26
+    made = step(device, cached, shape)
+    q, *fresh = made.qkv
+    room = torch.empty(stride + 2 * shape.head_dim, dtype=shape.dtype, device=device)  # hardly any of it is touched
+    k, v = (room.as_strided(x.shape, (stride, *x.stride()[1:]), at * shape.head_dim) for at, x in enumerate(fresh))
+    for far, near in zip((k, v), fresh, strict=True):
+        far.copy_(near)
+    found = made._replace(qkv=(q, k, v)).run()
+    torch.testing.assert_close(found, step(device, cached, shape).defined(), **TOLERANCE[shape.dtype])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("shape", [

@@ -81,7 +81,7 @@ def _write_nodes(
     another.
     """
     for at in range(first, end, 16):
-        slot = at + tl.arange(0, 16)
+        slot = (at + tl.arange(0, 16)).to(tl.int64)  # times a stride of 7168, 2^31 is passed at 300,000 tokens
         fresh = (slot < end)[:, None] & (d < head_dim)[None, :]
         where = tl.load(slots + slot, mask=slot < end, other=0)[:, None] * head_dim + d[None, :]
         new_k = tl.load(k + slot[:, None] * k_stride + d[None, :], mask=fresh, other=0.0)
@@ -152,7 +152,7 @@ def attend_split(
     acc = tl.zeros((tile_m, tile_d), tl.float32)
 
     if end > before:
-        shift = row * nodes - before  # from a slot to its node's token
+        shift = (row * nodes - before).to(tl.int64)  # from a slot to its node's token
         _write_nodes(
             k + shift * k_stride + head * head_dim, v + shift * v_stride + head * head_dim, key_scale, value_scale,
             keys, values, slots + shift, tl.maximum(start, before), end, k_stride, v_stride, d, head_dim,

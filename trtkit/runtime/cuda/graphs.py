@@ -119,8 +119,9 @@ class Launched:
 _INTEGERS = ("seeds", "top_k", "cold")
 _FLOATS = ("temperature", "top_p", "min_p")
 _CUTS = ("greedy", "any_greedy", "any_top_k", "any_top_p", "any_min_p", "any_switch")
-_PAD = {"temperature": 1.0, "top_p": 1.0}
-"""Sampling parameters of a row that pads the batch; the others are 0."""
+_PAD = {"temperature": 1.0, "top_p": 1.0, "cold": 1}
+"""Sampling parameters of a row that pads the batch; the others are 0. Such a row is greedy: a step of greedy rows
+prepares no other draw, which would take whatever lies in memory for a token, and the next step would embed it."""
 
 
 def _sampling_words(rows: int) -> int:

@@ -29,6 +29,9 @@ _PASSES = 5
 """9 bits each: a weight has 41."""
 _LAUNCH: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 """A fused multiply-add would change the bits of the weights."""
+_BY_ROW = ("temperature", "top_k", "top_p", "min_p", "cold", "seeds", "positions")
+"""One number for each row. In a graph's input they lie at places that depend on the number of rows: no reason for the
+compiler to begin anew."""
 
 
 @triton.jit
@@ -112,7 +115,7 @@ def _decided(counters, decisions, row, rows, passed):
     return prefix * 512 + chosen, enough - tl.sum(tl.where(digit > chosen, held, 0), 0)
 
 
-@triton.jit(do_not_specialize=["chunks", "rows", "passed"])
+@triton.jit(do_not_specialize=["chunks", "rows", "passed"], do_not_specialize_on_alignment=_BY_ROW)
 def narrow(
     counters, decisions, logits, peaks, sums, temperature, top_k, top_p, stride, width, chunks, rows, passed,
     count: tl.constexpr, chunk: tl.constexpr, tile: tl.constexpr,
@@ -142,7 +145,7 @@ def narrow(
         tl.atomic_add(counters + at * 512 + digit, added, mask=chosen, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["chunks", "rows"])
+@triton.jit(do_not_specialize=["chunks", "rows"], do_not_specialize_on_alignment=_BY_ROW)
 def weigh(
     sums, floors, logits, peaks, counters, decisions, temperature, top_k, top_p, min_p, stride, width, chunks, rows,
     cut: tl.constexpr, count: tl.constexpr, last: tl.constexpr, passes: tl.constexpr, chunk: tl.constexpr,
@@ -184,7 +187,7 @@ def _uniform(seed, position):
     return (word >> 11).to(tl.float64) * 1.1102230246251565e-16
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=_BY_ROW)
 def draw(
     out, logits, peaks, first, sums, floors, temperature, cold, seeds, positions, stride, width, chunks,
     chunk: tl.constexpr, tile: tl.constexpr,
