@@ -57,7 +57,9 @@ def windows(samples: Sequence[Sample], length: int, *, seed: int, epoch: int) ->
         total = len(sample.tokens)
         # A window starts one token early: the prompt's last hidden state draws the first token of the completion.
         earliest = max(sample.prompt - 1, 0)
-        start = source.randint(earliest, max(earliest, total - length))
+        # Drawn from beyond both ends and moved inside: the first and the last tokens are seen as often as the others.
+        start = source.randint(earliest - length + 1, max(earliest, total - 1))
+        start = max(earliest, min(start, total - length))
         made.append(Window(sample=sample, start=start, end=min(start + length, total)))
     source.shuffle(made)
     return made

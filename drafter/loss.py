@@ -4,15 +4,16 @@ Tokens lie flat: several windows back to back, told apart by ``segment``. At an 
 from hidden[t]; depth d = 1, 2, ... feeds e(x[t+d]) and has to predict x[t+d+1]. With ``ce`` the goal is that token,
 with ``kd`` the target's own distribution there, softmax(lm_head hidden[t+d]).
 
-Memory: logits exist for one chunk of anchors at one depth, and their gradient is used up on the spot. The naive loss
-holds (depths, T, V) floats, and their gradients. Letters: T tokens, H hidden, V vocab.
+Memory: a few anchors at a time go all the way, unrolled, scored and back, and leave nothing but their share of the
+gradient. Letters: T tokens, L depths, A anchors at a time, P = L * A predictions at a time, H hidden, E exit_dim,
+V vocab.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,12 @@ from drafter.model import Drafter
 __all__ = ["DraftBatch", "DraftLoss", "Objective", "draft_loss"]
 
 Objective: TypeAlias = Literal["ce", "kd"]
+
+_TINY = torch.finfo(torch.float32).tiny
+_IN_CACHE, _ON_DEVICE = 1 << 19, 1 << 27
+"""Logits that are worked on at a time in float32: 2 MiB stay in a core's cache, 0.5 GB keep a GPU busy."""
+_VOCAB_BLOCK = 2048
+"""Rows of the output layer whose gradient is made at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +53,9 @@ class DraftLoss:
     """The loss and what it is made of."""
 
     total: Tensor
-    """(): the weighted mean over depths; has the gradient."""
+    """(): the mean over all predictions, each with the weight of its depth."""
+    weight: Tensor
+    """(): the sum of these weights."""
     by_depth: Tensor
     """(L,): mean loss of each depth."""
     top1: Tensor
@@ -57,6 +66,7 @@ class DraftLoss:
     """(L,): scored predictions of each depth."""
 
 
+@torch.no_grad()
 def draft_loss(
     drafter: Drafter,
     batch: DraftBatch,
@@ -65,92 +75,123 @@ def draft_loss(
     objective: Objective = "ce",
     lm_head: Tensor | None = None,
     chunk: int = 1024,
+    backward: bool = False,
 ) -> DraftLoss:
     """The multi-step loss over all anchors and ``len(depth_weights)`` depths.
 
-    ``lm_head`` (V, H) is the target's output layer, needed by ``kd``. ``chunk`` anchors have logits at a time.
+    ``backward``: add the gradient of ``total * weight`` to the ``grad`` of the head's parameters; over several batches
+    these sums, divided by the sum of their weights, are the gradient of one batch with all their windows.
+    ``lm_head`` (V, H) is the target's output layer, needed by ``kd``. ``chunk`` predictions have logits at a time.
     """
     assert objective == "ce" or lm_head is not None, "kd needs the target's output layer"
-    length = batch.tokens.shape[0]
-    context, state = batch.hidden, torch.zeros_like(batch.hidden)
-    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for depth in range(1, len(depth_weights) + 1):
-        # Anchors t = 0 .. anchors-1 have a token to feed at t + depth and one to predict at t + depth + 1.
-        anchors = max(length - depth - 1, 0)
-        state = drafter.next_state(state[:anchors], batch.embeddings[depth : depth + anchors])
-        target = slice(depth + 1, depth + 1 + anchors)
-        valid = batch.scored[target] & (batch.segment[target] == batch.segment[:anchors])
-        where = valid.nonzero().squeeze(1)
-        features = drafter.features(context[:anchors][where], state[where])
-        goal = batch.tokens[target][where]
-        teacher = batch.hidden[depth : depth + anchors][where]
-        rows.append(_scored_in_chunks(drafter, features, goal, teacher, objective, lm_head, chunk))
-    losses, top1, top5, counts = (torch.stack(column) for column in zip(*rows, strict=True))
-    weights = torch.tensor(depth_weights, dtype=losses.dtype, device=losses.device)
-    mean = losses / counts.clamp_min(1)
-    return DraftLoss(
-        total=(mean * weights).sum() / weights.sum(),
-        by_depth=mean.detach(),
-        top1=top1 / counts.clamp_min(1),
-        top5=top5 / counts.clamp_min(1),
-        count=counts,
-    )
+    valid = _valid(batch, len(depth_weights))
+    weights = torch.tensor(depth_weights, dtype=torch.float32, device=valid.device)
+    scorer = _Scorer(drafter, batch, lm_head if objective == "kd" else None, weights if backward else None)
+    sums = torch.zeros(3, len(depth_weights), device=valid.device)
+    anchors = valid.any(dim=0).nonzero().squeeze(1)
+    size = max(1, chunk // len(depth_weights))
+    # Always the same shapes, whatever the batch: oneDNN keeps code and buffers for every shape it has seen. The last
+    # token has nothing to predict, so it fills the last piece.
+    padded = F.pad(anchors, (0, -len(anchors) % size), value=len(batch.tokens) - 1)
+    for start in range(0, len(anchors), size):
+        part = padded[start : start + size]
+        sums += scorer.add(part, valid[:, part])
+    counts = valid.sum(dim=1).float()
+    losses, top1, top5 = sums / counts.clamp_min(1)
+    weight = (counts * weights).sum()
+    total = (sums[0] * weights).sum() / weight.clamp_min(_TINY)
+    return DraftLoss(total=total, weight=weight, by_depth=losses, top1=top1, top5=top5, count=counts)
 
 
-def _scored_in_chunks(
-    drafter: Drafter, features: Tensor, goal: Tensor, teacher: Tensor, objective: Objective,
-    lm_head: Tensor | None, chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Summed loss and hits of one depth: four () tensors, the last one the number of predictions."""
-    weight = lm_head if objective == "kd" else None
-    loss, hits = _ChunkedCrossEntropy.apply(features, drafter.output.weight, goal, teacher, weight, chunk)  # type: ignore[no-untyped-call]
-    return loss, hits[0], hits[1], torch.full_like(loss, features.shape[0])
+def _valid(batch: DraftBatch, depths: int) -> Tensor:
+    """Anchors t that have at depth d a token worth predicting, x[t+d+1], in their own window: bool (L, T)."""
+    valid = torch.zeros(depths, len(batch.tokens), dtype=torch.bool, device=batch.tokens.device)
+    for depth in range(1, depths + 1):
+        goal = slice(depth + 1, None)
+        same = batch.segment[goal] == batch.segment[: -depth - 1]
+        valid[depth - 1, : -depth - 1] = batch.scored[goal] & same
+    return valid
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Output layer and cross-entropy in one: the gradients are made in the forward pass, while a chunk's logits exist.
+class _Scorer:
+    """Scores anchors, a few at a time."""
 
-    The gradient of the loss with respect to the logits is softmax(logits) - goal, so nothing has to be kept or computed
-    again for the backward pass but its products with the features and the weight.
+    def __init__(self, drafter: Drafter, batch: DraftBatch, lm_head: Tensor | None, rates: Tensor | None) -> None:
+        """``rates`` (L,): the factor of each depth in the gradient; None: no gradient."""
+        self._drafter = drafter
+        self._batch = batch
+        self._rates = rates
+        place, weight = batch.tokens.device.type, drafter.output.weight
+        self._dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else weight.dtype
+        self._matrix = weight.detach().to(self._dtype)
+        self._lm_head = None if lm_head is None else lm_head.to(self._dtype)
+        self._rows = max(1, (_IN_CACHE if place == "cpu" else _ON_DEVICE) // weight.shape[0])
+
+    def add(self, anchors: Tensor, valid: Tensor) -> Tensor:
+        """Summed loss, top-1 and top-5 hits of anchors (A,) at the depths where ``valid`` (L, A): (3, L)."""
+        depths, last = len(valid), len(self._batch.tokens) - 1
+        # (L + 1, A): the tokens to feed, then (from the second on) those to predict; past the end nothing is valid.
+        seen = (anchors + torch.arange(1, depths + 2, device=anchors.device)[:, None]).clamp_max(last)
+        with torch.set_grad_enabled(self._rates is not None):
+            features = self._features(anchors, seen[:-1])
+        logits = F.linear(features.detach(), self._matrix)
+        goal = self._batch.tokens[seen[1:]].view(-1, 1)
+        teacher = None
+        if self._lm_head is not None:
+            teacher = F.linear(self._batch.hidden[seen[:-1].flatten()].to(self._dtype), self._lm_head)
+        rates = None if self._rates is None else (self._rates[:, None] * valid).view(-1, 1)
+        pieces = []
+        for start in range(0, len(goal), self._rows):
+            piece = slice(start, start + self._rows)
+            pieces.append(
+                _scored(
+                    logits[piece],
+                    goal[piece],
+                    None if teacher is None else teacher[piece],
+                    None if rates is None else rates[piece],
+                )
+            )
+        if rates is not None:
+            self._go_back(features, slope=logits)
+        return (torch.cat(pieces, dim=1).view(3, depths, -1) * valid).sum(dim=2)
+
+    def _features(self, anchors: Tensor, fed: Tensor) -> Tensor:
+        """What the output layer reads at every depth, (P, E), depth by depth; ``fed`` (L, A): the tokens to feed."""
+        context = self._batch.hidden[anchors].to(self._dtype)
+        state, states = torch.zeros_like(context), []
+        for tokens in fed:
+            state = self._drafter.next_state(state, self._batch.embeddings[tokens].to(self._dtype))
+            states.append(state)
+        return self._drafter.features(context.repeat(len(fed), 1), torch.cat(states))
+
+    def _go_back(self, features: Tensor, slope: Tensor) -> None:
+        """From the logits' gradient (P, V) to that of the parameters."""
+        weight = self._drafter.output.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        for start in range(0, len(weight), _VOCAB_BLOCK):
+            block = slice(start, start + _VOCAB_BLOCK)
+            weight.grad[block] += slope[:, block].T @ features.detach()
+        torch.autograd.backward(features, slope @ self._matrix)
+
+
+def _scored(logits: Tensor, goal: Tensor, teacher: Tensor | None, rates: Tensor | None) -> Tensor:
+    """Losses, top-1 and top-5 hits of predictions: (3, P).
+
+    logits and ``teacher``'s (P, V), goal (P, 1). With ``rates`` (P, 1) the logits are replaced by the gradient with
+    respect to them, rate * (softmax(logits) - goal).
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, weight: Tensor, goal: Tensor, teacher: Tensor, lm_head: Tensor | None, chunk: int
-    ) -> tuple[Tensor, Tensor]:
-        matrix = weight.to(features.dtype)
-        loss = torch.zeros((), dtype=torch.float32, device=features.device)
-        hits = torch.zeros(2, dtype=torch.float32, device=features.device)
-        wanted = any(ctx.needs_input_grad)
-        by_features = torch.empty_like(features) if wanted else None
-        by_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted else None
-        for start in range(0, features.shape[0], chunk):
-            part = slice(start, start + chunk)
-            logits = F.linear(features[part], matrix).float()
-            picked = goal[part, None]
-            rank = (logits > logits.gather(1, picked)).sum(dim=1)
-            hits += torch.stack([(rank == 0).sum(), (rank < 5).sum()])
-            logits -= logits.logsumexp(dim=1, keepdim=True)
-            if lm_head is None:
-                loss -= logits.gather(1, picked).sum()
-            else:
-                target = F.linear(teacher[part], lm_head.to(teacher.dtype)).float().softmax(dim=1)
-                loss -= (target * logits).sum()
-            if by_features is None or by_weight is None:
-                continue
-            slope = logits.exp_()
-            if lm_head is None:
-                slope.scatter_add_(1, picked, -torch.ones_like(picked, dtype=slope.dtype))
-            else:
-                slope -= target
-            small = slope.to(features.dtype)
-            by_features[part] = small @ matrix
-            by_weight += (small.T @ features[part]).float()
-        ctx.save_for_backward(by_features, by_weight)
-        ctx.mark_non_differentiable(hits)
-        return loss, hits
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        by_features, by_weight = ctx.saved_tensors
-        return by_features * slopes[0], by_weight * slopes[0], None, None, None, None
+    wide = logits.float()
+    rank = (wide > wide.gather(1, goal)).sum(dim=1)
+    wide = wide.sub_(wide.amax(dim=1, keepdim=True))
+    target = None if teacher is None else teacher.float().softmax(dim=1)
+    wanted = wide.gather(1, goal)[:, 0] if target is None else (target * wide).sum(dim=1)
+    total = wide.exp_().sum(dim=1)
+    if rates is not None:
+        wide *= rates / total[:, None]
+        if target is None:
+            wide.scatter_add_(1, goal, -rates)
+        else:
+            wide -= target.mul_(rates)
+        logits.copy_(wide)
+    return torch.stack([total.log() - wanted, (rank == 0).float(), (rank < 5).float()])

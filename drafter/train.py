@@ -84,13 +84,19 @@ def train(
 ) -> None:
     """Train ``drafter`` in place, continuing from ``out/state.pt`` where there is one.
 
-    Under ``torch.distributed`` each process takes every world_size-th part of an update, and gradients are averaged:
-    the same as one process with all parts. Raises :class:`NonFiniteLossError`.
+    An update's gradient is the mean over the predictions of all its parts, however many each of them has. Under
+    ``torch.distributed`` each process takes every world_size-th part: the same as one process with all of them.
+    Raises :class:`NonFiniteLossError`.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     assert config.parts % world == 0, "every process needs the same number of parts"
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    # Fused: the default on CUDA makes temporaries as large as the whole head.
+    optimizer = torch.optim.AdamW(
+        drafter.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+    )
     start = _resume(drafter, optimizer, out, config)
+    if rank == 0:
+        _truncate(out / METRICS_FILE, start)
     for update in range(start, config.updates):
         rate = learning_rate(config, update)
         for group in optimizer.param_groups:
@@ -99,7 +105,7 @@ def train(
         losses = [
             _backward(drafter, batch_of(update, part), config, lm_head) for part in range(rank, config.parts, world)
         ]
-        _average_gradients(drafter, world)
+        _mean_gradients(drafter, losses, world)
         report = _report(update, rate, losses, world)
         if not math.isfinite(report.loss):
             raise NonFiniteLossError(f"the loss is {report.loss} at update {update + 1}")
@@ -114,42 +120,47 @@ def train(
 
 
 def _backward(drafter: Drafter, batch: DraftBatch, config: TrainConfig, lm_head: Tensor | None) -> DraftLoss:
-    with torch.autocast(batch.hidden.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        loss = draft_loss(
+    with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        return draft_loss(
             drafter,
             batch,
             depth_weights=config.depth_weights,
             objective=config.objective,
             lm_head=lm_head,
             chunk=config.chunk,
+            backward=True,
         )
-    (loss.total / config.parts).backward()  # type: ignore[no-untyped-call]
-    return loss
 
 
-def _average_gradients(drafter: Drafter, world: int) -> None:
-    if world == 1:
-        return
+def _mean_gradients(drafter: Drafter, losses: list[DraftLoss], world: int) -> None:
+    """From the processes' sums of gradients to the mean over all predictions of the update."""
+    weight = _total([loss.weight for loss in losses], world).clamp_min(1e-6)
     for parameter in drafter.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        # Each process has already divided by the total number of parts: the sum is the mean.
-        dist.all_reduce(parameter.grad)
+        if world > 1:
+            dist.all_reduce(parameter.grad)
+        parameter.grad /= weight
+
+
+def _total(values: list[Tensor], world: int) -> Tensor:
+    """The sum over the parts of all processes."""
+    total = torch.stack(values).sum(dim=0)
+    if world > 1:
+        dist.all_reduce(total)
+    return total
 
 
 def _report(update: int, rate: float, losses: list[DraftLoss], world: int) -> Report:
-    columns = [
-        torch.stack([getattr(loss, name).detach() for loss in losses]).mean(dim=0)
-        for name in ("total", "by_depth", "top1", "top5")
-    ]
-    if world > 1:
-        for column in columns:
-            dist.all_reduce(column)
-            column /= world
-    total, by_depth, top1, top5 = columns
+    count = _total([loss.count for loss in losses], world).clamp_min(1)
+    weight = _total([loss.weight for loss in losses], world).clamp_min(1e-6)
+    by_depth, top1, top5 = (
+        _total([getattr(loss, name) * loss.count for loss in losses], world) / count
+        for name in ("by_depth", "top1", "top5")
+    )
     return Report(
         update=update + 1,
-        loss=float(total),
+        loss=float(_total([loss.total * loss.weight for loss in losses], world) / weight),
         rate=rate,
         by_depth=tuple(by_depth.tolist()),
         top1=tuple(top1.tolist()),
@@ -191,9 +202,7 @@ def _resume(drafter: Drafter, optimizer: torch.optim.Optimizer, out: Path, confi
         raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(different)}")
     drafter.load_state_dict(state["drafter"])
     optimizer.load_state_dict(state["optimizer"])
-    done = int(state["update"])
-    _truncate(out / METRICS_FILE, done)
-    return done
+    return int(state["update"])
 
 
 def _truncate(path: Path, update: int) -> None:

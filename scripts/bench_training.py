@@ -89,8 +89,12 @@ def one(variant: str, batch_tokens: int, updates: int, vocab: int) -> None:
             if variant == "plain":
                 loss = plain_loss(head, *padded(model, [window.sample for window in group]))
             else:
-                loss = draft_loss(head, draft_batch(model, group), depth_weights=[1.0] * DEPTHS).total
-        loss.backward()  # type: ignore[no-untyped-call]
+                ours = draft_loss(head, draft_batch(model, group), depth_weights=[1.0] * DEPTHS, backward=True)
+        if variant == "plain":
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            for parameter in head.parameters():
+                parameter.grad = parameter.grad / ours.weight
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         if update:  # the first one warms up

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drafter.config import DrafterConfig
 from drafter.loss import DraftBatch, Objective, draft_loss
@@ -49,25 +52,80 @@ def _by_hand(
 
 @pytest.mark.parametrize("objective", ["ce", "kd"])
 @pytest.mark.parametrize("rnn", [True, False])
-def test_loss_and_gradients_match_the_unrolled_step(objective: Objective, rnn: bool) -> None:
+@pytest.mark.parametrize("chunk", [4, 1024])
+def test_loss_and_gradients_match_the_unrolled_step(objective: Objective, rnn: bool, chunk: int) -> None:
     head = Drafter(DrafterConfig(hidden_size=HIDDEN, vocab_size=VOCAB, exit_dim=8, rnn=rnn))
     lm_head = torch.randn(VOCAB, HIDDEN)
     batch = _batch([9, 4, 7], prompt=2)
     weights = [1.0, 0.5, 0.25]
-    ours = draft_loss(head, batch, depth_weights=weights, objective=objective, lm_head=lm_head, chunk=4)
-    ours.total.backward()  # type: ignore[no-untyped-call]
-    gradients = {name: parameter.grad for name, parameter in head.named_parameters()}
+    ours = draft_loss(
+        head, batch, depth_weights=weights, objective=objective, lm_head=lm_head, chunk=chunk, backward=True
+    )
+    gradients = {name: parameter.grad / ours.weight for name, parameter in head.named_parameters()}
 
     head.zero_grad(set_to_none=True)
     losses, counts = _by_hand(head, batch, 3, objective, lm_head)
-    total = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
-    assert isinstance(total, torch.Tensor)
+    shares = torch.tensor(weights) * torch.tensor(counts)
+    total = (torch.stack(losses) * shares).sum() / shares.sum()
     total.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(ours.total, total)
     torch.testing.assert_close(ours.by_depth, torch.stack(losses).detach())
     assert ours.count.tolist() == counts
     for name, parameter in head.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _gradients(head: Drafter, batches: list[DraftBatch]) -> dict[str, torch.Tensor]:
+    head.zero_grad(set_to_none=True)
+    weight = sum(draft_loss(head, batch, depth_weights=[1.0, 0.5], backward=True).weight for batch in batches)
+    return {name: parameter.grad / weight for name, parameter in head.named_parameters() if parameter.grad is not None}
+
+
+def _join(batches: list[DraftBatch]) -> DraftBatch:
+    return DraftBatch(
+        **{name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "hidden", "embeddings")},
+        segment=torch.cat([batch.segment + 100 * index for index, batch in enumerate(batches)]),
+        scored=torch.cat([batch.scored for batch in batches]),
+    )
+
+
+def test_batches_of_different_sizes_add_up_to_one_with_all_their_windows() -> None:
+    head = Drafter(DrafterConfig(hidden_size=HIDDEN, vocab_size=VOCAB, exit_dim=12))
+    nothing = _batch([2], prompt=2)  # a window with nothing to predict
+    parts = [_batch([30, 8], prompt=3), nothing, _batch([5], prompt=1)]
+    apart, together = _gradients(head, parts), _gradients(head, [_join(parts)])
+    assert apart.keys() == together.keys() == dict(head.named_parameters()).keys()
+    for name, gradient in together.items():
+        torch.testing.assert_close(apart[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class _Products(TorchDispatchMode):
+    """Notes the shapes of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[torch.Size, ...]] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.name in ("aten::mm", "aten::addmm"):
+            self.shapes.add(tuple(arg.shape for arg in args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", ["ce", "kd"])
+def test_every_batch_multiplies_matrices_of_the_same_shapes(objective: Objective) -> None:
+    """oneDNN keeps code and buffers for each shape: with new shapes in every batch, memory grows with every update."""
+    head = Drafter(DrafterConfig(hidden_size=HIDDEN, vocab_size=VOCAB, exit_dim=8))
+    seen = []
+    for lengths in ([40], [3, 17, 9], [61, 12]):
+        with _Products() as products:
+            draft_loss(head, _batch(lengths, 2), depth_weights=[1.0, 1.0], objective=objective, chunk=16, backward=True,
+                       lm_head=torch.randn(VOCAB, HIDDEN))  # fmt: skip
+        seen.append(products.shapes)
+    assert seen[0]
+    assert seen[0] == seen[1] == seen[2]
 
 
 def test_hits_are_counted() -> None:

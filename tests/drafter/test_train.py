@@ -114,6 +114,43 @@ def test_two_processes_follow_the_curve_of_one(tmp_path: Path) -> None:
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
+def _uneven(update: int, part: int) -> DraftBatch:
+    """The first part has one window, the second three."""
+    batch, cut = _batch(update, 0), 10
+    piece = slice(None, cut) if part == 0 else slice(cut, None)
+    return DraftBatch(**{name: getattr(batch, name)[piece]
+                         for name in ("tokens", "hidden", "embeddings", "segment", "scored")})  # fmt: skip
+
+
+def test_parts_of_different_sizes_make_the_update_of_one_batch_with_all_their_windows(tmp_path: Path) -> None:
+    heads = []
+    for name, parts, batch_of in (("parts", 2, _uneven), ("one", 1, _batch)):
+        heads.append(_head())
+        config = TrainConfig(updates=6, parts=parts, peak_rate=1e-2, report_every=1)
+        train(heads[-1], batch_of, config, _made(tmp_path / name))
+    for name, weight in heads[1].state_dict().items():
+        torch.testing.assert_close(heads[0].state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+    one, other = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("parts", "one"))
+    for line, wanted in zip(one, other, strict=True):
+        found, expected = json.loads(line), json.loads(wanted)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert found["top1"] == pytest.approx(expected["top1"])
+
+
+def test_a_run_that_died_before_its_first_state_starts_with_empty_metrics(tmp_path: Path) -> None:
+    def dies(update: int, part: int) -> DraftBatch:
+        if update == 3:
+            raise KeyboardInterrupt
+        return _batch(update, part)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(_head(), dies, CONFIG, tmp_path)
+    assert not (tmp_path / "state.pt").exists()
+    _train(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == list(range(1, 25))
+
+
 def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     _train(tmp_path)
     with pytest.raises(ValueError, match=r"peak_rate: 0\.01 there, 0\.5 now"):
@@ -148,6 +185,15 @@ def test_solutions_of_a_problem_stay_on_one_side() -> None:
     assert {s.problem for s in kept}.isdisjoint({s.problem for s in held_out})
     assert len(kept) + len(held_out) == 200
     assert 0 < len(held_out) < 100
+
+
+def test_windows_cover_the_ends_of_a_completion_as_often_as_its_middle() -> None:
+    samples = [Sample(problem=str(i), tokens=tuple(range(400)), prompt=21) for i in range(2000)]
+    made = windows(samples, 100, seed=0, epoch=0)
+    assert all(window.end - window.start == 100 and window.start >= 20 for window in made)
+    middle = sum(window.start <= 210 < window.end for window in made)
+    for token in (21, 399):
+        assert sum(window.start < token < window.end for window in made) > 0.8 * middle
 
 
 def test_windows_come_from_the_whole_completion_and_pack_without_padding() -> None:

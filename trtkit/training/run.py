@@ -27,7 +27,7 @@ from drafter.train import NonFiniteLossError, Report, TrainConfig, train
 from trtkit.build.draft_head import check_head
 from trtkit.chat import Chat, load_chat, variant_named
 from trtkit.checkpoint.hf import resolve_source
-from trtkit.checkpoint.unified import open_unified
+from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
 from trtkit.errors import InputError, QualityError, UsageError
 from trtkit.files import append_jsonl, read_json, read_jsonl, write_json
 from trtkit.log import Progress
@@ -125,11 +125,11 @@ def _train_head(plan: TrainingPlan, out: Path, among: Processes) -> HeadReport |
         raise InputError(
             f"{len(samples)} usable solutions are too few to train and to hold some out", hint="pass more rows"
         )
-    lm_head = checkpoint.lm_head().to(device=among.device, dtype=torch.float32)
-    drafter = _fresh_head(plan, model, lm_head, chat)
+    drafter = _fresh_head(plan, model, checkpoint, chat)
     batches = _Batches(plan, kept, model)
     config = _train_config(plan, batches.per_epoch)
-    _train(drafter, batches, config, work, lm_head if plan.objective == "kd" else None, shown=among.first)
+    lm_head = checkpoint.lm_head().to(among.device) if plan.objective == "kd" else None
+    _train(drafter, batches, config, work, lm_head, shown=among.first)
     if not among.first:
         return None
     drafter.requires_grad_(False).eval()
@@ -198,7 +198,7 @@ def _engine(model: DecoderModel, drafting: Drafting | None, total_tokens: int) -
     return TorchEngine(model, limits, drafting)
 
 
-def _fresh_head(plan: TrainingPlan, model: DecoderModel, lm_head: Tensor, chat: Chat) -> Drafter:
+def _fresh_head(plan: TrainingPlan, model: DecoderModel, checkpoint: UnifiedCheckpoint, chat: Chat) -> Drafter:
     spec = model.spec
     if plan.start_from is not None:
         check_head(Path(plan.start_from), spec, chat)
@@ -217,7 +217,7 @@ def _fresh_head(plan: TrainingPlan, model: DecoderModel, lm_head: Tensor, chat: 
     # Warm start: the output layer begins as the target's own, reading the first H features.
     width = min(config.exit_dim, spec.hidden)
     with torch.no_grad():
-        drafter.output.weight[:, :width] = lm_head[:, :width]
+        drafter.output.weight[:, :width] = checkpoint.lm_head()[:, :width]
     return drafter
 
 

@@ -83,8 +83,8 @@ def draft_batch(model: DecoderModel, windows: Sequence[Window]) -> DraftBatch:
     kept = tokens[inside]
     return DraftBatch(
         tokens=kept,
-        hidden=hidden[inside].float(),
-        embeddings=model.embed(kept).float(),
+        hidden=hidden[inside],
+        embeddings=model.embed(kept),
         segment=segment[inside],
         scored=scored[inside],
     )
