@@ -62,10 +62,12 @@ def test_an_engine_with_a_head_is_measured_plain_and_drafting(tmp_path: Path) ->
     assert drafting.phase_seconds.keys() == {"draft", "verify", "accept"}
 
 
-def test_a_profile_accounts_for_the_step(tmp_path: Path) -> None:
+def test_a_profile_accounts_for_the_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     engine = tiny_engine_dir(tmp_path)
     options = BenchOptions(prompt_tokens=8, new_tokens=6, device="cpu", tree=TreeShape(beams=1, length=3))
+    capfd.readouterr()
     step = profile_engine(engine, 2, options)
+    assert capfd.readouterr().err == "", "torch's profiler writes past sys.stderr"
     assert set(step.kinds) == set(KINDS)
     assert all(seconds >= 0 for seconds in step.kinds.values())
     assert step.kinds["linears"] > 0

@@ -25,6 +25,6 @@ def test_the_wheel_brings_everything(tmp_path: Path) -> None:
     assert {f"trtkit/runtime/native/{name}" for name in kernels} <= names
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
     (entry,) = (name for name in names if name.endswith("entry_points.txt"))
-    assert "trtkit = trtkit.cli.app:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    assert "trtkit = trtkit.cli.__main__:main" in zipfile.ZipFile(wheel).read(entry).decode()
     (licence,) = (name for name in names if name.endswith("LICENSE"))
     assert b"Apache License" in zipfile.ZipFile(wheel).read(licence)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import typer
 
 from trtkit import __version__
+from trtkit.chat import VARIANTS
 from trtkit.cli import app as module
-from trtkit.cli.app import run
+from trtkit.cli.__main__ import main
+from trtkit.cli.app import app, run
+from trtkit.cli.output import table
 from trtkit.errors import CapacityError
 
 COMMAND = [sys.executable, "-m", "trtkit.cli"]
@@ -140,3 +146,42 @@ def test_ctrl_c_says_what_next() -> None:
     _, err = child.communicate(timeout=30)
     assert child.returncode == 130
     assert err.startswith("error: interrupted\nhint:  nothing half-made was kept")
+
+
+def test_the_documents_know_every_option_and_no_other() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## ([a-z-]+)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    option = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+    for verb, command in commands.items():
+        known = {name for p in command.params for name in [*p.opts, *p.secondary_opts] if name.startswith("--")}
+        cells = re.findall(r"^\| (`--[^|]*) \|", sections[verb], re.MULTILINE)
+        assert known - {"--json"} <= set(option.findall(sections[verb])), verb
+        assert set(option.findall(" ".join(cells))) <= known, verb
+
+
+def test_help_names_every_prompt_variant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["solve", "--help"]) == 0
+    assert ", ".join(VARIANTS) in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_narrow_terminal_chops_no_names(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    table(("engine", "of ceiling", "remark"), [("practice-fp8", "35.3%", "one of two")], right=("of ceiling",))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "engine        of ceiling  remark"
+    assert lines[1].startswith("practice-fp8       35.3%  one")
+
+
+def test_ctrl_c_while_the_modules_load(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "trtkit.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "trtkit.cli.app")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"

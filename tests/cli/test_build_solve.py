@@ -189,3 +189,14 @@ def test_names_of_outputs() -> None:
     assert _stem("RabotniKuma/Fast-Math-R1-14B") == "fast-math-r1-14b"
     assert _stem("/models/My Model/") == "my-model"
     assert _stem("practice") == "practice"
+
+
+def test_a_start_that_failed_does_not_claim_the_directory(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems, out = tmp_path / "p.jsonl", tmp_path / "run"
+    problems.write_text(PROBLEM + "\n", encoding="utf-8")
+    assert solve(problems, engine, out, "--seed", "5", "--device", "nothing") == 2
+    assert solve(problems, engine, out, "--seed", "6") == 0
+    assert json.loads((out / "run.json").read_text())["arguments"]["seed"] == 6
+    assert "different run" not in capsys.readouterr().err

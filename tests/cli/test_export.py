@@ -30,7 +30,7 @@ def test_trtllm_with_the_engines_own_head(tmp_path: Path, capsys: pytest.Capture
     out = tmp_path / "out"
     assert run(["export", source, "--format", "trtllm", "--out", str(out), "--tp", "2", "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith(f"next: trtllm-build --checkpoint_dir {out}")
+    assert lines[-2].startswith(f"next: on the GPU host: trtllm-build --checkpoint_dir {out}")
     document = json.loads(lines[-1])
     assert (document["precision"], document["ranks"], document["tree"]) == ("bf16", 2, "1x3")
     loaded = load_checkpoint(out)

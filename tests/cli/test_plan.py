@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,20 @@ def test_the_catalogue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {path.name for path in (tmp_path / "recipes").glob("*.toml")} == set(document["written"])
     assert len(document["written"]) + len(document["refused"]) == 72
+
+
+def test_the_next_line_is_the_build_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--gpu", "l4x4", "--kv-dtype", "fp8"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "next: trtkit build --precision fp8 --model RabotniKuma/Fast-Math-R1-14B --gpu l4x4 --backend tensorrt-llm "
+        "--kv-dtype fp8 --batch 12"
+    )
+    assert run(["plan", "--model", "practice", "--gpu", "l4"]) == 0  # no --length: as long as the model goes
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: trtkit "))
+    assert run([*words, "--print-command"]) == 0
+    assert "--max_batch_size 12 " in capsys.readouterr().out
+
+
+def test_a_short_name_leads_to_its_hub_id(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["build", "--model", "fast-math-r1-14b", "--out", "nowhere"]) == 1
+    assert "hint:  pass RabotniKuma/Fast-Math-R1-14B" in capsys.readouterr().err

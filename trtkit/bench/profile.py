@@ -6,8 +6,11 @@ accept) come from the engine's own clock.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +65,19 @@ def profile_engine(directory: Path, batch: int, options: BenchOptions) -> StepPr
         for _ in range(_WARM_UP):
             engine.step()
         before = engine.stats()
-        with profile(activities=activities) as recorded:
+        recorded = profile(activities=activities)
+        with _without_chatter():
+            recorded.start()
+        try:
             begin = time.perf_counter()
             steps = 0
             while engine.has_work and steps < _STEPS:
                 engine.step()
                 steps += 1
             seconds = (time.perf_counter() - begin) / max(steps, 1)
+        finally:
+            with _without_chatter():
+                recorded.stop()
         after = engine.stats()
     kinds = dict.fromkeys(KINDS, 0.0)
     for event in recorded.key_averages():
@@ -77,6 +86,20 @@ def profile_engine(directory: Path, batch: int, options: BenchOptions) -> StepPr
     kinds["host"] += max(0.0, seconds - sum(kinds.values()))
     phases = {name: (total - before.seconds[name]) / max(steps, 1) for name, total in after.seconds.items()}
     return StepProfile(engine=str(directory), batch=batch, step_seconds=seconds, kinds=kinds, phases=phases)
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Drop what torch's profiler writes to file descriptor 2, whatever its log level, when it starts and stops."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def kind_of(operation: str) -> str:

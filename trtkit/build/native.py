@@ -185,8 +185,9 @@ def _calibrator(
 
 def _log_quality(quality: Quality) -> None:
     logger.info(
-        "quality on %d held-out tokens: mean KL %.5f, top-1 agreement %.2f %%, perplexity %.4f (bf16 %.4f)",
-        quality.tokens, quality.kl_mean, 100 * quality.top1_agreement, quality.perplexity, quality.perplexity_bf16,
+        "quality on %s held-out tokens: mean KL %.3g, top-1 agreement %.2f %%, perplexity %.4f (bf16 %.4f)",
+        f"{quality.tokens:,}", quality.kl_mean, 100 * quality.top1_agreement, quality.perplexity,
+        quality.perplexity_bf16,
     )  # fmt: skip
     worst = ", ".join(f"{name} {error:.4f}" for name, error in quality.worst_tensors[:3])
     logger.info("largest weight errors: %s", worst)
@@ -196,7 +197,7 @@ def _gate(quality: Quality, max_kl: float | None) -> None:
     # Written so that a NaN fails too.
     if max_kl is not None and not quality.kl_mean <= max_kl:
         raise QualityError(
-            f"mean KL {quality.kl_mean:.5f} on held-out text exceeds --max-kl {max_kl}; nothing was kept",
+            f"mean KL {quality.kl_mean:.3g} on held-out text exceeds --max-kl {max_kl}; nothing was kept",
             offenders=[f"{name}: relative weight error {error:.4f}" for name, error in quality.worst_tensors],
             hint="try int8 or fp8 weights, --int4-method awq, more calibration rows, or a larger --max-kl",
         )

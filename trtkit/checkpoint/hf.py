@@ -16,6 +16,7 @@ from trtkit.checkpoint.shards import Shards, open_shards, raise_damaged
 from trtkit.decoder import Norms
 from trtkit.errors import CheckpointError, HubError, InputError, UnsupportedError
 from trtkit.files import JsonObject, read_json
+from trtkit.known_models import known_hub_id
 from trtkit.log import Progress
 from trtkit.model_spec import ModelSpec, spec_from_config
 from trtkit.quant.tensor import LinearWeights, dense
@@ -73,7 +74,7 @@ def resolve_source(model: str) -> Path:
         raise InputError(
             "no such directory",
             where=model,
-            hint="pass a checkpoint directory, a hub id (owner/name), or 'practice'",
+            hint=f"pass {known_hub_id(model) or 'a checkpoint directory, a hub id (owner/name), or practice'}",
         )
     return _download(model)
 

@@ -139,7 +139,7 @@ def check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise OutputError(
-            f"the disk is too full: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+            f"the disk is too full: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free",
             where=str(directory.parent),
             hint="free some space, or choose another place with --out",
         )

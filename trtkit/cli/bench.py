@@ -10,7 +10,7 @@ import typer
 
 from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.engines import BUILT, chosen_engine
-from trtkit.cli.options import Device, Json, Model, Out, OutputLayer, Threads, Tree, drafting_named
+from trtkit.cli.options import Device, Json, Model, OutputLayer, Threads, Tree, drafting_named
 from trtkit.cli.output import facts, finish, gigabytes, notice, table
 
 if TYPE_CHECKING:
@@ -51,13 +51,17 @@ def command(
         bool, typer.Option("--suite", help="Build and measure every precision of --model; JSON and PNG in --out.")
     ] = False,
     model: Model = PRACTICE,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where --suite writes; default: engines/built/suite-MODEL.")
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     output_layer: OutputLayer = None,
     as_json: Json = True,
 ) -> None:
-    """Measure memory bandwidth, then prefill and decode speed of engines, plain and with their draft heads.
+    """Measure memory bandwidth and engines' speed.
+
+    Prefill and decode, plain and with their draft heads.
 
     The last line is one JSON document.
     """
@@ -96,7 +100,8 @@ def command(
     if suite:
         notice("")
         notice(f"files: {target}/suite.json, suite.png")
-    finish("trtkit solve problems.jsonl", result.document() if as_json else None)
+    fastest = max(result.points, key=lambda point: point.tokens_per_second)
+    finish(f"trtkit solve problems.jsonl --engine {fastest.engine}", result.document() if as_json else None)
 
 
 def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -> None:
@@ -133,7 +138,9 @@ def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -
     )
     notice("")
     notice("measured under a profiler, which takes time itself: read the shares")
-    finish("trtkit bench --engine DIR", {"profiles": [step.document() for step in found]} if as_json else None)
+    finish(
+        f"trtkit bench --engine {engines[0]}", {"profiles": [step.document() for step in found]} if as_json else None
+    )
 
 
 def _show_machine(machine: Machine) -> None:

@@ -12,7 +12,7 @@ import typer
 from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.build_report import report_built
 from trtkit.cli.engines import BUILT
-from trtkit.cli.options import Json, Model, Out, tree_named
+from trtkit.cli.options import Json, Model, tree_named
 from trtkit.cli.output import finish, notice
 from trtkit.errors import UsageError
 from trtkit.files import nearest
@@ -27,12 +27,15 @@ _BACKENDS = ("torch", "tensorrt-llm")
 def command(
     precision: Annotated[str, typer.Option("--precision", "-p", help=f"One of: {', '.join(SCHEMES)}.")] = "fp8",
     model: Model = PRACTICE,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the result; default: engines/built/MODEL-PRECISION.")
+    ] = None,
     gpu: Annotated[
         str, typer.Option("--gpu", help="GPU that will run it (l4, l4x4, h100, ...); checked and recorded.")
     ] = "cpu",
     backend: Annotated[
-        str, typer.Option("--backend", help="torch, or tensorrt-llm (compiled; needs --gpu).")
+        str,
+        typer.Option("--backend", help="torch, or tensorrt-llm (compiled for --gpu; default there: this machine's)."),
     ] = "torch",
     kv_dtype: Annotated[str, typer.Option("--kv-dtype", help="KV cache: model (16 bit), fp8 or int8.")] = "model",
     int4_method: Annotated[
@@ -81,7 +84,10 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Build an engine from a checkpoint: quantize, check the quality, write everything that solving needs."""
+    """Build an engine from a checkpoint.
+
+    Quantize, check the quality, write everything that solving needs.
+    """
     compiled, drafter = backend == "tensorrt-llm", drafter_named(drafter)
     _check_names(precision, backend, kv_dtype, int4_method, output_layer, calibrator)
     elsewhere = {"--greedy": greedy, "--prepare-only": prepare_only, "--print-command": print_command}

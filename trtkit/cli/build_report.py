@@ -31,6 +31,8 @@ def report_built(
             shown["ReDrafter"] = f"tree {recipe.tree}, {rule}"
         if "tensorrt-llm" in manifest.versions:
             shown["compiled by"] = f"TensorRT-LLM {manifest.versions['tensorrt-llm']}"
+    elif recipe.tree is not None:
+        shown["draft head"] = f"with the engine, tree {recipe.tree}"
     if quality is not None:
         shown["mean KL to bf16"] = f"{quality.kl_mean:.3g} nats over {quality.tokens:,} tokens"
         shown["top-1 agreement"] = f"{quality.top1_agreement:.2%}"

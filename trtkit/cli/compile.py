@@ -9,19 +9,25 @@ import typer
 
 from trtkit.cli.build_report import report_built
 from trtkit.cli.engines import BUILT
-from trtkit.cli.options import Json, Out
+from trtkit.cli.options import Json
 
 
 def command(
     bundle: Annotated[Path, typer.Argument(help="Directory from `trtkit build --prepare-only`.")],
-    out: Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where to write the result; default: engines/built/BUNDLE, less '-bundle'."),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Ranks compiled at a time; default: one per GPU.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile a bundle with TensorRT-LLM for this machine's GPU. The bundle stays as it is."""
+    """Compile a bundle with TensorRT-LLM.
+
+    For this machine's GPU. The bundle stays as it is.
+    """
     from trtkit.build.bundle import compile_bundle
 
     target = out or BUILT / bundle.resolve().name.removesuffix("-bundle")

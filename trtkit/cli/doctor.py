@@ -24,7 +24,10 @@ def command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check versions, GPU, precisions, disk and the bundled checkpoint. Exit code 1 if solving cannot work here."""
+    """Check whether this machine is fit for the job.
+
+    Versions, GPU, precisions, disk and the bundled checkpoint. Exit code 1 if solving cannot work here.
+    """
     if only and not gpu_check:
         raise UsageError("--only: only with --gpu-check")
     (_gpu_check if gpu_check else _examine)(as_json, only or [])

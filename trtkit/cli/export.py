@@ -42,7 +42,10 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write an engine's weights for TensorRT-LLM: the same codes and scales in its layout."""
+    """Write an engine's weights for TensorRT-LLM.
+
+    The same codes and scales, in its layout.
+    """
     if format_name not in _FORMATS:
         raise UsageError(
             f"--format {format_name!r}{nearest(format_name, _FORMATS)}", hint=f"one of: {', '.join(_FORMATS)}"
@@ -51,7 +54,7 @@ def command(
     if format_name == "trtllm":
         document = _trtllm(directory, out, _options(directory, drafter, tree, dtype, tensor_parallel, pipeline_parallel,
                                                     greedy=greedy), force=force)  # fmt: skip
-        advice = f"trtllm-build --checkpoint_dir {out} --output_dir ENGINE, on the GPU host"
+        advice = f"on the GPU host: trtllm-build --checkpoint_dir {out} --output_dir ENGINE"
     else:
         given = {"--tp": tensor_parallel > 1, "--pp": pipeline_parallel > 1, "--greedy": greedy,
                  "--drafter": drafter not in ("auto", "none"), "--tree": tree, "--dtype": dtype}  # fmt: skip
@@ -62,7 +65,7 @@ def command(
                 hint="the PyTorch backend splits the weights when it loads them, and has no ReDrafter",
             )
         document = _unified(directory, out, force=force)
-        advice = f"trtllm-serve {out}, on the GPU host"
+        advice = f"on the GPU host: trtllm-serve {out}"
     finish(advice, document if as_json else None)
 
 

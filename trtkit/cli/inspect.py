@@ -13,9 +13,11 @@ from trtkit.errors import CheckpointError
 _NEXT = {
     "engine": "trtkit solve problems.jsonl --engine {path}",
     "checkpoint": "trtkit build --precision fp8 --model {path}",
-    "TensorRT-LLM checkpoint": "trtllm-build --checkpoint_dir {path} on the GPU host",
-    "bundle for trtkit compile": "trtkit compile {path}, on the GPU host",
-    "run of trtkit solve": "less {path}/solutions.jsonl",
+    "TensorRT-LLM checkpoint": "on the GPU host: trtllm-build --checkpoint_dir {path} --output_dir ENGINE",
+    "bundle for trtkit compile": "on the GPU host: trtkit compile {path}",
+    "quantized checkpoint (unified HF layout)": "on the GPU host: trtllm-serve {path}",
+    "ReDrafter head": "trtkit build --drafter {path} --model MODEL",
+    "run of trtkit solve": "trtkit report {path}",
 }
 
 
@@ -24,7 +26,10 @@ def command(
     verify: Annotated[bool, typer.Option("--verify", help="Read everything: digests, tensors, finite values.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a directory is, what it holds, and with --verify whether it is whole."""
+    """Say what a directory is and what it holds.
+
+    With --verify also whether it is whole.
+    """
     from trtkit.describe import describe, model_dir
 
     path = model_dir(directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from drafter.config import TreeShape
 from trtkit.errors import UsageError
 
-__all__ = ["Device", "Json", "Model", "Out", "OutputLayer", "Threads", "Tree", "drafting_named", "tree_named"]
+__all__ = ["Device", "Json", "Model", "OutputLayer", "Threads", "Tree", "drafting_named", "tree_named"]
 
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON document, on the last line of stdout.")
@@ -18,7 +17,6 @@ Json: TypeAlias = Annotated[
 Model: TypeAlias = Annotated[
     str, typer.Option("--model", help="Hub id, checkpoint directory, or 'practice' (bundled).")
 ]
-Out: TypeAlias = Annotated[Path | None, typer.Option("--out", help="Where to write the result.")]
 Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: one per core.")]
 OutputLayer: TypeAlias = Annotated[

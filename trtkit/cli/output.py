@@ -8,7 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +18,7 @@ from rich.text import Text
 __all__ = ["facts", "finish", "gigabytes", "notice", "show", "table"]
 
 _PIPE_WIDTH = 160
+_ROOMY = 10_000
 
 
 def _console() -> Console:
@@ -27,6 +30,9 @@ def _console() -> Console:
 def show(renderable: Any) -> None:
     """Print a rich renderable, without the blanks that rich pads lines with."""
     console = _console()
+    # What must stay whole may be wider than the terminal: long lines can still be read, chopped words cannot.
+    roomy = console.options.update(width=_ROOMY)
+    console.width = max(console.width, Measurement.get(console, roomy, renderable).minimum)
     with console.capture() as captured:
         console.print(renderable)
     for line in captured.get().splitlines():
@@ -34,12 +40,14 @@ def show(renderable: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = "") -> None:
-    """Print rows under bold headings; columns named in ``right`` are aligned right."""
+    """Print rows under bold headings; columns named in ``right`` are aligned right. Only prose is wrapped."""
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in columns:
-        # A number must stay whole; only text may wrap.
+    for index, name in enumerate(columns):
+        # A number or a name must stay whole; only text may wrap.
         numeric = name in right
-        made.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+        whole = numeric or not any(" " in row[index] for row in rows)
+        width = max(map(cell_len, (name, *(row[index] for row in rows)))) if whole else None
+        made.add_column(name, justify="right" if numeric else "left", no_wrap=whole, min_width=width, overflow="fold")
     for row in rows:
         made.add_row(*map(Text, row))
     if title:

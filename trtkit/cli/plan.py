@@ -17,7 +17,7 @@ from trtkit.gpu import GpuProfile, detect, profile_named
 from trtkit.known_models import KNOWN_MODELS, known_hub_id, known_model
 from trtkit.model_spec import ModelSpec, read_model_spec
 from trtkit.plan import PlanRow, Workload, default_draft, plan_rows
-from trtkit.recipe import write_recipe
+from trtkit.recipe import Limits, Recipe, write_recipe
 from trtkit.scheme import SCHEMES, scheme_named
 
 
@@ -26,7 +26,10 @@ def command(
         str, typer.Option("--model", help=f"{', '.join(KNOWN_MODELS)}, practice, or a checkpoint directory.")
     ] = "fast-math-r1-14b",
     gpu: Annotated[str, typer.Option("--gpu", help="l4, l4x4, h100, ..., cpu; auto: this machine.")] = "auto",
-    length: Annotated[int, typer.Option("--length", min=1, help="Longest prompt + answer, tokens.")] = 16384,
+    length: Annotated[
+        int | None,
+        typer.Option("--length", min=1, help="Longest prompt + answer, tokens; default: 16384 or the model's most."),
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows in flight.")] = 12,
     kv_dtype: Annotated[str, typer.Option("--kv-dtype", help="KV cache: model (16 bit), fp8 or int8.")] = "model",
     precision: Annotated[
@@ -48,7 +51,10 @@ def command(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say which precisions fit a GPU, how many rows, and what speed to expect. Pure arithmetic, no download."""
+    """Say what fits on a GPU, and how fast it is.
+
+    Which precisions, how many rows, what speed to expect. Pure arithmetic, no download.
+    """
     if catalogue is not None and published:
         raise UsageError("--catalogue and --published exclude each other", hint="pass one of them")
     if catalogue is not None:
@@ -69,15 +75,20 @@ def command(
             if wanted in (None, row.precision) and (row.drafter is not None) in heads
         ]
         _print(model, spec, profile, work, rows)
-        advice = _advice(model, profile, rows)
+        advice = _advice(model, spec, profile, work, rows)
         if recipe is not None:
-            advice = _write_recipe(recipe, model, spec, profile, work, rows[0])
+            made = _recipe(model, spec, profile, work, rows[0])
+            write_recipe(recipe, made)
+            notice(f"recipe: {recipe}")
+            advice = _build_line(made)
         finish(advice, _document(model, spec, profile, work, rows) if as_json else None)
 
 
-def _workload(spec: ModelSpec, batch: int, length: int, kv_dtype: str) -> Workload:
+def _workload(spec: ModelSpec, batch: int, length: int | None, kv_dtype: str) -> Workload:
     if kv_dtype not in ("model", "fp8", "int8"):
         raise UsageError(f"unknown KV dtype {kv_dtype!r}", hint="one of: model, fp8, int8")
+    if length is None:
+        length = min(Limits().total_tokens, spec.max_positions)
     if length > spec.max_positions:
         raise UsageError(
             f"length {length} exceeds the model's {spec.max_positions} positions",
@@ -86,31 +97,37 @@ def _workload(spec: ModelSpec, batch: int, length: int, kv_dtype: str) -> Worklo
     return Workload(batch=batch, length=length, kv_dtype=kv_dtype)  # type: ignore[arg-type]  # just checked
 
 
-def _advice(model: str, gpu: GpuProfile, rows: list[PlanRow]) -> str:
+def _advice(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, rows: list[PlanRow]) -> str:
     best = max((r for r in rows if r.fits), key=lambda r: (r.tokens_per_second or 0, r.precision), default=None)
     if best is None:
         return "choose a larger GPU (--gpu) or a shorter --length"
     safe = [r for r in rows if r.fits and r.precision != "int4" and r.drafter is None]
     chosen = max(safe, key=lambda r: (r.tokens_per_second or 0, r.precision == "fp8"), default=best)
-    head = " --drafter DIR" if chosen.drafter is not None else ""
-    return f"trtkit build --precision {chosen.precision} --model {model} --gpu {gpu.name}{head}"
+    return _build_line(_recipe(model, spec, gpu, work, chosen))
 
 
-def _write_recipe(path: Path, model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, row: PlanRow) -> str:
-    """Write the recipe and give the build that it stands for."""
+def _recipe(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, row: PlanRow) -> Recipe:
     from trtkit.plan.recipes import recipe_of
 
-    made = recipe_of(known_hub_id(model) or model, gpu, work, row, default_draft(spec))
-    write_recipe(path, made)
-    notice(f"recipe: {path}")
-    flags = {
-        "--model": made.model, "--precision": made.precision, "--gpu": made.gpu, "--backend": made.backend,
-        "--kv-dtype": made.kv_dtype, "--batch": made.limits.batch, "--max-prompt-tokens": made.limits.prompt_tokens,
-        "--max-total-tokens": made.limits.total_tokens,
-    }  # fmt: skip
+    return recipe_of(known_hub_id(model) or model, gpu, work, row, default_draft(spec))
+
+
+def _build_line(made: Recipe) -> str:
+    """The build that a recipe stands for; ``build``'s defaults go without saying."""
+    usual = Limits()
+    flags: dict[str, tuple[object, object]] = {
+        "--precision": (made.precision, None),
+        "--model": (made.model, None),
+        "--gpu": (made.gpu, None),
+        "--backend": (made.backend, "torch"),
+        "--kv-dtype": (made.kv_dtype, "model"),
+        "--batch": (made.limits.batch, usual.batch),
+        "--max-prompt-tokens": (made.limits.prompt_tokens, usual.prompt_tokens),
+        "--max-total-tokens": (made.limits.total_tokens, usual.total_tokens),
+    }
     if made.tree is not None:
-        flags |= {"--drafter": "DIR", "--tree": str(made.tree)}
-    return "trtkit build " + " ".join(f"{name} {value}" for name, value in flags.items())
+        flags |= {"--drafter": ("DIR", None), "--tree": (made.tree, None)}
+    return "trtkit build " + " ".join(f"{name} {value}" for name, (value, default) in flags.items() if value != default)
 
 
 def _spec(model: str) -> ModelSpec:

@@ -13,7 +13,7 @@ from trtkit.cli.output import facts, finish, notice
 
 def command(
     runs: Annotated[
-        list[Path], typer.Argument(help="Run directories of trtkit solve, finished or not.", metavar="RUN...")
+        list[Path], typer.Argument(help="Run directories of trtkit solve, finished or not.", metavar="RUN")
     ],
     out: Annotated[
         Path | None,
@@ -22,7 +22,9 @@ def command(
     markdown: Annotated[bool, typer.Option("--markdown", help="Also write it as Markdown, beside the page.")] = False,
     as_json: Json = False,
 ) -> None:
-    """One self-contained HTML page about one run, or several side by side. It opens without a network.
+    """Write one HTML page about one or several runs.
+
+    It needs no other file and no network.
 
     Accuracy is compared only between runs with the same problems, samples, token budget and time limit.
     """

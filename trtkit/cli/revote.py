@@ -26,7 +26,7 @@ _WORTH = 0.005
 def command(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN_OR_TRACES...", help="Run directories, journal.jsonl, or JSONL files of traces."),
+        typer.Argument(metavar="RUN_OR_TRACES", help="Run directories, journal.jsonl, or JSONL files of traces."),
     ],
     rules: Annotated[
         list[str] | None,
@@ -69,7 +69,9 @@ def command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Replay saved samples under other stop rules, sample counts and votes, without a GPU or a model.
+    """Replay saved samples under other rules.
+
+    Stop rules, sample counts and votes, without a GPU or a model.
 
     A run made with `trtkit solve --full-vote --save-text` is the best thing to replay.
     """

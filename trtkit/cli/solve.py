@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trtkit.cli.engines import chosen_engine
-from trtkit.cli.options import Device, Json, Out, OutputLayer, Threads, Tree, drafting_named
+from trtkit.cli.options import Device, Json, OutputLayer, Threads, Tree, drafting_named
 from trtkit.cli.output import facts, finish, notice, show
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ def command(
     engine: Annotated[
         Path | None, typer.Option("--engine", help="Engine directory; default: the latest in engines/built.")
     ] = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the result; default: runs/PROBLEMS-ENGINE.")
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Samples per problem.")] = 32,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", help="Longest sample; the engine's own limit may be lower.")
@@ -59,12 +61,15 @@ def command(
         str | None, typer.Option("--order", help="pooled (default, all in one batch) or sequential (one at a time).")
     ] = None,
     together: Annotated[
-        int | None, typer.Option("--together", min=0, help="Pooled: samples of one problem that run at once; 0: all.")
+        int | None,
+        typer.Option("--together", min=0, help="Pooled: samples of one problem that run at once; default: 8, 0: all."),
     ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(
-            "--stop", help="Rules beside 'unassailable', e.g. 'beta(0.95)+stragglers(2)', or none. Repeatable."
+            "--stop",
+            help="Rules beside 'unassailable', e.g. 'beta(0.95)+stragglers(2)', or none; "
+            "default: certificate(0.05). Repeatable.",
         ),
     ] = None,
     full_vote: Annotated[
@@ -91,7 +96,10 @@ def command(
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="Prompt variant; repeat to mix several over the samples."),
+        typer.Option(
+            "--prompt",
+            help="Prompt variant: solve, reason, system, nemotron, python. Repeat to mix several over the samples.",
+        ),
     ] = None,
     tools: Annotated[
         str | None, typer.Option("--tools", help="python: run the code that samples write, in a sandbox.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trtkit.cli.options import Device, Json, Out, Threads
+from trtkit.cli.options import Device, Json, Threads
 from trtkit.cli.output import facts, finish, notice
 
 _DEFAULT_MODEL = "answerdotai/ModernBERT-base"
@@ -19,7 +19,9 @@ def command(
         typer.Option("--data", help="Run directory, its journal, or JSONL with problem and tokens. Repeatable."),
     ],
     model: Annotated[str, typer.Option("--model", help="Hub id or directory of a ModernBERT.")] = _DEFAULT_MODEL,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the result; default: engines/built/difficulty.")
+    ] = None,
     epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Passes over the problems.")] = 3.0,
     rate: Annotated[float, typer.Option("--rate", min=0, help="Peak learning rate.")] = 5e-5,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Problems per update.")] = 32,
@@ -33,7 +35,10 @@ def command(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Learn how many tokens problems take, from runs, so that the clock can give hard ones more time."""
+    """Learn from runs how many tokens problems take.
+
+    So that the clock can give hard ones more time.
+    """
     from dataclasses import asdict
 
     from trtkit.runtime.load import device_named, set_threads

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trtkit.bundled import PRACTICE, practice_dir
-from trtkit.cli.options import Device, Json, Model, Out, Threads
+from trtkit.cli.options import Device, Json, Model, Threads
 from trtkit.cli.output import facts, finish, notice, table
 from trtkit.errors import InputError, UsageError
 
@@ -26,7 +26,9 @@ def command(
         str | None,
         typer.Option("--problems", help="With --data self: whose problems to answer (file or openmathreasoning)."),
     ] = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the result; default: engines/built/MODEL-drafter.")
+    ] = None,
     rows: Annotated[int, typer.Option("--rows", min=2, help="Problems to train on.")] = 20_000,
     split: Annotated[str, typer.Option("--split", help="Split of OpenMathReasoning.")] = "cot",
     epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Passes over the rows.")] = 1.0,
@@ -52,7 +54,10 @@ def command(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Train a ReDrafter head for a model, and measure it on held-out problems. Run again to go on."""
+    """Train a ReDrafter head for a model.
+
+    It is measured on held-out problems. Run again to go on.
+    """
     if loss not in _OBJECTIVES:
         raise UsageError(f"unknown --loss {loss!r}", hint=f"one of: {', '.join(_OBJECTIVES)}")
     own = data == _SELF

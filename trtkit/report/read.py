@@ -211,7 +211,7 @@ def _problems(head: Mapping[str, Any], notices: list[str]) -> list[Problem] | No
     path = Path(str(head.get("path", "")))
     try:
         if not path.is_file():
-            notices.append(f"The problems file {path} is not there any more: problem texts are not shown.")
+            notices.append(f"The problems file {path} is not found from this directory: problem texts are not shown.")
         elif digest_file(path) != head.get("sha256"):
             notices.append(f"The problems file {path} has changed since the run: problem texts are not shown.")
         else:

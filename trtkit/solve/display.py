@@ -202,7 +202,7 @@ def _time(solution: Solution) -> str:
 def _votes(tally: Tally) -> str:
     shown = [f"{_short(vote.answer.key, 20)} x{vote.count}" for vote in tally.ranked[:3]]
     if len(tally.votes) > 3:
-        shown.append(f"+{len(tally.votes) - 3} others")
+        shown.append(f"+{len(tally.votes) - 3} more")
     return ", ".join(shown)
 
 

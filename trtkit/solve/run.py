@@ -215,12 +215,15 @@ def _identity(places: Places, options: SolveOptions) -> dict[str, Any]:
 
 
 def _claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
-    """Write run.json, or hold ``identity`` against the one that is there."""
-    path = out / RUN_FILE
+    """Write run.json, or hold ``identity`` against the one that is there.
+
+    A run.json without a journal is a start that failed, say for its device: there is nothing in it to protect.
+    """
+    path, journal = out / RUN_FILE, out / JOURNAL_FILE
     versions = _versions()
     if force_new:
         _remove(out / name for name in (RUN_FILE, SOLUTIONS_FILE, SUMMARY_FILE))
-    elif path.exists():
+    elif path.exists() and journal.exists():
         found = read_json(path, InputError)
         wanted, there = _flat(identity), _ADDED | _flat(found)
         names = [name for name in {**there, **wanted} if name.split(".")[0] in identity]
@@ -240,7 +243,7 @@ def _claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
         if changed:
             logger.warning("resuming a run that began with other versions; now: %s", json.dumps(changed))
         return
-    elif (out / JOURNAL_FILE).exists():
+    elif journal.exists():
         raise UsageError(
             f"there is a journal but no {RUN_FILE}, so nobody knows what it belongs to",
             where=str(out),
