@@ -62,7 +62,7 @@ def test_a_cpu_without_a_compiler_is_slow(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("flags", "vectors", "said"),
-    [("amx_tile amx_bf16 amx_int8 avx512_bf16", "AVX512", "AMX"), ("avx512f", "AVX512", "oneDNN"),
+    [("amx_tile amx_bf16 amx_int8 avx512_bf16 avx512_vbmi2", "AVX512", "AMX"), ("avx512f", "AVX512", "oneDNN"),
      ("avx2", "AVX2", "AVX2"), ("sse2", "DEFAULT", "plain torch")],
 )  # fmt: skip
 def test_which_kernels_a_cpu_runs(
