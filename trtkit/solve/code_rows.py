@@ -49,6 +49,11 @@ class CodeRows:
         self._max_tokens = max_tokens
         self._rows: dict[str, _Row] = {}
 
+    def go_on_with(self, engine: Engine) -> None:
+        """Use another engine from now on."""
+        self._engine = engine
+        self._rows.clear()
+
     @property
     def waiting(self) -> list[str]:
         """Requests whose code runs."""

@@ -60,7 +60,7 @@ from trtkit.solve.sandbox import open_sandbox
 from trtkit.solve.solver import Solver
 from trtkit.solve.summary import Summary, Verdict, judge, solution_row, summarise
 
-__all__ = ["Outcome", "Places", "run_solve", "sigterm_as_interrupt"]
+__all__ = ["Outcome", "Places", "claim", "identity_of", "run_solve", "sigterm_as_interrupt", "write_results"]
 
 RUN_FILE = "run.json"
 JOURNAL_FILE = "journal.jsonl"
@@ -120,9 +120,10 @@ def run_solve(
     began = time.monotonic() if began is None else began
     problems = read_problems(places.problems)
     _check_golds(problems, options.mode, places.problems)
-    identity = _identity(places, options)
+    asked = {"path": str(places.problems), "sha256": digest_file(places.problems)}
+    identity = {"problems": asked, **identity_of(places.engine, options)}
     with Journal(places.out / JOURNAL_FILE, fresh=force_new) as journal, Grader() as grader:
-        _claim(places.out, identity, force_new=force_new)
+        claim(places.out, identity, force_new=force_new)
         solutions: dict[str, Solution] = {}
         try:
             solutions = earlier_solutions(problems, journal, options, grader.same)
@@ -148,22 +149,29 @@ def run_solve(
                 len(problems),
             )
             raise
-        seconds, loading = journal.seconds, journal.loading_seconds
-        stats = [*journal.history.engines, *([journal.engine] if journal.engine else [])]
-        verdicts = _write_solutions(places.out, problems, solutions, options.mode, grader)
+        return write_results(places.out, problems, solutions, options, journal, grader)
+
+
+def write_results(
+    out: Path, problems: Sequence[Problem], solutions: Mapping[str, Solution], options: SolveOptions,
+    journal: Journal, grader: Grader,
+) -> Outcome:  # fmt: skip
+    """``solutions.jsonl`` and ``summary.json`` of the problems that have a solution."""
+    stats = [*journal.history.engines, *([journal.engine] if journal.engine else [])]
+    verdicts = _write_solutions(out, problems, solutions, options.mode, grader)
     figures = engine_figures(stats) if stats else None
     if figures is not None and figures.warning:
         logger.warning("%s", figures.warning)
     summary = summarise(
         verdicts,
         samples=options.samples,
-        seconds=seconds,
-        run_dir=places.out,
+        seconds=journal.seconds,
+        run_dir=out,
         time_limit=options.time_limit,
-        loading_seconds=loading,
+        loading_seconds=journal.loading_seconds,
         engine=figures,
     )
-    write_json(places.out / SUMMARY_FILE, summary.document())
+    write_json(out / SUMMARY_FILE, summary.document())
     return Outcome(summary=summary, verdicts=tuple(verdicts))
 
 
@@ -201,20 +209,17 @@ def _check_golds(problems: Sequence[Problem], mode: AnswerMode, path: Path) -> N
         )
 
 
-def _identity(places: Places, options: SolveOptions) -> dict[str, Any]:
-    manifest = places.engine / ENGINE_FILE
+def identity_of(engine: Path, options: SolveOptions) -> dict[str, Any]:
+    """What makes a run the same run, but for its problems. Raises :class:`EngineError` where there is no engine."""
+    manifest = engine / ENGINE_FILE
     try:
-        engine_digest = digest_file(manifest)
+        digest = digest_file(manifest)
     except OSError:
-        raise EngineError(f"not an engine directory (no {ENGINE_FILE})", where=str(places.engine)) from None
-    return {
-        "problems": {"path": str(places.problems), "sha256": digest_file(places.problems)},
-        "engine": {"path": str(places.engine), "sha256": engine_digest},
-        "arguments": options.to_data(),
-    }
+        raise EngineError(f"not an engine directory (no {ENGINE_FILE})", where=str(engine)) from None
+    return {"engine": {"path": str(engine), "sha256": digest}, "arguments": options.to_data()}
 
 
-def _claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
+def claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
     """Write run.json, or hold ``identity`` against the one that is there.
 
     A run.json without a journal is a start that failed, say for its device: there is nothing in it to protect.

@@ -92,17 +92,82 @@ class Solver:
         refuses (prompt too long) gets a solution with an ``error``; the others go on. Raises :class:`EngineError` when
         the engine loses a request, and whatever the engine raises in a step.
         """
+        self._solutions.clear()
+        self.recall(problems)
+        waiting = deque(problem for problem in problems if problem.id not in self._solutions)
+        self.begin(len(problems), len(waiting), loading_seconds=loading_seconds, sandbox=sandbox)
+        self._observer.began(problems, list(self._solutions.values()), self._options.samples)
+        try:
+            self._work(waiting)
+        finally:
+            self.end()
+        return [self._solutions[problem.id] for problem in problems]
+
+    def begin(
+        self, problems: int, waiting: int, *, loading_seconds: float = 0.0, sandbox: Sandbox | None = None
+    ) -> None:
+        """Start the clock for ``problems`` problems, ``waiting`` of them unsolved: for :meth:`ask`. The rest as
+        :meth:`solve`."""
         if self._options.tools is not None:
             assert sandbox is not None
             self._code = CodeRows(sandbox, self._engine, self._chat, self._ends, self._options.max_tokens)
-        self._solutions = earlier_solutions(problems, self._journal, self._options, self._grader.same)
-        waiting = deque(problem for problem in problems if problem.id not in self._solutions)
         self._lanes = self._options.lanes(self._engine.max_rows)
         if self._journal is not None:
             self._lanes = self._lanes and (self._journal.history.lanes or self._lanes)
             self._journal.begin(loading_seconds, self._lanes)
-        self._start_clock(len(problems), len(waiting), loading_seconds)
-        self._observer.began(problems, list(self._solutions.values()), self._options.samples)
+        self._start_clock(problems, waiting, loading_seconds)
+
+    def recall(self, problems: Sequence[Problem]) -> None:
+        """Take over what the journal's earlier sessions settled."""
+        self._solutions |= earlier_solutions(problems, self._journal, self._options, self._grader.same)
+
+    def ask(self, problem: Problem) -> Solution:
+        """The solution of one problem, between :meth:`begin` and :meth:`end`; at once where the journal has it.
+
+        The time between two calls is the clock's, not a problem's. Raises as :meth:`solve`."""
+        if problem.id not in self._solutions:
+            self.recall([problem])
+        if problem.id not in self._solutions:
+            self._stepped_at = self._now()
+            self._work(deque([problem]))
+        return self._solutions[problem.id]
+
+    def give_up(self, problem: Problem, error: str) -> Solution:
+        """Settle a problem with the votes that it has, after :meth:`ask` failed. The engine is not asked for anything:
+        see :meth:`go_on_with`."""
+        contest = self._contests.get(problem.id)
+        if contest is None:
+            contest = Contest.begin(problem, self._options, self._journal, self._now(), lanes=self._lanes)
+            contest.waiting.extend(contest.missing(self._options.samples))
+            if self._bank is not None:
+                contest.share_seconds = self._bank.open(problem.id, self._now(), used=contest.earlier_used)
+        for sample in contest.samples.values():
+            contest.dropped_tokens += sample.stream.generated
+            contest.cancelled += 1
+            if self._code is not None:
+                self._code.forget(sample.request_id)
+        contest.samples.clear()
+        self._samples.clear()
+        self._contests[problem.id] = contest
+        self._settle(contest, None, error)
+        return self._solutions[problem.id]
+
+    def go_on_with(self, engine: Engine) -> None:
+        """Use another engine from now on; nothing may be under way."""
+        assert not self._samples
+        self._engine = engine
+        if self._code is not None:
+            self._code.go_on_with(engine)
+
+    def end(self) -> None:
+        """Write the engine's figures down."""
+        self._observer.ended()
+        if self._journal is not None:
+            with contextlib.suppress(OutputError):  # figures only; what went wrong before must stay visible
+                self._journal.record_engine(self._engine.stats())
+
+    def _work(self, waiting: deque[Problem]) -> None:
+        """Until these are solved."""
         try:
             while True:
                 self._feed(waiting)
@@ -112,13 +177,8 @@ class Solver:
         finally:
             for request_id in self._samples:
                 self._engine.cancel(request_id)
-            self._observer.ended()
-            if self._journal is not None:
-                with contextlib.suppress(OutputError):  # figures only; what went wrong before must stay visible
-                    self._journal.record_engine(self._engine.stats())
         while self._engine.has_work:  # the cancelled siblings' last outputs, so that the engine is left clean
             self._engine.step()
-        return [self._solutions[problem.id] for problem in problems]
 
     @property
     def solutions(self) -> dict[str, Solution]:

@@ -1,0 +1,217 @@
+"""Problems one at a time under one clock: answers, time, failures, and what is left for the next session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chat_files import save_chat_files
+from tests.engines import tiny_engine_dir
+from tests.fakes import FakeChat
+from tests.solve.scripted import write_engine
+from tests.solve.test_solver_clock import TimedEngine, endless
+from trtkit.errors import UsageError
+from trtkit.report.read import read_runs
+from trtkit.runtime.api import Request, StepOutput
+from trtkit.runtime.load import OpenOptions
+from trtkit.solve.options import SolveOptions
+from trtkit.solve.policy import policy_named
+from trtkit.solve.session import PROBLEMS_FILE, Session, open_session
+
+CHAT = FakeChat()
+
+
+def right(request: Request) -> Sequence[int]:
+    return CHAT.encode("\\boxed{7}</think>")
+
+
+class World:
+    """Engines that share a clock, and how often one was opened."""
+
+    def __init__(self, directory: Path, script: Callable[[Request], Sequence[int]] = right) -> None:
+        self.now, self.opened, self.script, self.directory = 50.0, 0, script, directory
+        self.breaks: set[str] = set()
+        self.opens = True
+
+    def engine(self) -> Any:
+        world = self
+        if not self.opens:
+            raise RuntimeError("no device")
+        self.opened += 1
+
+        class Engine(TimedEngine):
+            def step(self) -> list[StepOutput]:
+                if any(name.partition("/")[0] in world.breaks for name in self._left):
+                    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+                outputs = super().step()
+                world.now += self._seconds
+                return outputs
+
+            def cancel(self, request_id: str) -> None:
+                if request_id.partition("/")[0] in world.breaks:
+                    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+                super().cancel(request_id)
+
+        return Engine(self.script)
+
+    def session(self, problems: int, *, out: Path | None = None, **options: Any) -> Session:
+        limit = options.get("time_limit")
+        chosen = {} if limit is None else dict(policy_named("competition", time_limit=limit))
+        return Session(
+            self.engine, CHAT, SolveOptions(**{"samples": 4, **chosen, **options}),  # type: ignore[arg-type]
+            problems=problems, engine=self.directory, out=out, clock=lambda: self.now,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(write_engine(tmp_path / "engine"))
+
+
+def test_problems_are_answered_as_they_come(world: World) -> None:
+    with world.session(3) as session:
+        assert session.answer("a", "What is 3 + 4?") == "7"
+        assert session.answer("b", "What is 4 + 3?") == "7"
+        assert session.answer("a", "What is 3 + 4?") == "7"
+        assert list(session.solutions) == ["a", "b"]
+        with pytest.raises(UsageError, match="another text"):
+            session.ask("a", "What is 5 + 2?")
+    assert world.opened == 1
+
+
+def test_the_time_is_dealt_out_over_the_problems_that_are_expected(world: World) -> None:
+    """Ten problems in 1000 s that never end by themselves: each is given about 100, and none more than the rest."""
+    world.script = endless
+    with world.session(10, time_limit=1000.0) as session:
+        spent = []
+        for number in range(10):
+            began = world.now
+            solution = session.ask(f"p{number}", f"problem {number}")
+            spent.append(world.now - began)
+            assert solution.answer is not None
+            assert solution.answer.key == "7"
+        assert sum(spent) <= 1000
+        assert min(spent) > 60
+        assert max(spent) < 170
+
+
+def test_pauses_between_problems_are_nobodys_but_pass(world: World) -> None:
+    world.script = endless
+    with world.session(4, time_limit=400.0) as session:
+        first = session.ask("a", "problem a")
+        world.now += 150
+        second = session.ask("b", "problem b")
+        assert second.used_seconds is not None
+        assert first.used_seconds is not None
+        assert second.used_seconds < 100, "the pause is no part of it"
+        assert second.share_seconds is not None
+        assert first.share_seconds is not None
+        assert second.share_seconds < first.share_seconds, "but it is gone"
+        world.now += 1000
+        late = session.ask("c", "problem c")
+        assert (late.answer and late.answer.key, late.stopped_early, late.tokens) == ("0", "time limit", 0)
+
+
+def test_more_problems_than_expected_are_answered_too(world: World) -> None:
+    with world.session(1, time_limit=500.0) as session:
+        assert [session.answer(name, name) for name in "abc"] == ["7", "7", "7"]
+
+
+def test_an_engine_that_fails_costs_one_problem(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.breaks = {"b"}
+    with world.session(3, time_limit=500.0) as session:
+        assert session.answer("a", "problem a") == "7"
+        broken = session.ask("b", "problem b")
+        assert broken.answer is not None
+        assert broken.answer.key == "0"
+        assert "illegal memory access" in str(broken.error)
+        world.breaks = set()
+        assert session.answer("c", "problem c") == "7"
+        assert session.ask("b", "problem b") is broken
+    assert world.opened == 2
+    assert "problem b" in caplog.text
+
+
+def test_votes_that_were_counted_before_the_failure_decide(world: World) -> None:
+    def one_is_slow(request: Request) -> Sequence[int]:
+        return right(request) if request.id.endswith(("/0", "/1")) else endless(request)
+
+    world.script = one_is_slow
+    steps = 0
+
+    with world.session(2, time_limit=500.0, samples=5) as session:
+        engine = session._solver._engine
+        step = engine.step
+
+        def fail_later() -> list[StepOutput]:
+            nonlocal steps
+            steps += 1
+            if steps == 40:
+                raise RuntimeError("out of memory")
+            return step()
+
+        engine.step = fail_later  # type: ignore[method-assign]
+        solution = session.ask("a", "problem a")
+        assert solution.answer is not None
+        assert (solution.answer.key, solution.tally.finished) == ("7", 2)
+        assert solution.error is not None
+
+
+def test_an_engine_that_cannot_be_opened_again_still_gives_the_default(world: World) -> None:
+    world.breaks = {"a"}
+    with world.session(2, time_limit=500.0) as session:
+        session.ask("a", "problem a")
+        world.opens = False
+        assert session.answer("b", "problem b") == "0"
+        world.opens, world.breaks = True, set()
+        assert session.answer("c", "problem c") == "7"
+
+
+def test_the_directory_is_that_of_a_run_and_another_session_goes_on(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with world.session(4, out=out, time_limit=400.0) as session:
+        session.ask("a", "problem a")
+        session.ask("b", "problem b")
+    (run,) = read_runs([out])
+    assert [(result.id, result.text) for result in run.results] == [
+        ("a", "problem a"), ("b", "problem b"),
+    ]  # fmt: skip
+    rows = [json.loads(line) for line in (out / "solutions.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["answer"]) for row in rows] == [("a", "7"), ("b", "7")]
+    assert json.loads((out / "summary.json").read_text())["problems"] == 2
+
+    with world.session(4, out=out, time_limit=400.0) as session:
+        steps = session._solver._engine.steps  # type: ignore[attr-defined]
+        assert session.answer("b", "problem b") == "7"
+        assert session._solver._engine.steps == steps  # type: ignore[attr-defined]
+        session.ask("c", "problem c")
+    assert [json.loads(line)["id"] for line in (out / PROBLEMS_FILE).read_text().splitlines()] == ["a", "b", "c"]
+    assert len((out / "solutions.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(UsageError, match="different run"):
+        world.session(4, out=out, time_limit=400.0, samples=5)
+
+
+def test_a_session_is_opened_on_an_engine_directory(tmp_path: Path) -> None:
+    directory = tiny_engine_dir(tmp_path, "qwen2")
+    save_chat_files(directory)
+    with pytest.raises(UsageError, match="does not know") as unknown:
+        open_session(directory, problems=1, sample=2)
+    assert unknown.value.offenders == ("sample",)
+    opening = OpenOptions(device="cpu", dtype="float32", rows=2)
+    with open_session(
+        directory, problems=2, time_limit="10m", opening=opening, samples=2, max_tokens=4, force_close=False
+    ) as session:
+        assert session.answer("a", "What is 1 + 1?") == "0", "random weights: the policy's default answer"
+        assert len(session.ask("a", "What is 1 + 1?").attempts) == 2
+    with open_session(directory, problems=1, opening=opening, samples=2, max_tokens=4, force_close=False) as session:
+        assert session.answer("a", "What is 1 + 1?") is None, "no limit, no policy"
+
+
+def test_closing_twice_is_fine(world: World) -> None:
+    session = world.session(1)
+    session.close()
+    session.close()
