@@ -12,6 +12,7 @@ import pytest
 from trtkit.bundled import practice_dir
 from trtkit.cli.app import run
 from trtkit.cli.engines import stem
+from trtkit.training.run import HeadReport
 
 PROBLEM = json.dumps({"id": "1", "problem": "What is 2 + 3?", "answer": "5"})
 
@@ -253,3 +254,30 @@ def test_revotes_next_line_runs_where_it_is_printed(
         assert "--weights finish" in line
         assert run(["--quiet", *shlex.split(line), "--max-tokens", "40"]) == 0, capsys.readouterr().err
     assert len(list(Path("runs").iterdir())) == 3
+
+
+def test_next_lines_can_be_pasted_where_paths_have_spaces(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text(PROBLEM, encoding="utf-8")
+    assert solve(Path("p.jsonl"), engine, Path("my run")) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "next: trtkit report 'my run'"
+    assert run(["--quiet", "build", "--precision", "bf16", "--out", "my engine"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "next: trtkit solve problems.jsonl --engine 'my engine'"
+    assert run(["inspect", "my engine"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_a_trained_heads_build_goes_beside_an_engine_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = HeadReport(parameters=1, updates=1, train_tokens=1, hits=(), trees=())
+    monkeypatch.setattr("trtkit.training.run.train_head", lambda *_, **__: report)
+    line = "next: trtkit build --model practice --drafter engines/built/practice-drafter"
+    for aside in ("", " --out engines/built/practice-fp8-drafter"):
+        assert run(["--quiet", "train-drafter"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == line + aside
+        Path("engines/built/practice-fp8").mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import typer
 from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.engines import BUILT, chosen_engine
 from trtkit.cli.options import Device, Json, Model, OutputLayer, Threads, Tree, drafting_named
-from trtkit.cli.output import facts, finish, gigabytes, notice, table
+from trtkit.cli.output import facts, finish, gigabytes, notice, quoted, table
 from trtkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def command(
         notice("")
         notice(f"files: {target}/suite.json" + (", suite.png" if (target / "suite.png").is_file() else ""))
     fastest = max(result.points, key=lambda point: point.tokens_per_second)
-    finish(f"trtkit solve problems.jsonl --engine {fastest.engine}", result.document() if as_json else None)
+    finish(f"trtkit solve problems.jsonl --engine {quoted(fastest.engine)}", result.document() if as_json else None)
 
 
 def _check_together(*, suite: bool, profile: bool, engine: bool, out: bool) -> None:
@@ -154,7 +154,8 @@ def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -
     notice("")
     notice("measured under a profiler, which takes time itself: read the shares")
     finish(
-        f"trtkit bench --engine {engines[0]}", {"profiles": [step.document() for step in found]} if as_json else None
+        f"trtkit bench --engine {quoted(engines[0])}",
+        {"profiles": [step.document() for step in found]} if as_json else None,
     )
 
 

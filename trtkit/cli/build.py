@@ -12,7 +12,7 @@ from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.build_report import report_built
 from trtkit.cli.engines import BUILT, DEFAULT_PRECISION, default_engine, stem
 from trtkit.cli.options import Json, Model, tree_named
-from trtkit.cli.output import finish, notice
+from trtkit.cli.output import finish, notice, quoted
 from trtkit.errors import UsageError
 from trtkit.files import nearest
 from trtkit.gpu import detect, profile_named
@@ -126,7 +126,9 @@ def command(
         from trtkit.build.native import build_native
 
         manifest = build_native(recipe, target, calibration=calibration, drafter=drafter, max_kl=max_kl, force=force)
-        return report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {target}", as_json)
+        return report_built(
+            "engine", manifest, target, f"trtkit solve problems.jsonl --engine {quoted(target)}", as_json
+        )
 
     from trtkit.build.bundle import Sources, build_trtllm, equivalent_command, prepare_bundle
 
@@ -139,9 +141,9 @@ def command(
     if prepare_only:
         manifest = prepare_bundle(recipe, target, sources, force=force)
         return report_built("bundle", manifest, target, f"copy {target} to the GPU host, then: trtkit compile "
-                            f"{target.name}", as_json)  # fmt: skip
+                            f"{quoted(target.name)}", as_json)  # fmt: skip
     manifest = build_trtllm(recipe, target, sources, workers=workers, force=force)
-    return report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {target}", as_json)
+    return report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {quoted(target)}", as_json)
 
 
 def _check_names(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from trtkit.cli.options import Json
-from trtkit.cli.output import facts, finish
+from trtkit.cli.output import facts, finish, quoted
 from trtkit.errors import CheckpointError
 
 _NEXT = {
@@ -40,7 +40,7 @@ def command(
         "path": found.path, "kind": found.kind, "verified": found.verified, "offenders": list(found.offenders),
         **found.data,
     }  # fmt: skip
-    advice = _NEXT.get(found.kind, "trtkit --help").format(path=directory)
+    advice = _NEXT.get(found.kind, "trtkit --help").format(path=quoted(directory))
     if found.offenders:
         advice = "get the damaged files again, or build again with --force"
     finish(advice, document if as_json else None)

@@ -10,7 +10,7 @@ import typer
 
 from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.cli.options import Json
-from trtkit.cli.output import facts, finish, gigabytes, notice, table
+from trtkit.cli.output import facts, finish, gigabytes, notice, quoted, table
 from trtkit.errors import UsageError
 from trtkit.files import nearest
 from trtkit.gpu import GpuProfile, detect, profile_named
@@ -127,7 +127,9 @@ def _build_line(made: Recipe) -> str:
     }
     if made.tree is not None:
         flags |= {"--drafter": ("DIR", None), "--tree": (made.tree, None)}
-    return "trtkit build " + " ".join(f"{name} {value}" for name, (value, default) in flags.items() if value != default)
+    return "trtkit build " + " ".join(
+        f"{name} {quoted(value)}" for name, (value, default) in flags.items() if value != default
+    )
 
 
 def _spec(model: str) -> ModelSpec:

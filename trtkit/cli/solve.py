@@ -10,7 +10,7 @@ import typer
 
 from trtkit.cli.engines import chosen_engine
 from trtkit.cli.options import Device, Json, OutputLayer, Threads, Tree, drafting_named, out_of_range_is_usage
-from trtkit.cli.output import facts, finish, notice, show
+from trtkit.cli.output import facts, finish, notice, quoted, show
 
 if TYPE_CHECKING:
     from trtkit.solve.options import SolveOptions
@@ -47,7 +47,9 @@ def command(
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same samples.")] = 0,
     time_limit: Annotated[
         str | None,
-        typer.Option("--time-limit", help="For everything: 90s, 10m, 5h; a plain number counts seconds."),
+        typer.Option(
+            "--time-limit", help="For everything: 90s, 10m, 5h, or just seconds. Past it, answers come at once."
+        ),
     ] = None,
     reserve: Annotated[
         str | None, typer.Option("--reserve", help="Part of the time limit that is kept back; default: 1 %.")
@@ -218,7 +220,7 @@ def command(
     show(result_table(outcome.verdicts))
     notice("")
     facts("summary", _shown(outcome, final, target))
-    finish(f"trtkit report {target}", outcome.summary.document() if as_json else None)
+    finish(f"trtkit report {quoted(target)}", outcome.summary.document() if as_json else None)
 
 
 def _tools_named(name: str | None, *, calls: int, seconds: float, unsafe: bool) -> SandboxOptions | None:

@@ -10,7 +10,7 @@ import typer
 from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.cli.engines import DEFAULT_PRECISION, default_engine
 from trtkit.cli.options import Device, Json, Model, Threads
-from trtkit.cli.output import facts, finish, notice, table
+from trtkit.cli.output import facts, finish, notice, quoted, table
 from trtkit.errors import InputError, UsageError
 
 _SELF = "self"
@@ -122,7 +122,7 @@ def command(
     document = {"drafter_dir": str(target), **asdict(report)}
     there = default_engine(model, DEFAULT_PRECISION)
     aside = f" --out {there}-drafter" if there.exists() else ""  # build refuses to write over an engine
-    finish(f"trtkit build --model {model} --drafter {target}{aside}", document if as_json else None)
+    finish(f"trtkit build --model {quoted(model)} --drafter {quoted(target)}{aside}", document if as_json else None)
 
 
 def _problem_source(model: str, problems: str | None) -> str:
