@@ -26,12 +26,13 @@ KINDS: dict[str, tuple[bool, tuple[str, ...]]] = {"bank": (False, ()), "even": (
 
 def main(
     work: Annotated[Path, typer.Option(help="where engine, problems and runs go")] = ROOT / "runs" / "rehearsal",
-    limit: Annotated[str, typer.Option()] = "20s",
+    limit: Annotated[str, typer.Option(help="time limit of each run: 90s, 10m; a plain number counts seconds")] = "20s",
     count: Annotated[int, typer.Option(min=1, help="problems")] = 50,
-    samples: Annotated[int, typer.Option(min=1)] = 16,
-    rounds: Annotated[int, typer.Option(min=1)] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="samples per problem")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="runs with each clock")] = 1,
 ) -> None:
     """Build, solve, tabulate."""
+    work = work.resolve()  # everything below runs in the repository
     work.mkdir(parents=True, exist_ok=True)
     problems, engine = work / "problems.jsonl", work / "engine"
     subprocess.run(
@@ -62,7 +63,9 @@ def main(
 def document(*arguments: str, even: bool = False) -> dict[str, Any]:
     """What a trtkit verb says with --json, in a process of its own."""
     command = [sys.executable, __file__, "even" if even else "bank", *arguments, "--json"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:  # it has said why
+        sys.exit(done.returncode)
     said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return said
 

@@ -71,3 +71,13 @@ def test_a_recipe_file_without_it_leaves_the_choice_to_the_build(tmp_path: Path)
     assert 'output_layer = "auto"\n' in text
     path.write_text(text.replace('output_layer = "auto"\n', ""), encoding="utf-8")
     assert read_recipe(path) == Recipe(model="practice", precision="int4")
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"version": 1}', '{"version": 1, "recipe": 3}'])
+def test_a_damaged_manifest_says_what_to_do(tmp_path: Path, damage: str) -> None:
+    directory = tiny_engine_dir(tmp_path)
+    (directory / "engine.json").write_text(damage, encoding="utf-8")
+    with pytest.raises(EngineError) as caught:
+        read_manifest(directory)
+    assert "trtkit build" in (caught.value.hint or "")
+    assert str(caught.value.where).startswith(str(directory / "engine.json"))

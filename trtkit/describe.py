@@ -15,6 +15,7 @@ from trtkit.checkpoint.trtllm_parse import read_trtllm_config
 from trtkit.checkpoint.trtllm_reader import is_trtllm, open_trtllm
 from trtkit.checkpoint.unified import open_unified
 from trtkit.checkpoint.verify import verify_engine
+from trtkit.difficulty import DIFFICULTY_FILE
 from trtkit.errors import CheckpointError, InputError
 from trtkit.files import JsonObject, read_json
 from trtkit.model_spec import read_model_spec, spec_as_dict
@@ -23,6 +24,7 @@ from trtkit.recipe import BUNDLE_FILE, COMPILED_DIR, ENGINE_FILE, output_layer_o
 __all__ = [
     "BUNDLE",
     "CHECKPOINT",
+    "DIFFICULTY",
     "DRAFTER",
     "ENGINE",
     "QUANTIZED",
@@ -40,6 +42,7 @@ TRTLLM = "TensorRT-LLM checkpoint"
 BUNDLE = "bundle for trtkit compile"
 RUN = "run of trtkit solve"
 DRAFTER = "ReDrafter head"
+DIFFICULTY = "difficulty regressor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +170,12 @@ def _look_at_run(directory: Path) -> tuple[dict[str, str], JsonObject]:
     return facts, data
 
 
+def _look_at_difficulty(directory: Path) -> tuple[dict[str, str], JsonObject]:
+    found = read_json(directory / DIFFICULTY_FILE)
+    facts = {"problems": str(found.get("problems")), "usable": "yes" if found.get("usable") else "no"}
+    return facts, {"difficulty": found}
+
+
 def _look_at_config(directory: Path) -> tuple[dict[str, str], JsonObject]:
     config = read_json(directory / "config.json")
     if "exit_dim" in config and "num_draft_layers" in config:
@@ -195,6 +204,7 @@ _KINDS: tuple[tuple[str, str, Callable[[Path], tuple[dict[str, str], JsonObject]
     ("run.json", RUN, _look_at_run),
     (rank_file(0), TRTLLM, _look_at_trtllm),
     ("hf_quant_config.json", QUANTIZED, _look_at_quantized),
+    (DIFFICULTY_FILE, DIFFICULTY, _look_at_difficulty),
     ("config.json", CHECKPOINT, _look_at_config),
 )
 _HELD = {

@@ -54,6 +54,7 @@ TOKEN_ORDER_FILE = "token_order.safetensors"
 """Beside a draft head: all token ids, the most frequent one of its training text first."""
 Backend: TypeAlias = Literal["torch", "tensorrt-llm"]
 _INT8_OUTPUT = ("int8", "int8-sq", "int4")
+_DAMAGED = "build it again with `trtkit build`, or copy the file again from where it was built"
 
 T = TypeVar("T")
 
@@ -191,11 +192,16 @@ def read_manifest(directory: Path, name: str = ENGINE_FILE) -> EngineManifest:
             where=str(directory),
             hint="build one with `trtkit build`, or ask `trtkit inspect` what this directory is",
         )
-    data = read_json(path, EngineError)
-    if isinstance(data.get("recipe"), dict):
-        # Engines built before there was a choice were judged with lm_head in the model's dtype, and keep it.
-        data["recipe"].setdefault("output_layer", "model")
-    return _versioned(data, EngineManifest, where=str(path), error=EngineError)
+    try:
+        data = read_json(path, EngineError)
+        if isinstance(data.get("recipe"), dict):
+            # Engines built before there was a choice were judged with lm_head in the model's dtype, and keep it.
+            data["recipe"].setdefault("output_layer", "model")
+        return _versioned(data, EngineManifest, where=str(path), error=EngineError)
+    except EngineError as problem:
+        raise EngineError(
+            problem.message, where=problem.where, offenders=problem.offenders, hint=problem.hint or _DAMAGED
+        ) from None
 
 
 def write_manifest(directory: Path, manifest: EngineManifest, name: str = ENGINE_FILE) -> None:

@@ -185,3 +185,25 @@ def test_ctrl_c_while_the_modules_load(monkeypatch: pytest.MonkeyPatch, capsys: 
         main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["solve", "p.jsonl", "--engine", "e", "--top-p", "0"],
+        ["solve", "p.jsonl", "--engine", "e", "--top-k", "99999999999999999999"],
+        ["solve", "p.jsonl", "--engine", "e", "--top-k", "-1"],
+        ["solve", "p.jsonl", "--engine", "e", "--min-p", "2"],
+        ["solve", "p.jsonl", "--engine", "e", "--temperature", "nan"],
+        ["bench", "--engine", "e", "--temperature", "-1"],
+        ["bench", "--engine", "e", "--device", "x"],
+        ["bench", "--suite", "--engine", "e"],
+        ["bench", "--suite", "--profile"],
+        ["bench", "--engine", "e", "--out", "o"],
+        ["build", "--tree", "1x3"],
+    ],
+)
+def test_options_out_of_range_or_without_effect_are_wrong_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2, capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from trtkit.bundled import practice_dir
 from trtkit.cli.app import run
-from trtkit.cli.build import _stem
+from trtkit.cli.engines import stem
+from trtkit.training.run import HeadReport
 
 PROBLEM = json.dumps({"id": "1", "problem": "What is 2 + 3?", "answer": "5"})
 
@@ -186,9 +188,9 @@ def test_options_that_make_no_sense(
 
 
 def test_names_of_outputs() -> None:
-    assert _stem("RabotniKuma/Fast-Math-R1-14B") == "fast-math-r1-14b"
-    assert _stem("/models/My Model/") == "my-model"
-    assert _stem("practice") == "practice"
+    assert stem("RabotniKuma/Fast-Math-R1-14B") == "fast-math-r1-14b"
+    assert stem("/models/My Model/") == "my-model"
+    assert stem("practice") == "practice"
 
 
 def test_a_start_that_failed_does_not_claim_the_directory(
@@ -200,3 +202,82 @@ def test_a_start_that_failed_does_not_claim_the_directory(
     assert solve(problems, engine, out, "--seed", "6") == 0
     assert json.loads((out / "run.json").read_text())["arguments"]["seed"] == 6
     assert "different run" not in capsys.readouterr().err
+
+
+def test_a_penalty_out_of_range_is_wrong_usage(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = tmp_path / "p.jsonl"
+    problems.write_text(PROBLEM, encoding="utf-8")
+    assert solve(problems, engine, tmp_path / "run", "--switch-penalty=-1,600,Wait") == 2
+    assert "alpha -1.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("limit", "warned"), [("0.9", True), ("0.9s", False), ("60", False)])
+def test_a_plain_time_limit_that_leaves_little_is_pointed_out(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str, warned: bool
+) -> None:
+    problems = tmp_path / "p.jsonl"
+    problems.write_text(PROBLEM, encoding="utf-8")
+    assert solve(problems, engine, tmp_path / "run", "--time-limit", limit) == 0
+    assert (f"--time-limit {limit} counts seconds" in capsys.readouterr().err) is warned
+
+
+def test_the_summary_says_how_votes_weighed_and_how_much_code_ran(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = tmp_path / "p.jsonl"
+    problems.write_text(PROBLEM, encoding="utf-8")
+    assert solve(problems, engine, tmp_path / "plain") == 0
+    said = capsys.readouterr().out
+    assert "votes by" not in said
+    assert "code" not in said
+    assert solve(problems, engine, tmp_path / "run", "--weights", "length", "--tools", "python", "--tools-unsafe") == 0
+    said = capsys.readouterr().out
+    assert "votes by length; maj@2" in said
+    assert "no sample wrote a block to run" in said
+
+
+def test_revotes_next_line_runs_where_it_is_printed(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From another directory, with the default directory of runs taken already."""
+    monkeypatch.chdir(tmp_path)
+    Path("my problems.jsonl").write_text(PROBLEM, encoding="utf-8")
+    made = ["--samples", "4", "--max-tokens", "40", "--full-vote", "--save-text", "--temperature", "0"]
+    assert run(["--quiet", "solve", "my problems.jsonl", "--engine", str(engine), *made]) == 0
+    [there] = Path("runs").iterdir()
+    for _ in range(2):
+        capsys.readouterr()
+        assert run(["--quiet", "revote", str(there), "--weights", "finish"]) == 0
+        line = capsys.readouterr().out.splitlines()[-1].removeprefix("next: trtkit ")
+        assert "--weights finish" in line
+        assert run(["--quiet", *shlex.split(line), "--max-tokens", "40"]) == 0, capsys.readouterr().err
+    assert len(list(Path("runs").iterdir())) == 3
+
+
+def test_next_lines_can_be_pasted_where_paths_have_spaces(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text(PROBLEM, encoding="utf-8")
+    assert solve(Path("p.jsonl"), engine, Path("my run")) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "next: trtkit report 'my run'"
+    assert run(["--quiet", "build", "--precision", "bf16", "--out", "my engine"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "next: trtkit solve problems.jsonl --engine 'my engine'"
+    assert run(["inspect", "my engine"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_a_trained_heads_build_goes_beside_an_engine_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = HeadReport(parameters=1, updates=1, train_tokens=1, hits=(), trees=())
+    monkeypatch.setattr("trtkit.training.run.train_head", lambda *_, **__: report)
+    line = "next: trtkit build --model practice --drafter engines/built/practice-drafter"
+    for aside in ("", " --out engines/built/practice-fp8-drafter"):
+        assert run(["--quiet", "train-drafter"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == line + aside
+        Path("engines/built/practice-fp8").mkdir(parents=True, exist_ok=True)

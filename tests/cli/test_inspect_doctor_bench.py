@@ -64,3 +64,36 @@ def test_the_latest_engine_is_the_default(tmp_path: Path, monkeypatch: pytest.Mo
         os.utime(manifest, (1e9 - age, 1e9 - age))
     assert chosen_engine(None).name == "b"
     assert chosen_engine(Path("x")) == Path("x")
+
+
+@pytest.mark.parametrize("named", ["--drafter", "--problems"])
+@pytest.mark.parametrize("kind", ["suite", "engine"])
+def test_bench_looks_at_its_files_before_it_builds_or_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], named: str, kind: str
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("began before it had looked")
+
+    monkeypatch.setattr("trtkit.bench.suite.build_native", started)
+    monkeypatch.setattr("trtkit.bench.engines.measure_machine", started)
+    what = (
+        ["--suite", "--out", str(tmp_path / "s")] if kind == "suite" else ["--engine", str(tiny_engine_dir(tmp_path))]
+    )
+    assert run(["bench", *what, named, str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_doctor_suggests_the_default_build_only_where_it_is_not_made_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    steps = []
+    for _ in range(2):
+        if run(["doctor"]) != 0:
+            pytest.skip("this machine is not fit: another step comes first")
+        steps.append(capsys.readouterr().out.splitlines()[-1])
+        (tmp_path / "engines" / "built" / "practice-fp8").mkdir(parents=True, exist_ok=True)
+    assert steps == [
+        "next: trtkit build --precision fp8",
+        "next: trtkit solve problems.jsonl --engine engines/built/practice-fp8",
+    ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,22 @@ def test_no_traces_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "no such file" in capsys.readouterr().err
     assert revote(str(tmp_path)) == 1
     assert "no journal.jsonl" in capsys.readouterr().err
+
+
+def test_more_samples_than_there_are_fail_before_the_replay(
+    traces: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def replayed(*_: object, **__: object) -> None:
+        raise AssertionError("replayed something first")
+
+    monkeypatch.setattr("trtkit.solve.tradeoff.replay", replayed)
+    assert revote(str(traces), *FIELDS, *RULES, "--samples", "4,64") == 1
+    assert "no problem has 64 samples" in capsys.readouterr().err
+
+
+def test_the_next_line_never_names_a_rule_that_is_none(traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert revote(str(traces), *FIELDS, "--rules", "full") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: trtkit revote {traces} {shlex.join(FIELDS)}"
+    traces.write_text(traces.read_text("utf-8").replace('"target": 7, ', ""), "utf-8")
+    assert revote(str(traces), "--fields", "text=outs,problem=question,tokens=n", "--rules", "agree(2)") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("next: name the gold answers")

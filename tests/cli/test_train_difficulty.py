@@ -70,7 +70,11 @@ def test_from_a_run_to_expected_tokens(
     shown = capsys.readouterr()
     assert "train: 72 updates in" in shown.err
     lines = shown.out.splitlines()
-    assert lines[-2] == f"next: trtkit solve problems.jsonl --difficulty {out}"
+    assert lines[-2] == f"next: trtkit solve problems.jsonl --time-limit 5h --difficulty {out}"
+    assert run(["inspect", str(out)]) == 0
+    inspected = capsys.readouterr().out.splitlines()
+    assert inspected[0] == f"{out}: difficulty regressor"
+    assert inspected[-1] == lines[-2], "what inspect suggests"
     document = json.loads(lines[-1])
     assert list(document) == ["difficulty_dir", "usable", "problems", "samples", "updates", "held_out"]
     assert (document["usable"], document["problems"], document["samples"]) == (True, 328, 656)

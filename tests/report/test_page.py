@@ -163,3 +163,11 @@ def test_runs_in_which_nothing_happened_have_a_page(tmp_path: Path) -> None:
     assert "no sample has finished" in words
     assert "is not found from this directory" in words
     assert markdown(report_on([empty, gone]))
+
+
+def test_no_figure_is_broken_inside_its_parentheses(tmp_path: Path) -> None:
+    report = report_on([run_dir(tmp_path / "one", 2)])
+    cells = re.findall(r"<td>([^<]*\([^<]*\)[^<]*)</td>", html(report))
+    assert any("(k\u00a0=\u00a0" in cell for cell in cells)
+    assert not [cell for cell in cells if re.search(r"\([^)]* [^)]*\)", cell)]
+    assert "\u00a0" not in markdown(report)

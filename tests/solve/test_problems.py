@@ -132,3 +132,16 @@ def test_seeds_are_stable_and_distinct() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Written down: a change here would make every interrupted run resume with other samples.
     assert sample_seed(0, "p", 0) == 6802306895010170043
+
+
+def test_hints_fit_what_is_wrong(tmp_path: Path) -> None:
+    same = {"id": "a", "problem": "x"}
+    with pytest.raises(InputError) as twice:
+        read_problems(write(tmp_path / "twice.jsonl", same, same))
+    assert "an id of its own" in (twice.value.hint or "")
+    with pytest.raises(InputError) as both:
+        read_problems(write(tmp_path / "both.jsonl", same, same, "{"))
+    assert "one JSON object" in (both.value.hint or "")
+    with pytest.raises(InputError) as absent:
+        read_problems(tmp_path / "absent.jsonl")
+    assert read_problems(Path((absent.value.hint or "").rpartition(": ")[2])), "the hint names problems to try"

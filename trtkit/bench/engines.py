@@ -18,21 +18,22 @@ from typing import Any, get_args
 
 import torch
 
+from drafter.checkpoint import DrafterError, read_config
 from drafter.config import TreeShape
 from trtkit.bench.machine import Machine, measure_machine
 from trtkit.chat import VARIANTS, load_chat
-from trtkit.errors import RequestError, UsageError
+from trtkit.errors import EngineError, RequestError, UsageError
 from trtkit.log import logger
 from trtkit.model_spec import read_model_spec
 from trtkit.plan import step_bytes
 from trtkit.recipe import output_layer_of, read_manifest
 from trtkit.runtime.api import Engine, EngineStats, Request, SamplingParams
 from trtkit.runtime.draft_head import HeadOptions
-from trtkit.runtime.load import OpenOptions, open_engine
+from trtkit.runtime.load import OpenOptions, device_named, open_engine
 from trtkit.scheme import OutputLayer, scheme_named
 from trtkit.solve.problems import read_problems
 
-__all__ = ["BenchOptions", "BenchResult", "Point", "measure", "prompts_of"]
+__all__ = ["BenchOptions", "BenchResult", "Point", "check_sources", "measure", "prompts_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +117,7 @@ def measure(engines: Sequence[Path], options: BenchOptions) -> BenchResult:
     """Measure this machine, then every engine directory at every batch size."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    for directory in engines:  # a wrong path must not surface after minutes of measuring
-        read_manifest(directory)
+    check_sources(engines, options)
     machine = measure_machine(options.device)
     points = [
         point
@@ -126,6 +126,23 @@ def measure(engines: Sequence[Path], options: BenchOptions) -> BenchResult:
         for point in _points(directory, batch, options, machine)
     ]
     return BenchResult(machine=machine, points=tuple(points))
+
+
+def check_sources(engines: Sequence[Path], options: BenchOptions) -> None:
+    """Look at everything that is named: a wrong path must not surface after minutes of building or measuring.
+
+    Raises :class:`EngineError`, :class:`InputError` or :class:`UsageError`.
+    """
+    device_named(options.device)
+    for directory in engines:
+        read_manifest(directory)
+    if options.problems is not None:
+        read_problems(options.problems)
+    if options.drafter is not None:
+        try:
+            read_config(options.drafter)
+        except DrafterError as problem:
+            raise EngineError(str(problem), hint="a directory of `trtkit train-drafter`, or practice") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

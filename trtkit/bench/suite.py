@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trtkit.bench.engines import BenchOptions, BenchResult, Point, measure
+from trtkit.bench.engines import BenchOptions, BenchResult, Point, check_sources, measure
 from trtkit.build.native import build_native
 from trtkit.errors import MissingDependency
 from trtkit.files import write_json
@@ -27,6 +27,7 @@ def measure_suite(
     ``options.drafter`` is measured with every precision. int4 is rounded to nearest: its speed does not depend on the
     search for its scales.
     """
+    check_sources((), options)
     engines = [_engine(model, precision, out / "engines" / precision) for precision in precisions]
     result = measure(engines, options)
     write_json(out / "suite.json", {"model": model, **result.document()})

@@ -11,7 +11,8 @@ import typer
 from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.engines import BUILT, chosen_engine
 from trtkit.cli.options import Device, Json, Model, OutputLayer, Threads, Tree, drafting_named
-from trtkit.cli.output import facts, finish, gigabytes, notice, table
+from trtkit.cli.output import facts, finish, gigabytes, notice, quoted, table
+from trtkit.errors import UsageError
 
 if TYPE_CHECKING:
     from trtkit.bench.engines import BenchOptions, Point
@@ -65,6 +66,7 @@ def command(
 
     The last line is one JSON document.
     """
+    _check_together(suite=suite, profile=profile, engine=bool(engine), out=out is not None)
     engines = [] if suite else engine or [chosen_engine(None)]
 
     from trtkit.bench.engines import BenchOptions, measure
@@ -96,12 +98,25 @@ def command(
     drafting = [point for point in result.points if point.drafter is not None]
     if drafting:
         notice("")
-        _show_drafting(drafting)
+        _show_drafting(drafting, asked=problems is not None)
     if suite:
         notice("")
-        notice(f"files: {target}/suite.json, suite.png")
+        notice(f"files: {target}/suite.json" + (", suite.png" if (target / "suite.png").is_file() else ""))
     fastest = max(result.points, key=lambda point: point.tokens_per_second)
-    finish(f"trtkit solve problems.jsonl --engine {fastest.engine}", result.document() if as_json else None)
+    finish(f"trtkit solve problems.jsonl --engine {quoted(fastest.engine)}", result.document() if as_json else None)
+
+
+def _check_together(*, suite: bool, profile: bool, engine: bool, out: bool) -> None:
+    """Refuse what would be ignored."""
+    wrong = []
+    if suite and profile:
+        wrong.append("--profile: not with --suite")
+    if suite and engine:
+        wrong.append("--engine: --suite builds its own from --model")
+    if out and not suite:
+        wrong.append("--out: only with --suite")
+    if wrong:
+        raise UsageError("options that make no sense", offenders=wrong, hint="see: trtkit bench --help")
 
 
 def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -> None:
@@ -139,7 +154,8 @@ def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -
     notice("")
     notice("measured under a profiler, which takes time itself: read the shares")
     finish(
-        f"trtkit bench --engine {engines[0]}", {"profiles": [step.document() for step in found]} if as_json else None
+        f"trtkit bench --engine {quoted(engines[0])}",
+        {"profiles": [step.document() for step in found]} if as_json else None,
     )
 
 
@@ -181,7 +197,7 @@ def _show_points(points: Sequence[Point]) -> None:
     )
 
 
-def _show_drafting(points: Sequence[Point]) -> None:
+def _show_drafting(points: Sequence[Point], *, asked: bool) -> None:
     """How good the drafts are, and where a step's time goes."""
     headings = ("drafting", "batch", "tok/step", "accepted at least 1, 2, ...", "draft", "verify", "accept")
     table(
@@ -201,4 +217,7 @@ def _show_drafting(points: Sequence[Point]) -> None:
     # At a large batch the automatic choice may well be not to draft.
     judged = [point.tokens_per_step for point in points if point.drafter != "auto" or point.batch == 1]
     if judged and min(judged) < 1.5:
-        notice("warning: below 1.5 tokens per step a draft head rarely pays; measure it on problems of its kind")
+        notice(
+            "warning: below 1.5 tokens per step a draft head rarely pays"
+            + ("" if asked else "; these were random tokens, measure it on text of its kind: --problems FILE")
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, get_args
@@ -11,9 +10,9 @@ import typer
 
 from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.build_report import report_built
-from trtkit.cli.engines import BUILT
+from trtkit.cli.engines import BUILT, DEFAULT_PRECISION, default_engine, stem
 from trtkit.cli.options import Json, Model, tree_named
-from trtkit.cli.output import finish, notice
+from trtkit.cli.output import finish, notice, quoted
 from trtkit.errors import UsageError
 from trtkit.files import nearest
 from trtkit.gpu import detect, profile_named
@@ -25,7 +24,9 @@ _BACKENDS = ("torch", "tensorrt-llm")
 
 
 def command(
-    precision: Annotated[str, typer.Option("--precision", "-p", help=f"One of: {', '.join(SCHEMES)}.")] = "fp8",
+    precision: Annotated[
+        str, typer.Option("--precision", "-p", help=f"One of: {', '.join(SCHEMES)}.")
+    ] = DEFAULT_PRECISION,
     model: Model = PRACTICE,
     out: Annotated[
         Path | None, typer.Option("--out", help="Where to write the result; default: engines/built/MODEL-PRECISION.")
@@ -52,7 +53,9 @@ def command(
         Path | None,
         typer.Option("--drafter", help="Draft head (from train-drafter, or 'practice') to go with the engine."),
     ] = None,
-    tree: Annotated[str, typer.Option("--tree", help="Draft tree, beams x length.")] = "1x3",
+    tree: Annotated[
+        str | None, typer.Option("--tree", help="With --drafter: draft tree, beams x length; default: 1x3.")
+    ] = None,
     greedy: Annotated[
         bool, typer.Option("--greedy", help="tensorrt-llm with --drafter: build for temperature 0 only.")
     ] = False,
@@ -95,6 +98,8 @@ def command(
         _refuse({**elsewhere, "--workers": workers is not None})
     elif greedy and drafter is None:
         raise UsageError("--greedy: only with --drafter", hint="a plain engine takes any temperature per request")
+    if tree is not None and drafter is None:
+        raise UsageError("--tree: only with --drafter", hint="name the draft head, e.g. --drafter practice")
     profile = profile_named(gpu)
     if compiled and profile.is_cpu and not (prepare_only or print_command):
         profile = detect()
@@ -111,22 +116,24 @@ def command(
         calibrator=calibrator,  # type: ignore[arg-type]
         limits=Limits(batch=batch, prompt_tokens=min(prompt_tokens, total_tokens), total_tokens=total_tokens),
         smooth_alpha=smooth_alpha,
-        tree=tree_named(tree) if drafter is not None else None,
+        tree=tree_named(tree or "1x3") if drafter is not None else None,
         greedy=greedy,
         calibration_rows=calibration_rows,
     )
     recipe = settled(recipe)
     if not compiled:
-        target = out or BUILT / f"{_stem(model)}-{precision}"
+        target = out or default_engine(model, precision)
         from trtkit.build.native import build_native
 
         manifest = build_native(recipe, target, calibration=calibration, drafter=drafter, max_kl=max_kl, force=force)
-        return report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {target}", as_json)
+        return report_built(
+            "engine", manifest, target, f"trtkit solve problems.jsonl --engine {quoted(target)}", as_json
+        )
 
     from trtkit.build.bundle import Sources, build_trtllm, equivalent_command, prepare_bundle
 
     sources = Sources(calibration=calibration, drafter=drafter, max_kl=max_kl)
-    target = out or BUILT / f"{_stem(model)}-{precision}-{recipe.gpu}{'-bundle' if prepare_only else ''}"
+    target = out or BUILT / f"{stem(model)}-{precision}-{recipe.gpu}{'-bundle' if prepare_only else ''}"
     if print_command:
         line = equivalent_command(recipe, sources, target)
         notice(line)
@@ -134,15 +141,9 @@ def command(
     if prepare_only:
         manifest = prepare_bundle(recipe, target, sources, force=force)
         return report_built("bundle", manifest, target, f"copy {target} to the GPU host, then: trtkit compile "
-                            f"{target.name}", as_json)  # fmt: skip
+                            f"{quoted(target.name)}", as_json)  # fmt: skip
     manifest = build_trtllm(recipe, target, sources, workers=workers, force=force)
-    return report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {target}", as_json)
-
-
-def _stem(model: str) -> str:
-    """``RabotniKuma/Fast-Math-R1-14B`` -> ``fast-math-r1-14b``."""
-    name = Path(model).name or Path(model).resolve().name
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
+    return report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {quoted(target)}", as_json)
 
 
 def _check_names(

@@ -10,6 +10,7 @@ import typer
 from trtkit.cli.build_report import report_built
 from trtkit.cli.engines import BUILT
 from trtkit.cli.options import Json
+from trtkit.cli.output import quoted
 
 
 def command(
@@ -32,4 +33,4 @@ def command(
 
     target = out or BUILT / bundle.resolve().name.removesuffix("-bundle")
     manifest = compile_bundle(bundle, target, workers=workers, force=force)
-    report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {target}", as_json)
+    report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {quoted(target)}", as_json)

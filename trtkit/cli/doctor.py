@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from trtkit.bundled import PRACTICE
+from trtkit.cli.engines import DEFAULT_PRECISION, default_engine
 from trtkit.cli.options import Json
 from trtkit.cli.output import finish, notice, table
 from trtkit.errors import UsageError
@@ -56,10 +58,18 @@ def _examine(as_json: bool, _: list[str]) -> None:
         "precisions": [asdict(support) for support in diagnosis.precisions],
     }
     broken = [check.name for check in diagnosis.checks if check.status == "fail"]
-    advice = f"repair {', '.join(broken)}, then run `trtkit doctor` again" if broken else "trtkit build --precision fp8"
+    advice = f"repair {', '.join(broken)}, then run `trtkit doctor` again" if broken else _first_step()
     finish(advice, document if as_json else None)
     if not diagnosis.healthy:
         raise typer.Exit(1)
+
+
+def _first_step() -> str:
+    """The default build, or a run of it where it was made already."""
+    made = default_engine(PRACTICE, DEFAULT_PRECISION)
+    if made.exists():
+        return f"trtkit solve problems.jsonl --engine {made}"
+    return f"trtkit build --precision {DEFAULT_PRECISION}"
 
 
 def _gpu_check(as_json: bool, only: list[str]) -> None:

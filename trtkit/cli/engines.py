@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from trtkit.errors import EngineError
 from trtkit.recipe import ENGINE_FILE
 
-__all__ = ["BUILT", "chosen_engine"]
+__all__ = ["BUILT", "DEFAULT_PRECISION", "chosen_engine", "default_engine", "stem"]
 
 BUILT = Path("engines") / "built"
 """Where builds go by default, below the current directory."""
+DEFAULT_PRECISION = "fp8"
+"""Of ``trtkit build``."""
 
 
 def chosen_engine(engine: Path | None) -> Path:
@@ -25,3 +28,14 @@ def chosen_engine(engine: Path | None) -> Path:
             hint="build one with `trtkit build --precision fp8`, or name one with --engine DIR",
         )
     return max(found, key=lambda path: (path.stat().st_mtime_ns, str(path))).parent
+
+
+def default_engine(model: str, precision: str) -> Path:
+    """Where ``trtkit build`` writes without ``--out``."""
+    return BUILT / f"{stem(model)}-{precision}"
+
+
+def stem(model: str) -> str:
+    """``RabotniKuma/Fast-Math-R1-14B`` -> ``fast-math-r1-14b``."""
+    name = Path(model).name or Path(model).resolve().name
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"

@@ -9,7 +9,7 @@ import typer
 
 from trtkit.checkpoint.trtllm_config import TrtllmOptions
 from trtkit.cli.options import Json, tree_named
-from trtkit.cli.output import facts, finish, gigabytes, notice
+from trtkit.cli.output import facts, finish, gigabytes, notice, quoted
 from trtkit.errors import OutputError, UsageError
 from trtkit.files import nearest
 from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, output_layer_of, read_manifest
@@ -54,7 +54,7 @@ def command(
     if format_name == "trtllm":
         document = _trtllm(directory, out, _options(directory, drafter, tree, dtype, tensor_parallel, pipeline_parallel,
                                                     greedy=greedy), force=force)  # fmt: skip
-        advice = f"on the GPU host: trtllm-build --checkpoint_dir {out} --output_dir ENGINE"
+        advice = f"on the GPU host: trtllm-build --checkpoint_dir {quoted(out)} --output_dir ENGINE"
     else:
         given = {"--tp": tensor_parallel > 1, "--pp": pipeline_parallel > 1, "--greedy": greedy,
                  "--drafter": drafter not in ("auto", "none"), "--tree": tree, "--dtype": dtype}  # fmt: skip

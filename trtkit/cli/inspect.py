@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from trtkit.cli.options import Json
-from trtkit.cli.output import facts, finish
+from trtkit.cli.output import facts, finish, quoted
 from trtkit.errors import CheckpointError
 
 _NEXT = {
@@ -17,6 +17,7 @@ _NEXT = {
     "bundle for trtkit compile": "on the GPU host: trtkit compile {path}",
     "quantized checkpoint (unified HF layout)": "on the GPU host: trtllm-serve {path}",
     "ReDrafter head": "trtkit build --drafter {path} --model MODEL",
+    "difficulty regressor": "trtkit solve problems.jsonl --time-limit 5h --difficulty {path}",
     "run of trtkit solve": "trtkit report {path}",
 }
 
@@ -39,7 +40,7 @@ def command(
         "path": found.path, "kind": found.kind, "verified": found.verified, "offenders": list(found.offenders),
         **found.data,
     }  # fmt: skip
-    advice = _NEXT.get(found.kind, "trtkit --help").format(path=directory)
+    advice = _NEXT.get(found.kind, "trtkit --help").format(path=quoted(directory))
     if found.offenders:
         advice = "get the damaged files again, or build again with --force"
     finish(advice, document if as_json else None)

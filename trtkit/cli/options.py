@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, TypeAlias
 
 import typer
 
 from drafter.config import TreeShape
-from trtkit.errors import UsageError
+from trtkit.errors import RequestError, UsageError
 
-__all__ = ["Device", "Json", "Model", "OutputLayer", "Threads", "Tree", "drafting_named", "tree_named"]
+__all__ = [
+    "Device",
+    "Json",
+    "Model",
+    "OutputLayer",
+    "Threads",
+    "Tree",
+    "drafting_named",
+    "out_of_range_is_usage",
+    "tree_named",
+]
 
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON document, on the last line of stdout.")
@@ -44,3 +56,12 @@ def tree_named(text: str) -> TreeShape:
         return TreeShape(beams=int(beams), length=int(length))
     except ValueError:
         raise UsageError(f"--tree {text!r}: not a draft tree", hint="beams x length, e.g. 1x3 or 4x4") from None
+
+
+@contextlib.contextmanager
+def out_of_range_is_usage() -> Iterator[None]:
+    """What an engine would refuse as one request, a command line has asked for: :class:`UsageError` instead."""
+    try:
+        yield
+    except RequestError as problem:
+        raise UsageError(problem.message, where=problem.where, offenders=problem.offenders, hint=problem.hint) from None

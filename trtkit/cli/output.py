@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["facts", "finish", "gigabytes", "notice", "show", "table"]
+__all__ = ["facts", "finish", "gigabytes", "notice", "quoted", "show", "table"]
 
 _PIPE_WIDTH = 160
 _ROOMY = 10_000
@@ -76,6 +77,11 @@ def finish(next_step: str, document: Mapping[str, Any] | None) -> None:
     print(f"next: {next_step}")
     if document is not None:
         print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+
+
+def quoted(word: object) -> str:
+    """A path or a name as the shell takes it for one word: ``next:`` lines are pasted."""
+    return shlex.quote(str(word))
 
 
 def gigabytes(count: float) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.cli.options import Json
-from trtkit.cli.output import facts, finish, gigabytes, notice, table
+from trtkit.cli.output import facts, finish, gigabytes, notice, quoted, table
 from trtkit.errors import UsageError
 from trtkit.files import nearest
 from trtkit.gpu import GpuProfile, detect, profile_named
@@ -127,7 +127,9 @@ def _build_line(made: Recipe) -> str:
     }
     if made.tree is not None:
         flags |= {"--drafter": ("DIR", None), "--tree": (made.tree, None)}
-    return "trtkit build " + " ".join(f"{name} {value}" for name, (value, default) in flags.items() if value != default)
+    return "trtkit build " + " ".join(
+        f"{name} {quoted(value)}" for name, (value, default) in flags.items() if value != default
+    )
 
 
 def _spec(model: str) -> ModelSpec:
@@ -150,7 +152,7 @@ def _print(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, rows: l
     facts(
         f"{model} on {gpu.title}",
         {
-            "model": f"{spec.family}, {spec.parameters / 1e9:.2f}B parameters, {spec.layers} layers",
+            "model": f"{spec.family}, {_parameters(spec)} parameters, {spec.layers} layers",
             "memory": f"{gigabytes(rows[0].memory.usable_bytes)} usable per device, {gpu.count} device(s)",
             "KV cache": f"{kv:g} KiB per token and device",
             **({"draft head": f"{gigabytes(head)} per device"} if head else {}),
@@ -180,6 +182,11 @@ def _print(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, rows: l
         notice(
             "On HBM GPUs tok/s is the lower end: it follows published 2xH100 runs, which reached a sixth of the limit."
         )
+
+
+def _parameters(spec: ModelSpec) -> str:
+    count = spec.parameters
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def _speed(value: float | None) -> str:

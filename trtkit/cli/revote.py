@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +19,7 @@ from trtkit.log import Progress, logger
 if TYPE_CHECKING:
     from trtkit.solve.answers import AnswerMode
     from trtkit.solve.traces import Traces
-    from trtkit.solve.tradeoff import Interval, Saved, Tradeoff
+    from trtkit.solve.tradeoff import Interval, ReplayOptions, Saved, Tradeoff
 
 _RULES = ("full", "unassailable", "agree(4)", "beta(0.95)", "beta(0.95)+stragglers(2)", "ladder", "certificate(0.05)")
 _WORTH = 0.005
@@ -108,7 +111,7 @@ def command(
     if answers is not None:
         _write_answers(answers, saved)
         notice(f"answers: {answers}")
-    finish(_advice(rows), _document(traces, rows) if as_json else None)
+    finish(_advice(paths, fields or [], options, rows), _document(traces, rows) if as_json else None)
 
 
 def _counts(text: str | None) -> tuple[int, ...]:
@@ -191,18 +194,47 @@ def _share(saved: Interval) -> str:
     return f"{saved.value:.0%} ({100 * saved.low:.0f} .. {100 * saved.high:.0f})"
 
 
-def _advice(rows: list[Tradeoff]) -> str:
+def _advice(paths: Sequence[Path], fields: Sequence[str], options: ReplayOptions, rows: list[Tradeoff]) -> str:
+    """The run with the rule that saves most at no loss, as a line that can be pasted: into a directory of its own."""
     most = max(row.samples for row in rows)
-    fit = [
-        row
-        for row in rows
-        if row.samples == most and row.rule != "full" and row.accuracy_change and row.accuracy_change.value >= -_WORTH
-    ]
-    if not fit:
-        return "trtkit solve problems.jsonl --stop RULE"
-    best = max(fit, key=lambda row: row.tokens_saved.value + row.wall_saved.value)
-    stops = " ".join(f"--stop '{rule}'" for rule in best.rule.split("+"))
-    return f"trtkit solve problems.jsonl --samples {most} {stops}"
+    judged = [row for row in rows if row.samples == most and row.rule != "full"]
+    if not judged:
+        named = [word for field in fields for word in ("--fields", field)]
+        return shlex.join(["trtkit", "revote", *map(str, paths), *named])
+    if all(row.accuracy_change is None for row in judged):
+        return "name the gold answers, with --problems FILE or --fields gold=..., to see what each rule costs"
+    fit = [row for row in judged if row.accuracy_change and row.accuracy_change.value >= -_WORTH]
+    best = max(fit, key=lambda row: row.tokens_saved.value + row.wall_saved.value, default=None)
+    line = ["trtkit", "solve", *_solved(paths), "--samples", str(most)]
+    for rule in best.rule.split("+") if best else ["none"]:
+        line += ["--stop", rule]
+    if options.weighting.text != "majority":
+        line += ["--weights", options.weighting.text]
+    if options.mode.kind != "auto":
+        line += ["--answer-mode", options.mode.kind]
+    if options.mode.modulus is not None:
+        line += ["--modulus", str(options.mode.modulus)]
+    return shlex.join([*line, "--out", str(_free(Path("runs") / f"{paths[0].resolve().stem}-stopped"))])
+
+
+def _solved(paths: Sequence[Path]) -> list[str]:
+    """Problems and engine of the run that was replayed, where they are still there; else the usual name."""
+    from trtkit.files import read_json
+
+    for path in paths:
+        described = (path if path.is_dir() else path.parent) / "run.json"
+        if described.is_file():
+            run = read_json(described)
+            problems, engine = (Path(run.get(name, {}).get("path", "")) for name in ("problems", "engine"))
+            if problems.is_file() and (engine / "engine.json").is_file():
+                return [str(problems), "--engine", str(engine)]
+    return ["problems.jsonl"]
+
+
+def _free(wanted: Path) -> Path:
+    """``wanted``, or the first of ``wanted-2``, ``wanted-3``, ... that holds nothing yet."""
+    names = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([wanted], names) if not path.exists())
 
 
 def _document(traces: Traces, rows: list[Tradeoff]) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trtkit.cli.engines import chosen_engine
-from trtkit.cli.options import Device, Json, OutputLayer, Threads, Tree, drafting_named
-from trtkit.cli.output import facts, finish, notice, show
+from trtkit.cli.options import Device, Json, OutputLayer, Threads, Tree, drafting_named, out_of_range_is_usage
+from trtkit.cli.output import facts, finish, notice, quoted, show
 
 if TYPE_CHECKING:
+    from trtkit.solve.options import SolveOptions
+    from trtkit.solve.run import Outcome
     from trtkit.solve.sandbox import SandboxOptions
-    from trtkit.solve.summary import Summary
 
 
 def command(
@@ -46,7 +47,9 @@ def command(
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same samples.")] = 0,
     time_limit: Annotated[
         str | None,
-        typer.Option("--time-limit", help="For everything, e.g. 90s, 10m, 5h. Past it, answers come at once."),
+        typer.Option(
+            "--time-limit", help="For everything: 90s, 10m, 5h, or just seconds. Past it, answers come at once."
+        ),
     ] = None,
     reserve: Annotated[
         str | None, typer.Option("--reserve", help="Part of the time limit that is kept back; default: 1 %.")
@@ -177,7 +180,8 @@ def command(
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     if difficulty is not None and limit is None:
         raise UsageError("--difficulty scales the shares of a clock", hint="give it one, e.g. --time-limit 5h")
-    options(SamplingParams(**sampling))  # type: ignore[arg-type]  # refused before anything is read
+    with out_of_range_is_usage():
+        options(SamplingParams(**sampling))  # type: ignore[arg-type]  # refused before anything is read
     manifest = read_manifest(directory)  # a wrong directory is told as such, before its tokenizer is missed
     if manifest.recipe.greedy and not prompt:
         variants = fitting
@@ -185,10 +189,13 @@ def command(
     if difficulty is not None:
         chosen["difficulty"] = predict_tokens(difficulty, rows)
     chat = load_chat(directory)
-    switch = read_switch_penalty(switch_penalty, chat.encode, chat.decode) if switch_penalty else None
+    with out_of_range_is_usage():
+        switch = read_switch_penalty(switch_penalty, chat.encode, chat.decode) if switch_penalty else None
     final = options(SamplingParams(**sampling, switch=switch))  # type: ignore[arg-type]
     for text in notices_for(manifest, final.sampling, logprobs=final.wants_logprobs):
         logger.warning("note: %s", text)
+    if time_limit and limit:
+        _tell_limit(time_limit, limit, len(rows))
     target = out or Path("runs") / f"{problems.stem}-{directory.resolve().name}"
 
     from trtkit.runtime.load import OpenOptions, open_engine
@@ -212,8 +219,8 @@ def command(
         )
     show(result_table(outcome.verdicts))
     notice("")
-    facts("summary", _shown(outcome.summary, target))
-    finish(f"trtkit report {target}", outcome.summary.document() if as_json else None)
+    facts("summary", _shown(outcome, final, target))
+    finish(f"trtkit report {quoted(target)}", outcome.summary.document() if as_json else None)
 
 
 def _tools_named(name: str | None, *, calls: int, seconds: float, unsafe: bool) -> SandboxOptions | None:
@@ -230,13 +237,30 @@ def _tools_named(name: str | None, *, calls: int, seconds: float, unsafe: bool) 
     return SandboxOptions(calls=calls, seconds=seconds, unsafe=unsafe)
 
 
-def _shown(summary: Summary, target: Path) -> dict[str, str]:
+def _tell_limit(text: str, seconds: float, problems: int) -> None:
+    """Say what a time limit comes to, before minutes pass under the wrong one."""
+    from trtkit.log import format_seconds, logger
+
+    each = seconds / problems
+    logger.info(
+        "time limit: %s for %d problem(s), loading included: %s each on average",
+        format_seconds(seconds), problems, format_seconds(each),
+    )  # fmt: skip
+    if each < 1 and not text.strip()[-1].isalpha():
+        logger.warning("note: --time-limit %s counts seconds; write %sm or %sh for minutes or hours", text, text, text)
+
+
+def _shown(outcome: Outcome, options: SolveOptions, target: Path) -> dict[str, str]:
     """The figures of a run, for people."""
+    summary, weighting = outcome.summary, options.votes.text
     shown = {"answered": f"{summary.answered} of {summary.problems} problems"}
     if summary.defaulted:
         shown["answered"] += f", {summary.defaulted} with the default answer"
     if summary.accuracy is not None and summary.pass_at_1 is not None:
-        shown["accuracy"] = f"{summary.accuracy:.1%} (maj@{summary.samples}; pass@1 {summary.pass_at_1:.1%})"
+        vote = f"maj@{summary.samples}"
+        if weighting != "majority":  # then the accuracy is not that of the plain majority
+            vote = f"votes by {weighting}; {vote} {summary.maj_at_k:.1%}"
+        shown["accuracy"] = f"{summary.accuracy:.1%} ({vote}; pass@1 {summary.pass_at_1:.1%})"
     shown["stopped early"] = f"{summary.stopped_early} problems"
     if summary.time_limit is not None:
         shown["stopped early"] += f", {summary.out_of_time} of them by the clock"
@@ -250,6 +274,10 @@ def _shown(summary: Summary, target: Path) -> dict[str, str]:
         f"{summary.looped} ended in a loop, {summary.cancelled} cancelled"
     )
     shown["tokens"] = f"{summary.tokens:,} in {summary.seconds:.1f} s: {summary.tokens_per_second:,.0f} tok/s"
+    if options.tools is not None:
+        calls = [attempt.tool_calls for verdict in outcome.verdicts for attempt in verdict.solution.attempts]
+        ran = f"{sum(calls)} blocks run, by {sum(map(bool, calls))} of {len(calls)} samples"
+        shown["code"] = ran if any(calls) else "no sample wrote a block to run"
     engine = summary.engine
     if engine is not None and engine.tokens_per_step is not None:
         shown["engine"] = f"{engine.tokens_per_step:.2f} tokens per step, at most {engine.peak_rows} rows"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trtkit.cli.options import Device, Json, Threads
-from trtkit.cli.output import facts, finish, notice
+from trtkit.cli.output import facts, finish, notice, quoted
 
 _DEFAULT_MODEL = "answerdotai/ModernBERT-base"
 
@@ -69,7 +69,9 @@ def command(
     )
     document = {"difficulty_dir": str(target), "usable": report.usable, **asdict(report)}
     if report.usable:
-        finish(f"trtkit solve problems.jsonl --difficulty {target}", document if as_json else None)
+        finish(
+            f"trtkit solve problems.jsonl --time-limit 5h --difficulty {quoted(target)}", document if as_json else None
+        )
         return
     notice("warning: on held-out problems this is no better than the mean, so `trtkit solve` will refuse it")
     finish("solve more problems with --full-vote and train on all those runs", document if as_json else None)

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from trtkit.bundled import PRACTICE, practice_dir
+from trtkit.cli.engines import DEFAULT_PRECISION, default_engine
 from trtkit.cli.options import Device, Json, Model, Threads
-from trtkit.cli.output import facts, finish, notice, table
+from trtkit.cli.output import facts, finish, notice, quoted, table
 from trtkit.errors import InputError, UsageError
 
 _SELF = "self"
@@ -114,9 +115,14 @@ def command(
         right=["temperature", "tokens per step", "whole beam accepted"],
     )
     if report.trees and min(t.tokens_per_step for t in report.trees) < 1.5:
-        notice("warning: below 1.5 tokens per step a draft head rarely pays; train longer, or on --data self")
+        notice(
+            "warning: below 1.5 tokens per step a draft head rarely pays; train longer"
+            + ("" if own else ", or on --data self")
+        )
     document = {"drafter_dir": str(target), **asdict(report)}
-    finish(f"trtkit build --model {model} --drafter {target}", document if as_json else None)
+    there = default_engine(model, DEFAULT_PRECISION)
+    aside = f" --out {there}-drafter" if there.exists() else ""  # build refuses to write over an engine
+    finish(f"trtkit build --model {quoted(model)} --drafter {quoted(target)}{aside}", document if as_json else None)
 
 
 def _problem_source(model: str, problems: str | None) -> str:

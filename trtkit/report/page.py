@@ -31,6 +31,7 @@ from trtkit.report.totals import begun, lead, rate, settings, totals
 __all__ = ["Report", "document", "html", "markdown", "report_on"]
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
+_PIECE = re.compile(r"\([^)]*\)|[a-z]+ [0-9]+%")
 _LONGEST_BOX = 200
 _ENDINGS = {
     "stop": "finished", "think": "finished", "eos": "end of turn", "box": "first box", "loop": "looped",
@@ -202,12 +203,18 @@ def _environment(kind: str) -> Environment:
     )
     made.filters["ending"] = _ending
     made.filters["boxed"] = _boxed
+    made.filters["whole"] = _whole
     return made
 
 
 def _escaped(value: object) -> str:
     """One line of Markdown text that means just what it says."""
     return _MARKDOWN.sub(r"\\\1", " ".join(str(value).split()))
+
+
+def _whole(value: str) -> str:
+    """Figures with no-break spaces where a narrow column must not cut them: ``(k = 24)``, ``verify 62%``."""
+    return _PIECE.sub(lambda piece: piece.group().replace(" ", "\N{NO-BREAK SPACE}"), value)
 
 
 def _ending(sample: Sample) -> str:

@@ -77,8 +77,8 @@ class SamplingParams:
             wrong.append(f"temperature {self.temperature}: must lie in 0..100")
         if not 0 < self.top_p <= 1:
             wrong.append(f"top_p {self.top_p}: must lie in (0, 1]")
-        if self.top_k < 0:
-            wrong.append(f"top_k {self.top_k}: must be 0 (off) or positive")
+        if not 0 <= self.top_k < 2**31:
+            wrong.append(f"top_k {self.top_k}: must be 0 (off) or positive, and below 2^31")
         if not 0 <= self.min_p <= 1:
             wrong.append(f"min_p {self.min_p}: must lie in 0..1")
         if wrong:

@@ -10,7 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from trtkit.errors import InputError
+from trtkit.bundled import practice_dir
+from trtkit.errors import ConfigError, InputError
 from trtkit.files import read_text
 
 __all__ = ["Problem", "read_problems"]
@@ -18,6 +19,7 @@ __all__ = ["Problem", "read_problems"]
 _TEXT_FIELDS = ("problem", "question")
 _ANSWER_FIELDS = ("answer", "expected_answer")
 _EXAMPLE = 'every line must be one JSON object, e.g. {"id": "1", "problem": "...", "answer": "42"}'
+_ONE_ID = "give every problem an id of its own, or none of them any: then they are numbered by line"
 _SHOWN = 20
 
 
@@ -37,7 +39,10 @@ def read_problems(path: Path) -> list[Problem]:
     (string or number), the ``id`` a string or an integer. A file where no row has an id is numbered by
     line. Raises :class:`InputError` naming the file and line of every row that is wrong.
     """
+    if not path.exists():
+        raise InputError("no such file", where=str(path), hint=_example_file())
     offenders: list[str] = []
+    twice = 0
     rows = _rows(path, offenders)
     numbered = not any("id" in row for _, row in rows)
     problems: list[Problem] = []
@@ -48,6 +53,7 @@ def read_problems(path: Path) -> list[Problem]:
         if problem is not None:
             if problem.id in first_line:
                 complaints.append(f"id {_short(problem.id)} was already used in line {first_line[problem.id]}")
+                twice += 1
             first_line.setdefault(problem.id, line)
             problems.append(problem)
         offenders += [f"{path}:{line}: {complaint}" for complaint in complaints]
@@ -56,10 +62,19 @@ def read_problems(path: Path) -> list[Problem]:
         if len(offenders) > _SHOWN:
             shown.append(f"... and {len(offenders) - _SHOWN} more")
         message = f"{len(offenders)} thing(s) wrong with the problems"
-        raise InputError(message, where=str(path), offenders=shown, hint=_EXAMPLE)
+        raise InputError(
+            message, where=str(path), offenders=shown, hint=_ONE_ID if twice == len(offenders) else _EXAMPLE
+        )
     if not problems:
         raise InputError("holds no problem", where=str(path), hint=_EXAMPLE)
     return problems
+
+
+def _example_file() -> str:
+    try:
+        return f"{_EXAMPLE}; to try things out: {practice_dir() / 'demo.jsonl'}"
+    except ConfigError:
+        return _EXAMPLE
 
 
 def _rows(path: Path, offenders: list[str]) -> list[tuple[int, dict[str, Any]]]:

@@ -123,8 +123,8 @@ def trade_offs(
     """
     together = _with_full(policies)
     rows = []
-    for count in options.samples:
-        enough = _filled(traces, count, options)
+    # A number that no problem can fill must not surface after the replay of the others.
+    for count, enough in [(count, _filled(traces, count, options)) for count in options.samples]:
         figures = np.zeros((len(together), 3, len(enough), options.draws))
         graded = np.zeros(len(enough), dtype=bool)
         for place, problem in enumerate(enough):
