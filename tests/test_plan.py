@@ -7,17 +7,19 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from drafter.config import TreeShape
+from tests.engines import tiny_engine_dir
 from trtkit.build.trtllm_config import check_gpu
 from trtkit.checkpoint.convert import check_alignment
 from trtkit.checkpoint.trtllm_check import TrtllmOptions, check_trtllm
-from trtkit.errors import UnsupportedError
+from trtkit.errors import CapacityError, UnsupportedError
 from trtkit.gpu import GPUS, GpuProfile, profile_named
 from trtkit.known_models import KNOWN_MODELS, known_model
-from trtkit.model_spec import ModelSpec
+from trtkit.model_spec import ModelSpec, read_model_spec
 from trtkit.plan import (
     PlanRow,
     Workload,
@@ -30,6 +32,7 @@ from trtkit.plan import (
 from trtkit.plan.published import PUBLISHED, Comparison, compare
 from trtkit.plan.speed import LINK_BANDWIDTH, READ_SHARE, step_cost
 from trtkit.recipe import Recipe
+from trtkit.runtime import load
 from trtkit.scheme import SCHEMES, KvDtype, scheme_named
 
 WORK = Workload(batch=12, length=16384)
@@ -223,6 +226,25 @@ def test_what_a_build_refuses_does_not_fit_and_nothing_else(tmp_path: Path) -> N
                 for found in plan_rows(spec, large, Workload(kv_dtype=kv_dtype)):
                     wanted = built(spec, gpu, kv_dtype, found.precision, head if found.drafter else None)
                     assert found.fits == wanted, (spec, gpu.name, kv_dtype, found)
+
+
+@pytest.mark.parametrize("rows", [0, 3, 5])
+def test_on_a_cpu_as_many_rows_fit_as_the_runtime_has_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    directory = tiny_engine_dir(tmp_path, dtype=torch.bfloat16)
+    spec, work, scheme = read_model_spec(directory), Workload(batch=16, length=256), scheme_named("bf16")
+    weights = memory_plan(spec, scheme, profile_named("cpu"), work).weight_bytes
+    free = int(4 * (rows + 0.5) * work.length * spec.kv_bytes_per_token(2))
+    computer = replace(profile_named("cpu"), memory_bytes=weights + free)
+    assert memory_plan(spec, scheme, computer, work).max_rows == rows
+    monkeypatch.setattr(load, "_free_bytes", lambda device: free)  # once the weights are there
+    if rows == 0:
+        with pytest.raises(CapacityError):
+            load.open_engine(directory, load.OpenOptions(device="cpu"))
+        return
+    with load.open_engine(directory, load.OpenOptions(device="cpu")) as engine:
+        assert engine.stats().kv_blocks * 16 // work.length == rows
 
 
 @given(batch=st.integers(1, 64), length=st.integers(256, 32768), gpu=st.sampled_from(["l4", "l4x4", "h100", "h200"]))
