@@ -1,17 +1,25 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtkit.errors import UnsupportedError
-from trtkit.gpu import profile_named
+from drafter.config import TreeShape
+from tests.engines import tiny_engine_dir
+from trtkit.build.trtllm_config import check_gpu
+from trtkit.checkpoint.convert import check_alignment
+from trtkit.checkpoint.trtllm_check import TrtllmOptions, check_trtllm
+from trtkit.errors import CapacityError, UnsupportedError
+from trtkit.gpu import GPUS, GpuProfile, profile_named
 from trtkit.known_models import KNOWN_MODELS, known_model
-from trtkit.model_spec import ModelSpec
+from trtkit.model_spec import ModelSpec, read_model_spec
 from trtkit.plan import (
     PlanRow,
     Workload,
@@ -23,7 +31,9 @@ from trtkit.plan import (
 )
 from trtkit.plan.published import PUBLISHED, Comparison, compare
 from trtkit.plan.speed import LINK_BANDWIDTH, READ_SHARE, step_cost
-from trtkit.scheme import SCHEMES, scheme_named
+from trtkit.recipe import Recipe
+from trtkit.runtime import load
+from trtkit.scheme import SCHEMES, KvDtype, scheme_named
 
 WORK = Workload(batch=12, length=16384)
 
@@ -179,6 +189,62 @@ def test_a_head_or_vocabulary_that_cannot_be_split_is_refused() -> None:
     assert (
         "30 attention heads" in row(plan_rows(replace(spec_of(), heads=30), profile_named("l4x4"), WORK), "fp8").reason
     )
+
+
+def built(spec: ModelSpec, gpu: GpuProfile, kv_dtype: KvDtype, precision: str, head: Path | None) -> bool:
+    """Whether `trtkit build` takes the line."""
+    scheme, tree = replace(scheme_named(precision), kv_dtype=kv_dtype), TreeShape(beams=1, length=3) if head else None
+    try:
+        check_precision(scheme, gpu)
+        if gpu.is_cpu:
+            check_alignment(spec, scheme)
+        else:
+            check_gpu(Recipe(model="m", precision=precision, gpu=gpu.name, kv_dtype=kv_dtype, tree=tree))
+            check_trtllm(spec, scheme, TrtllmOptions(tensor_parallel=gpu.count, drafter=head, tree=tree))
+    except UnsupportedError:
+        return False
+    return True
+
+
+def test_what_a_build_refuses_does_not_fit_and_nothing_else(tmp_path: Path) -> None:
+    small = [
+        replace(spec_of(), layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+                intermediate=intermediate, vocab=vocab)
+        for layers, hidden, heads, kv_heads, head_dim, intermediate, vocab in (
+            (28, 1536, 12, 2, 128, 8960, 151936), (28, 3584, 28, 4, 128, 18944, 152064),
+            (28, 1024, 16, 8, 128, 3072, 151936), (2, 192, 6, 3, 32, 500, 333),
+        )
+    ]  # fmt: skip
+    small.append(replace(small[0], rope=replace(small[0].rope, kind="yarn", factor=4.0, truncate=False)))
+    for number, spec in enumerate([spec_of(), spec_of("fast-math-qwen3-14b"), *small]):
+        head = tmp_path / str(number)
+        head.mkdir()
+        (head / "config.json").write_text(json.dumps(asdict(default_draft(spec).head)))
+        for gpu in GPUS.values():
+            large = replace(gpu, memory_bytes=1 << 50)  # so that size is no reason
+            for kv_dtype in get_args(KvDtype):
+                for found in plan_rows(spec, large, Workload(kv_dtype=kv_dtype)):
+                    wanted = built(spec, gpu, kv_dtype, found.precision, head if found.drafter else None)
+                    assert found.fits == wanted, (spec, gpu.name, kv_dtype, found)
+
+
+@pytest.mark.parametrize("rows", [0, 3, 5])
+def test_on_a_cpu_as_many_rows_fit_as_the_runtime_has_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    directory = tiny_engine_dir(tmp_path, dtype=torch.bfloat16)
+    spec, work, scheme = read_model_spec(directory), Workload(batch=16, length=256), scheme_named("bf16")
+    weights = memory_plan(spec, scheme, profile_named("cpu"), work).weight_bytes
+    free = int(4 * (rows + 0.5) * work.length * spec.kv_bytes_per_token(2))
+    computer = replace(profile_named("cpu"), memory_bytes=weights + free)
+    assert memory_plan(spec, scheme, computer, work).max_rows == rows
+    monkeypatch.setattr(load, "_free_bytes", lambda device: free)  # once the weights are there
+    if rows == 0:
+        with pytest.raises(CapacityError):
+            load.open_engine(directory, load.OpenOptions(device="cpu"))
+        return
+    with load.open_engine(directory, load.OpenOptions(device="cpu")) as engine:
+        assert engine.stats().kv_blocks * 16 // work.length == rows
 
 
 @given(batch=st.integers(1, 64), length=st.integers(256, 32768), gpu=st.sampled_from(["l4", "l4x4", "h100", "h200"]))

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from drafter.config import TreeShape
 from tests.engines import tiny_engine_dir
-from trtkit.errors import EngineError, UsageError
+from trtkit.errors import ConfigError, EngineError, UsageError
 from trtkit.recipe import Recipe, output_layer_of, read_manifest, read_recipe, settled, write_recipe
 
 AUTO = {
@@ -81,3 +82,12 @@ def test_a_damaged_manifest_says_what_to_do(tmp_path: Path, damage: str) -> None
         read_manifest(directory)
     assert "trtkit build" in (caught.value.hint or "")
     assert str(caught.value.where).startswith(str(directory / "engine.json"))
+
+
+def test_a_draft_tree_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    write_recipe(path, Recipe(model="practice", precision="int8", tree=TreeShape(beams=1, length=3)))
+    path.write_text(path.read_text(encoding="utf-8").replace("beams = 1", "beams = 0"), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(path)
+    assert caught.value.offenders == ("tree: a draft tree needs at least one beam and one token, not 0x3",)

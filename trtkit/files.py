@@ -60,6 +60,8 @@ def read_json(path: Path, error: type[TrtkitError] = ConfigError) -> JsonObject:
         value = json.loads(text)
     except json.JSONDecodeError as problem:
         raise error(f"not valid JSON: {problem.msg}", where=f"{path}:{problem.lineno}") from None
+    except (ValueError, RecursionError) as problem:  # a number of thousands of digits, or nested thousands deep
+        raise error(f"not valid JSON: {problem}", where=str(path)) from None
     if not isinstance(value, dict):
         raise error("expected a JSON object at the top level", where=str(path))
     return value
@@ -77,8 +79,8 @@ def read_jsonl(path: Path, error: type[TrtkitError] = InputError) -> list[tuple[
             continue
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as problem:
-            offenders.append(f"{path}:{number}: not valid JSON: {getattr(problem, 'msg', 'nested too deeply')}")
+        except (ValueError, RecursionError) as problem:
+            offenders.append(f"{path}:{number}: not valid JSON: {getattr(problem, 'msg', problem)}")
             continue
         if isinstance(value, dict):
             rows.append((number, value))
@@ -167,10 +169,14 @@ def digest_file(path: Path) -> str:
 def staged_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A fresh directory beside ``target`` that becomes ``target`` when the block ends well, and vanishes when it fails.
 
-    Raises :class:`OutputError` when ``target`` exists with content and ``replace`` is false, when the place cannot be
-    written, or when the disk fills up inside the block.
+    A symbolic link stays, and what it points to becomes the directory. Raises :class:`OutputError` when ``target`` is
+    no directory, or has content and ``replace`` is false, when the place cannot be written, or when the disk fills up
+    inside the block.
     """
-    if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
+    target = target.resolve() if target.is_symlink() else target
+    if target.exists() and not target.is_dir():
+        raise OutputError("is a file, not a directory", where=str(target), hint="choose another --out")
+    if target.is_dir() and not replace and any(target.iterdir()):
         raise OutputError(
             "already exists", where=str(target), hint="choose another --out, or pass --force to replace it"
         )
@@ -181,7 +187,7 @@ def staged_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
         with _writing(target):
             yield stage
             stage.chmod(0o755)
-            if target.is_dir() and not target.is_symlink():
+            if target.is_dir():
                 retired = stage.with_name(stage.name + ".old")
                 target.rename(retired)
                 stage.rename(target)

@@ -8,6 +8,7 @@ spellings must agree when both are present.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,10 +123,17 @@ class _Fields:
         value = source.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             self.offenders.append(f"{name}: expected a positive number, found {value!r}")
             return 1.0
         return float(value)
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        value = self.config.get(name) or {}
+        if not isinstance(value, Mapping):
+            self.offenders.append(f"{name}: expected a table, found {value!r}")
+            return {}
+        return value
 
     def flag(self, name: str, default: bool | None = None) -> bool:
         value = self.config.get(name)
@@ -194,13 +202,13 @@ def _family(config: Mapping[str, Any], where: str) -> Family:
         if family is not None:
             return family
         name = config.get("model_type")
-    if name not in _ARCHITECTURES:
+    if str(name) not in _ARCHITECTURES:
         raise UnsupportedError(
             f"architecture {name!r} is not supported",
             where=where,
             hint=f"supported: {', '.join(_ARCHITECTURES)}",
         )
-    return _ARCHITECTURES[name]
+    return _ARCHITECTURES[str(name)]
 
 
 def _dtype(fields: _Fields) -> Dtype:
@@ -218,11 +226,10 @@ def _dtype(fields: _Fields) -> Dtype:
 
 
 def _rope(fields: _Fields, max_positions: int) -> RopeSpec:
-    config = fields.config
-    old = config.get("rope_scaling") or {}
-    new = config.get("rope_parameters") or {}
-    scaling: Mapping[str, Any] = new or old
-    thetas = {float(source["rope_theta"]) for source in (config, new, old) if source.get("rope_theta") is not None}
+    old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
+    scaling = new or old
+    sources = [source for source in (fields.config, new, old) if source.get("rope_theta") is not None]
+    thetas = {fields.number("rope_theta", source) for source in sources}
     if len(thetas) != 1:
         said = "is missing (rope_theta or rope_parameters.rope_theta)" if not thetas else f"has two values {thetas}"
         fields.offenders.append(f"rope theta {said}")
@@ -239,16 +246,20 @@ def _rope(fields: _Fields, max_positions: int) -> RopeSpec:
         raise UnsupportedError("yarn with mscale is not supported", where=fields.where)
     known = {*_YARN_FIELDS, "rope_theta", "rope_type", "type"}
     fields.offenders += [f"rope scaling: unknown key {key!r}" for key in scaling if key not in known]
-    original = scaling.get("original_max_position_embeddings")
+    fields.offenders += [
+        f"{key}: {new[key]!r} in rope_parameters contradicts {old[key]!r} in rope_scaling"
+        for key in _YARN_FIELDS
+        if key in new and key in old and new[key] != old[key]
+    ]
     attention = scaling.get("attention_factor")
     return RopeSpec(
         theta=theta,
         kind="yarn",
         factor=fields.number("factor", scaling),
-        original_max_positions=int(original) if original is not None else max_positions,
+        original_max_positions=int(fields.number("original_max_position_embeddings", scaling, default=max_positions)),
         beta_fast=fields.number("beta_fast", scaling, default=32.0),
         beta_slow=fields.number("beta_slow", scaling, default=1.0),
-        attention_factor=float(attention) if attention is not None else None,
+        attention_factor=None if attention is None else fields.number("attention_factor", scaling),
         truncate=bool(scaling.get("truncate", True)),
     )
 
@@ -266,8 +277,8 @@ def _contradictions(fields: _Fields, spec: ModelSpec) -> None:
         fields.offenders.append(f"hidden_act {act!r}: only silu is known for this family")
     if fields.config.get("mlp_bias"):
         fields.offenders.append("mlp_bias true: not supported")
-    if spec.family == "llama" and fields.config.get("attention_bias"):
-        fields.offenders.append("attention_bias true: Llama then also biases o_proj, which is not supported")
+    if spec.family != "qwen2" and fields.config.get("attention_bias"):
+        fields.offenders.append("attention_bias true: o_proj then has a bias too, which is not supported")
     if fields.config.get("use_sliding_window"):
         fields.offenders.append("use_sliding_window true: sliding-window attention is not supported")
 

@@ -291,4 +291,6 @@ def _dataclass_from(data: Any, kind: Any, path: str, offenders: list[str]) -> An
         return kind(**values)
     except TrtkitError as problem:
         offenders += [f"{prefix}{text}" for text in (problem.offenders or (problem.message,))]
-        return None
+    except ValueError as problem:  # the draft tree's, which is no class of ours
+        offenders.append(f"{path or 'file'}: {problem}")
+    return None

@@ -132,6 +132,15 @@ def test_missing_shards_and_wrong_index(tmp_path: Path) -> None:
     assert f"{name}: the index says {files[0].name}, but it is not there" in caught.value.offenders
 
 
+def test_of_a_tensor_in_two_files_the_one_in_the_index_counts(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    first, *_, last = sorted(tmp_path.glob("*.safetensors"))
+    for named, other in ((first, last), (last, first)):
+        name, good = next(iter(load_file(named).items()))
+        save_file({**load_file(other), name: good + 1}, other, metadata={"format": "pt"})
+        assert torch.equal(open_source(tmp_path).shards.tensor(name), good)
+
+
 def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         open_source(tmp_path / "nowhere")

@@ -40,3 +40,10 @@ def test_what_is_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtur
     error = capsys.readouterr().err
     assert "no run.json in it" in error
     assert "no such directory" in error
+
+
+def test_the_markdown_does_not_replace_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory, page = write_run(tmp_path / "run", PROBLEMS, ROWS), tmp_path / "page.md"
+    assert run(["report", str(directory), "--out", str(page), "--markdown"]) == 2
+    assert "would both be" in capsys.readouterr().err
+    assert not page.exists()

@@ -220,6 +220,17 @@ def test_earlier_blocks_are_run_again_in_silence(strong: Sandbox) -> None:
     assert (result.status, result.output, result.errors) == ("ok", "10\n", "")
 
 
+@pytest.mark.parametrize("ending", ["exit()", "import sys\nsys.exit(0)", "import sys\nsys.stdout = None"])
+def test_an_earlier_block_does_not_end_later_ones(strong: Sandbox, ending: str) -> None:
+    first = f"x = 5\n{ending}"
+    assert run(strong, first).status == "ok"  # so it is run again before the next one
+    assert run(strong, "import os\nos.write(1, str(x).encode())", [first]).output.startswith("5")
+
+
+def test_code_gets_no_future_imports_of_ours(strong: Sandbox) -> None:
+    assert run(strong, "def f(n: int): ...\nf.__annotations__").output == "{'n': <class 'int'>}\n"
+
+
 def test_earlier_blocks_cannot_take_more_time_than_they_may(hasty: Sandbox) -> None:
     assert run(hasty, "print(1)", ["while True: pass"]).status == "timeout"
     cheat = "import os, time\nos.close(3)\ntime.sleep(100)"

@@ -21,6 +21,7 @@ from typing import Literal
 from trtkit.errors import UnsupportedError
 from trtkit.gpu import GpuProfile, capability_text, profile_named
 from trtkit.model_spec import ModelSpec
+from trtkit.plan.refusals import device_refusals
 from trtkit.recipe import Recipe
 from trtkit.scheme import SCHEMES
 
@@ -48,8 +49,7 @@ CONTAINERS = {
 """Public NGC images by release. 1.0 has CUDA 12.9, the others CUDA 13."""
 _CHUNK_TOKENS = 8192
 """trtllm-build's own default of ``max_num_tokens``: the largest part of a prompt computed at once."""
-_ADA, _HOPPER, _BLACKWELL = (8, 9), (9, 0), (10, 0)
-_CONSUMER_BLACKWELL = (12, 0)
+_ADA, _HOPPER = (8, 9), (9, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,18 +131,7 @@ def check_gpu(recipe: Recipe) -> None:
             "a TensorRT engine is built for one kind of GPU, and none was named",
             hint="name it with --gpu, e.g. --gpu l4x4 or --gpu h100",
         )
-    capability = gpu.capability or (0, 0)
-    wrong = []
-    if capability < scheme.min_capability:
-        wrong.append(f"{scheme.name} needs compute capability {capability_text(scheme.min_capability)}")
-    if recipe.kv_dtype == "fp8" and capability < _ADA:
-        wrong.append("an fp8 KV cache needs compute capability 8.9")
-    if recipe.tree is not None and capability < (8, 0):
-        wrong.append("ReDrafter needs compute capability 8.0")
-    if _BLACKWELL <= capability < _CONSUMER_BLACKWELL and (scheme.weight_format in ("int8", "int4")):
-        wrong.append(f"TensorRT-LLM refuses {scheme.name} weights from compute capability 10.0 on")
-    if _BLACKWELL <= capability < _CONSUMER_BLACKWELL and recipe.kv_dtype == "int8":
-        wrong.append("TensorRT-LLM refuses an int8 KV cache from compute capability 10.0 on")
+    wrong = device_refusals(scheme, gpu, recipe.kv_dtype, drafter=recipe.tree is not None)
     if wrong:
         raise UnsupportedError(
             f"TensorRT-LLM cannot build this for {gpu.title} (compute capability {capability_text(gpu.capability)})",
@@ -152,13 +141,7 @@ def check_gpu(recipe: Recipe) -> None:
 
 
 def _alternatives(gpu: GpuProfile) -> str:
-    capability = gpu.capability or (0, 0)
-    able = [
-        name
-        for name, scheme in SCHEMES.items()
-        if capability >= scheme.min_capability
-        and not (_BLACKWELL <= capability < _CONSUMER_BLACKWELL and scheme.weight_format in ("int8", "int4"))
-    ]
+    able = [scheme.name for scheme in SCHEMES.values() if not device_refusals(scheme, gpu, "model", drafter=False)]
     return f"it runs: {', '.join(able)}, with --kv-dtype model" if able else "choose another GPU"
 
 

@@ -150,12 +150,14 @@ def open_shards(directory: Path) -> tuple[Shards, list[str]]:
     problems: list[str] = []
     for file in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
         try:
-            entries.update(read_header(directory / file))
+            found = read_header(directory / file)
+            # Of a tensor that lies in several files, the one that the index names counts.
+            entries |= {name: entry for name, entry in found.items() if (weight_map or {}).get(name, file) == file}
         except CheckpointError as problem:
             problems.append(f"{file}: {problem.message}")
             weight_map = weight_map and {name: shard for name, shard in weight_map.items() if shard != file}
     for name, file in (weight_map or {}).items():
-        if name not in entries or entries[name].path.name != Path(file).name:
+        if name not in entries:
             problems.append(f"{name}: the index says {file}, but it is not there")
     return Shards(entries), problems
 

@@ -9,6 +9,7 @@ import typer
 
 from trtkit.cli.options import Json
 from trtkit.cli.output import facts, finish, notice
+from trtkit.errors import UsageError
 
 
 def command(
@@ -34,9 +35,11 @@ def command(
     from trtkit.report.totals import lead
 
     page = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    beside = page.with_suffix(".md") if markdown else None
+    if beside == page:
+        raise UsageError(f"the page and its Markdown would both be {page}", hint="give --out another ending: .html")
     report = report_on(runs)
     write_text(page, html(report))
-    beside = page.with_suffix(".md") if markdown else None
     if beside is not None:
         write_text(beside, as_markdown(report))
     for run, figures in zip(report.runs, report.figures, strict=True):

@@ -11,6 +11,7 @@ from trtkit.model_spec import ModelSpec
 from trtkit.scheme import KvDtype, OutputLayer, QuantScheme
 
 __all__ = [
+    "CPU_KV_SHARE",
     "KV_BYTES",
     "OUTPUT_BYTES",
     "DraftPlan",
@@ -25,6 +26,8 @@ ACCEPT_PER_DEPTH = 0.65 ** (1 / 3)
 """Published for the 14B draft head: all three drafted tokens are accepted in 65 % of the steps."""
 MEMORY_FRACTION = 0.92
 """Share of the device memory that is used at all: the serving setting of the published runs."""
+CPU_KV_SHARE = 0.25
+"""Of a computer's free memory the torch runtime takes this share for keys and values; the rest is for others."""
 RUNTIME_BYTES = 600 << 20
 """CUDA context, communication buffers, kernels."""
 _WORKSPACE_TOKENS = 8192
@@ -112,10 +115,16 @@ def memory_plan(
     workspace += 2 * 4 * work.batch * nodes * spec.vocab // gpu.count
     # Fewer KV heads than devices: heads are repeated, so the cache shrinks no further.
     share = max(spec.kv_heads / gpu.count, 1) / spec.kv_heads
+    weight_bytes = int(weights / gpu.count)
+    draft_bytes = 0 if draft is None else 2 * draft.head.parameters // gpu.count
+    usable = int(gpu.memory_bytes * MEMORY_FRACTION)
+    if gpu.is_cpu:
+        taken = weight_bytes + draft_bytes
+        usable = min(usable, taken + workspace + int(CPU_KV_SHARE * max(0, gpu.memory_bytes - taken)))
     return MemoryPlan(
-        usable_bytes=int(gpu.memory_bytes * MEMORY_FRACTION),
-        weight_bytes=int(weights / gpu.count),
-        draft_bytes=0 if draft is None else 2 * draft.head.parameters // gpu.count,
+        usable_bytes=usable,
+        weight_bytes=weight_bytes,
+        draft_bytes=draft_bytes,
         workspace_bytes=workspace,
         kv_bytes_per_token=spec.kv_bytes_per_token(KV_BYTES[work.kv_dtype]) * share,
         length=work.length,

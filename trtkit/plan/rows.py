@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trtkit.errors import UnsupportedError
-from trtkit.gpu import GPUS, GpuProfile, capability_text
+from trtkit.gpu import GPUS, GpuProfile
 from trtkit.model_spec import ModelSpec
 from trtkit.plan.memory import DraftPlan, MemoryPlan, Workload, default_draft, memory_plan
+from trtkit.plan.refusals import refusal
 from trtkit.plan.speed import ceiling_tokens_per_second, step_cost, tokens_per_second
 from trtkit.recipe import Backend, default_output_layer
 from trtkit.scheme import SCHEMES, OutputLayer, QuantScheme
 
-__all__ = ["INT4_CAUTION", "PlanRow", "check_precision", "plan_rows", "planned_backend"]
+__all__ = ["INT4_CAUTION", "PlanRow", "plan_rows", "planned_backend"]
 
 INT4_CAUTION = "int4 costs accuracy (published: about 8 points of maj@12)"
 
@@ -38,18 +38,6 @@ class PlanRow:
     memory: MemoryPlan
 
 
-def check_precision(scheme: QuantScheme, gpu: GpuProfile) -> None:
-    """Raise :class:`UnsupportedError` when ``gpu`` has no units for ``scheme``. A CPU runs them all (some emulated)."""
-    if gpu.capability is None or gpu.capability >= scheme.min_capability:
-        return
-    able = [other.name for other in SCHEMES.values() if gpu.capability >= other.min_capability]
-    raise UnsupportedError(
-        f"{scheme.name} needs compute capability {capability_text(scheme.min_capability)}, "
-        f"{gpu.title} has {capability_text(gpu.capability)}",
-        hint=f"{gpu.title} runs: {', '.join(able)}",
-    )
-
-
 def planned_backend(gpu: GpuProfile) -> Backend:
     """The backend that a plan is for: compiled engines on GPUs, whose published speeds the estimate follows."""
     return "torch" if gpu.is_cpu else "tensorrt-llm"
@@ -65,7 +53,7 @@ def _plan_row(
     spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None
 ) -> PlanRow:
     memory = _memory(spec, scheme, gpu, work, draft)
-    reason = _refusal(spec, scheme, gpu, draft)
+    reason = refusal(spec, scheme, gpu, work.kv_dtype, draft)
     if not reason and memory.max_rows < 1:
         reason = _too_large(spec, scheme, gpu, work, draft)
     fits = not reason
@@ -97,21 +85,6 @@ def _memory(
     return memory_plan(spec, scheme, gpu, work, draft, default_output_layer(scheme.name, planned_backend(gpu)))
 
 
-def _refusal(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, draft: DraftPlan | None) -> str:
-    """Why this cannot run at any size."""
-    try:
-        check_precision(scheme, gpu)
-    except UnsupportedError as problem:
-        return problem.message
-    if spec.heads % gpu.count:
-        return f"{spec.heads} attention heads cannot be split over {gpu.count} devices"
-    if draft is not None and spec.vocab % gpu.count:
-        return f"a vocabulary of {spec.vocab} cannot be split over {gpu.count} devices, which the drafter needs"
-    if spec.family == "qwen3" and scheme.name == "int8-sq" and not gpu.is_cpu:
-        return "TensorRT-LLM does not support Qwen3 with SmoothQuant (the torch backend does)"
-    return ""
-
-
 def _too_large(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None) -> str:
     memory = _memory(spec, scheme, gpu, work, draft)
     row = memory.kv_bytes_per_token * work.length
@@ -122,7 +95,7 @@ def _too_large(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Work
 
 def _what_fits(spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None) -> str:
     def holds(other: QuantScheme, where: GpuProfile, drafting: DraftPlan | None) -> bool:
-        return not _refusal(spec, other, where, drafting) and (
+        return not refusal(spec, other, where, work.kv_dtype, drafting) and (
             _memory(spec, other, where, work, drafting).max_rows >= 1
         )
 

@@ -32,7 +32,7 @@ _GROUP = r"\{([^{}]*)\}"
 _COMMAND = re.compile(r"\\([A-Za-z]+)(?: (?=\S))?")
 _FONTS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname|mbox|boldsymbol)\s*" + _GROUP)
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:" + _GROUP + r"\s*" + _GROUP + r"|(\d)\s*(\d))")
-_ROOT = re.compile(r"\\sqrt\s*(?:\[([^\[\]{}]*)\])?\s*" + _GROUP)
+_ROOT = re.compile(r"\\sqrt\s*(?:\[([^\[\]{}]*)\]\s*)?" + _GROUP)
 _BINOMIAL = re.compile(r"\\[dt]?binom\s*" + _GROUP + r"\s*" + _GROUP)
 _DELIMITERS = re.compile(r"\\[()\[\]]|(?<!\\)\$\$?")
 _SPACING = re.compile(r"\\[,;:! ]")

@@ -16,6 +16,7 @@ from trtkit.checkpoint.trtllm_reader import is_trtllm, merged_drafter, open_chec
 from trtkit.errors import CapacityError, EngineError, UsageError
 from trtkit.files import digest_file
 from trtkit.model_spec import ModelSpec
+from trtkit.plan.memory import CPU_KV_SHARE
 from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, EngineManifest, Recipe, output_layer_of, read_manifest
 from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
@@ -212,7 +213,7 @@ def _limits(
     rows = options.rows or manifest.recipe.limits.batch
     kv_dtype = manifest.recipe.kv_dtype
     block_bytes = kv_block_bytes(spec, kv_dtype, model.dtype, _BLOCK_SIZE)
-    fraction = options.kv_memory_fraction or (0.9 if model.device.type == "cuda" else 0.25)
+    fraction = options.kv_memory_fraction or (0.9 if model.device.type == "cuda" else CPU_KV_SHARE)
     free = _free_bytes(model.device)
     usable = int(free * fraction)
     if model.device.type == "cuda" and options.kv_memory_fraction is None:

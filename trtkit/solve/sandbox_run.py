@@ -157,7 +157,8 @@ def _run(blocks: list[str]) -> NoReturn:
     try:
         with _Silence():
             for block in blocks[:-1]:
-                _execute(block, module.__dict__, _EARLIER)
+                with contextlib.suppress(SystemExit):  # a block that said exit() ended itself, not those after it
+                    _execute(block, module.__dict__, _EARLIER)
         with contextlib.suppress(OSError):
             os.close(_GO)
         _execute(blocks[-1], module.__dict__, _FILE)
@@ -202,7 +203,8 @@ class _Silence:
 
     def __exit__(self, *ignored: object) -> None:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(Exception):  # closed or replaced by the code
+                stream.flush()
         for number, kept in enumerate(self._kept, start=1):
             os.dup2(kept, number)
             os.close(kept)
@@ -212,9 +214,10 @@ def _execute(block: str, names: dict[str, Any], file: str) -> None:
     """Run a block; the value of a last line that is an expression is printed, as in a notebook."""
     tree = ast.parse(block, file)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, file, "exec"), names)
+    # Without this file's own __future__ imports, which compile would hand down.
+    exec(compile(tree, file, "exec", dont_inherit=True), names)
     if isinstance(last, ast.Expr):
-        value = eval(compile(ast.Expression(last.value), file, "eval"), names)
+        value = eval(compile(ast.Expression(last.value), file, "eval", dont_inherit=True), names)
         if value is not None:
             print(repr(value))  # noqa: T201  (the product of this process)
 
