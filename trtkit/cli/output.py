@@ -52,19 +52,27 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     for row in rows:
         made.add_row(*map(Text, row))
     if title:
-        show(Text(title, style="bold"))
+        _title(title)
     show(made)
 
 
 def facts(title: str, pairs: Mapping[str, str]) -> None:
     """Print a title and ``name  value`` lines, wrapped under their own column."""
-    show(Text(title, style="bold"))
+    _title(title)
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, style="dim")
     grid.add_column(overflow="fold")
     for name, value in pairs.items():
         grid.add_row(Text(name), Text(value))
     show(Padding(grid, (0, 0, 0, 2)))
+
+
+def _title(text: str) -> None:
+    """A bold line, never wrapped: it may begin with a path."""
+    console = _console()
+    with console.capture() as captured:
+        console.print(Text(text, style="bold"), no_wrap=True, overflow="ignore", crop=False)
+    print(captured.get().rstrip())
 
 
 def notice(text: str) -> None:
