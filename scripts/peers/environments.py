@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -38,8 +39,12 @@ class Environment:
     """Set while it is installed."""
 
 
-_INCLUDE = f"-include {Path(__file__).with_name('tile_config.h')}"
-_LLAMA_BUILD = {"CMAKE_ARGS": f"-DCMAKE_C_FLAGS='{_INCLUDE}' -DCMAKE_CXX_FLAGS='{_INCLUDE}'"}
+_HEADER = Path(__file__).with_name("tile_config.h")
+# Without pip's cache: a wheel that was built before, without the header, would be taken from there.
+_LLAMA_BUILD = {
+    "CMAKE_ARGS": f"-DCMAKE_C_FLAGS='-include {_HEADER}' -DCMAKE_CXX_FLAGS='-include {_HEADER}'",
+    "PIP_NO_CACHE_DIR": "1",
+}
 
 ENVIRONMENTS: dict[str, Environment] = {
     "transformers": Environment(packages=("transformers==5.24.0", "accelerate==1.14.0")),
@@ -69,9 +74,12 @@ def ensure_environment(name: str, directory: Path, log: Path) -> Path:
     """
     wanted, torch = ENVIRONMENTS[name], os.environ.get("TRTKIT_TORCH", DEFAULT_TORCH)
     python, stamp = directory / "bin" / "python", directory / _STAMP
-    digest = hashlib.sha256(f"{wanted.packages} {wanted.head} {wanted.without} {torch}".encode()).hexdigest()
+    built = f"{dict(wanted.variables)} {_HEADER.read_text()}" if wanted.variables else ""
+    digest = hashlib.sha256(f"{wanted.packages} {wanted.head} {wanted.without} {torch}{built}".encode()).hexdigest()
     if python.is_file() and stamp.is_file() and stamp.read_text().strip() == digest:
         return python
+    if built and directory.exists():  # pip would call what is there installed, however it was built
+        shutil.rmtree(directory)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stream:
 
