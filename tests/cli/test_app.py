@@ -151,7 +151,7 @@ def test_ctrl_c_says_what_next() -> None:
 def test_the_documents_know_every_option_and_no_other() -> None:
     text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
     sections = dict(re.findall(r"^## ([a-z-]+)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_group(app).commands
     option = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
     for verb, command in commands.items():
         known = {name for p in command.params for name in [*p.opts, *p.secondary_opts] if name.startswith("--")}

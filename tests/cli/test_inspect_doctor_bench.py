@@ -10,6 +10,7 @@ from tests.tiny import save_tiny
 from trtkit.bench import machine as bench_module
 from trtkit.cli.app import run
 from trtkit.cli.engines import chosen_engine
+from trtkit.doctor import Diagnosis
 from trtkit.errors import EngineError
 
 
@@ -86,11 +87,11 @@ def test_bench_looks_at_its_files_before_it_builds_or_measures(
 def test_doctor_suggests_the_default_build_only_where_it_is_not_made_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("trtkit.doctor.examine", lambda _: Diagnosis(checks=(), precisions=()))  # fit, wherever it runs
     monkeypatch.chdir(tmp_path)
     steps = []
     for _ in range(2):
-        if run(["doctor"]) != 0:
-            pytest.skip("this machine is not fit: another step comes first")
+        assert run(["doctor"]) == 0
         steps.append(capsys.readouterr().out.splitlines()[-1])
         (tmp_path / "engines" / "built" / "practice-fp8").mkdir(parents=True, exist_ok=True)
     assert steps == [

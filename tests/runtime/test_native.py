@@ -19,6 +19,7 @@ from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all, tiny_engine_dir
 from tests.runtime.logits import KINDS, adversarial_logits
+from tests.runtime.native_here import need_kernels
 from trtkit.checkpoint.unified import open_unified
 from trtkit.decoder import Norms, PlainPointwise, rope_at
 from trtkit.model_spec import ModelSpec, RopeSpec
@@ -99,8 +100,7 @@ def _tokens(model: DecoderModel, **limits: Any) -> dict[str, list[int]]:
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(loader.SWITCH, "1")
-    if not loader.load():
-        pytest.skip("no compiler, or a CPU without AVX2")
+    need_kernels()
     monkeypatch.setattr(kernels, "_loaded", True)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from drafter.tree import TokenTree
 from tests.engines import random_prompts
+from tests.runtime.native_here import need_kernels, need_tiles
 from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
 from trtkit.decoder import LinearName
@@ -52,18 +53,17 @@ class Quantized:
         return stored
 
 
-@pytest.fixture(autouse=True, params=["as on this CPU", "panels"])
+@pytest.fixture(autouse=True, params=["tiles", "panels"])
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``panels``: the products of a CPU without bf16 instructions, which run on any."""
+    """``tiles`` want matrix units; ``panels``, the products of CPUs without bf16 instructions, run on any."""
     monkeypatch.setenv(loader.SWITCH, "1")
-    if not loader.load():
-        pytest.skip("no compiler, or a CPU without AVX2")
+    need_kernels()
     monkeypatch.setattr(kernels, "_loaded", True)
     if request.param == "panels":
         monkeypatch.setattr(linear, "tiles_fit", lambda _: False)
         monkeypatch.setattr(linear, "_has_onednn_bf16", lambda: False)
-    elif linear._has_onednn_bf16() and not torch.ops.trtkit_cpu.tiles_ready():
-        pytest.skip("products by oneDNN are not packed")
+    else:
+        need_tiles()
 
 
 def _model(directory: Path, precision: str = "bf16") -> DecoderModel:

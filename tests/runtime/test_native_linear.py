@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.runtime.native_here import need_kernels, need_tiles
 from trtkit.quant.tensor import (
     LinearWeights,
     QuantTensor,
@@ -21,9 +22,8 @@ from trtkit.quant.tensor import (
     quantize_int8,
 )
 from trtkit.runtime import linear
-from trtkit.runtime.native import loader
 from trtkit.runtime.native.linear import native_linear
-from trtkit.runtime.native.tiles import tile_linear, tiles_fit
+from trtkit.runtime.native.tiles import tile_linear
 
 Linear = Callable[[LinearWeights], Callable[[Tensor], Tensor]]
 KINDS = ["bf16", "int8", "int8-sq", "fp8", "fp8-weights", "int4"]
@@ -33,21 +33,15 @@ SHAPES = [(384, 256), (130, 333), (7, 30), (66, 1100), (64, 128)]
 
 @pytest.fixture(scope="module", autouse=True)
 def _kernels() -> None:
-    if not loader.load():
-        pytest.skip("no compiler, or a CPU without AVX2")
+    need_kernels()
 
 
 @pytest.fixture(params=[native_linear, tile_linear], ids=["panels", "tiles"])
 def linear_of(request: pytest.FixtureRequest) -> Linear:
     made: Linear = request.param
     if made is tile_linear:
-        _needs_tiles()
+        need_tiles()
     return made
-
-
-def _needs_tiles() -> None:
-    if not tiles_fit(_weights("bf16", 32, 32)):
-        pytest.skip("a CPU without AMX")
 
 
 def _weights(kind: str, out: int, width: int, *, plain: bool = False) -> LinearWeights:
@@ -178,7 +172,7 @@ def test_every_code_is_multiplied_exactly(kind: str, linear_of: Linear) -> None:
 
 def test_int8_weights_meet_every_digit_of_the_input() -> None:
     """Next to an input of 2^13 the others still count: its own weights are zero here. Two digits would fail."""
-    _needs_tiles()
+    need_tiles()
     weights = _weights("int8", 64, 300, plain=True)
     weights.weight.data[:, 100] = 0
     for rows in (1, 4, 12, 20):

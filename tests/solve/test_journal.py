@@ -42,7 +42,7 @@ def solution(problem: str, error: str | None = None) -> Solution:
 
 def test_every_counter_of_the_engine_is_read_back() -> None:
     counts = {field.name: 1 + place for place, field in enumerate(fields(EngineStats)) if field.type == "int"}
-    stats = EngineStats(**counts, accepted_by_depth=(5, 2), seconds={"verify": 1.5})  # type: ignore[arg-type]
+    stats = EngineStats(**counts, accepted_by_depth=(5, 2), seconds={"verify": 1.5})
     assert read_engine(json.loads(json.dumps(engine_row(stats)))) == stats
 
 

@@ -11,8 +11,7 @@ import pytest
 
 from tests.chat_files import save_chat_files
 from tests.engines import tiny_engine_dir
-from tests.fakes import FakeChat
-from tests.solve.scripted import write_engine
+from tests.solve.scripted import CHAT, write_engine
 from tests.solve.test_solver_clock import TimedEngine, endless
 from trtkit.errors import UsageError
 from trtkit.report.read import read_runs
@@ -22,18 +21,17 @@ from trtkit.solve.options import SolveOptions
 from trtkit.solve.policy import policy_named
 from trtkit.solve.session import PROBLEMS_FILE, Session, open_session
 
-CHAT = FakeChat()
-
 
 def right(request: Request) -> Sequence[int]:
     return CHAT.encode("\\boxed{7}</think>")
 
 
 class World:
-    """Engines that share a clock, and how often one was opened."""
+    """The engines that were opened, on one clock."""
 
     def __init__(self, directory: Path, script: Callable[[Request], Sequence[int]] = right) -> None:
-        self.now, self.opened, self.script, self.directory = 50.0, 0, script, directory
+        self.now, self.script, self.directory = 50.0, script, directory
+        self.engines: list[TimedEngine] = []
         self.breaks: set[str] = set()
         self.opens = True
 
@@ -41,7 +39,6 @@ class World:
         world = self
         if not self.opens:
             raise RuntimeError("no device")
-        self.opened += 1
 
         class Engine(TimedEngine):
             def step(self) -> list[StepOutput]:
@@ -56,13 +53,14 @@ class World:
                     raise RuntimeError("CUDA error: an illegal memory access was encountered")
                 super().cancel(request_id)
 
-        return Engine(self.script)
+        self.engines.append(Engine(self.script))
+        return self.engines[-1]
 
     def session(self, problems: int, *, out: Path | None = None, **options: Any) -> Session:
         limit = options.get("time_limit")
         chosen = {} if limit is None else dict(policy_named("competition", time_limit=limit))
         return Session(
-            self.engine, CHAT, SolveOptions(**{"samples": 4, **chosen, **options}),  # type: ignore[arg-type]
+            self.engine, CHAT, SolveOptions(**{"samples": 4, **chosen, **options}),
             problems=problems, engine=self.directory, out=out, clock=lambda: self.now,
         )  # fmt: skip
 
@@ -80,7 +78,7 @@ def test_problems_are_answered_as_they_come(world: World) -> None:
         assert list(session.solutions) == ["a", "b"]
         with pytest.raises(UsageError, match="another text"):
             session.ask("a", "What is 5 + 2?")
-    assert world.opened == 1
+    assert len(world.engines) == 1
 
 
 def test_the_time_is_dealt_out_over_the_problems_that_are_expected(world: World) -> None:
@@ -132,11 +130,11 @@ def test_an_engine_that_fails_costs_one_problem(world: World, caplog: pytest.Log
         world.breaks = set()
         assert session.answer("c", "problem c") == "7"
         assert session.ask("b", "problem b") is broken
-    assert world.opened == 2
+    assert len(world.engines) == 2
     assert "problem b" in caplog.text
 
 
-def test_votes_that_were_counted_before_the_failure_decide(world: World) -> None:
+def test_votes_that_were_counted_before_the_failure_decide(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_is_slow(request: Request) -> Sequence[int]:
         return right(request) if request.id.endswith(("/0", "/1")) else endless(request)
 
@@ -144,7 +142,7 @@ def test_votes_that_were_counted_before_the_failure_decide(world: World) -> None
     steps = 0
 
     with world.session(2, time_limit=500.0, samples=5) as session:
-        engine = session._solver._engine
+        engine = world.engines[-1]
         step = engine.step
 
         def fail_later() -> list[StepOutput]:
@@ -154,7 +152,7 @@ def test_votes_that_were_counted_before_the_failure_decide(world: World) -> None
                 raise RuntimeError("out of memory")
             return step()
 
-        engine.step = fail_later  # type: ignore[method-assign]
+        monkeypatch.setattr(engine, "step", fail_later)
         solution = session.ask("a", "problem a")
         assert solution.answer is not None
         assert (solution.answer.key, solution.tally.finished) == ("7", 2)
@@ -185,9 +183,9 @@ def test_the_directory_is_that_of_a_run_and_another_session_goes_on(world: World
     assert json.loads((out / "summary.json").read_text())["problems"] == 2
 
     with world.session(4, out=out, time_limit=400.0) as session:
-        steps = session._solver._engine.steps  # type: ignore[attr-defined]
+        steps = world.engines[-1].steps
         assert session.answer("b", "problem b") == "7"
-        assert session._solver._engine.steps == steps  # type: ignore[attr-defined]
+        assert world.engines[-1].steps == steps
         session.ask("c", "problem c")
     assert [json.loads(line)["id"] for line in (out / PROBLEMS_FILE).read_text().splitlines()] == ["a", "b", "c"]
     assert len((out / "solutions.jsonl").read_text().splitlines()) == 3

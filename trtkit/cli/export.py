@@ -65,7 +65,7 @@ def command(
                 hint="the PyTorch backend splits the weights when it loads them, and has no ReDrafter",
             )
         document = _unified(directory, out, force=force)
-        advice = f"on the GPU host: trtllm-serve {out}"
+        advice = f"on the GPU host: trtllm-serve {quoted(out)}"
     finish(advice, document if as_json else None)
 
 

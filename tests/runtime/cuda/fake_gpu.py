@@ -261,7 +261,7 @@ def _moved(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
 def _bias(*corner: int) -> Tensor:
     """For ``causal_lower_right``, which is a class of tensors of its own."""
     made = torch.empty(())
-    made.corner = corner  # type: ignore[attr-defined]
+    made.corner = corner
     return made
 
 

@@ -120,7 +120,8 @@ def check_launch(launch: Launch) -> None:
         assert 1 <= size <= most, f"{name}: grid {launch.grid}"
     for key, value in {**launch.constants, **launch.options}.items():
         if key in _POWERS:
-            assert value > 0 and value & (value - 1) == 0, f"{name}: {key} = {value}, no power of two"  # noqa: PT018
+            assert value > 0, f"{name}: {key} = {value}"
+            assert value & (value - 1) == 0, f"{name}: {key} = {value}, no power of two"
     _SHAPES[name](launch, tensors)
 
 
