@@ -1,6 +1,6 @@
 """The optional C++ kernels against their pure-torch definitions, and life without a compiler.
 
-The first test with kernels compiles them, some thirty seconds the first time on a machine.
+The first test with kernels compiles them, some forty seconds the first time on a machine.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ struct Fp8 {
   }
 };
 
-// Widened to 16 + (code + 8), whose bits are those of the code next to a constant: four instructions for 64 weights, where
-// a lookup of 16 numbers takes as many for 16. The sums of x, times 24, are taken off the sums of a group.
+// Widened to 16 + (code + 8), whose bits are those of the code next to a constant: seven instructions for 128 weights, and
+// no lookup. The sums of x, times 24, are taken off the sums of a group.
 struct Int4 {
   static constexpr int64_t K = 32, BYTES = TILE / 4;
   static constexpr int DIGITS = 1;
