@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trtkit.runtime.native import loader
+from trtkit.runtime.native.linear import Product
 
 
 def need_kernels() -> None:
@@ -14,7 +15,9 @@ def need_kernels() -> None:
         pytest.skip("no compiler, or a CPU without AVX2")
 
 
-def need_tiles() -> None:
-    """Skip on a CPU without AMX. The kernels must be loaded."""
-    if not torch.ops.trtkit_cpu.tiles_ready():
+def need_product(product: Product) -> None:
+    """Skip on a CPU without AMX (tiles), or without BF16 in AVX512 (dots). The kernels must be loaded."""
+    if product == "tiles" and not torch.ops.trtkit_cpu.tiles_ready():
         pytest.skip("a CPU without AMX")
+    if product == "dots" and not torch.ops.trtkit_cpu.dots_ready():
+        pytest.skip("a CPU without AVX512 and its BF16, VNNI and VBMI")

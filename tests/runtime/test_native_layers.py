@@ -11,7 +11,7 @@ import torch
 
 from drafter.tree import TokenTree
 from tests.engines import random_prompts
-from tests.runtime.native_here import need_kernels, need_tiles
+from tests.runtime.native_here import need_kernels, need_product
 from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
 from trtkit.decoder import LinearName
@@ -53,17 +53,15 @@ class Quantized:
         return stored
 
 
-@pytest.fixture(autouse=True, params=["tiles", "panels"])
+@pytest.fixture(autouse=True, params=["tiles", "dots", "panels"])
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``tiles`` want matrix units; ``panels``, the products of CPUs without bf16 instructions, run on any."""
+    """``tiles`` and ``dots`` want their instructions; ``panels`` run on any CPU with kernels."""
     monkeypatch.setenv(loader.SWITCH, "1")
     need_kernels()
+    need_product(request.param)
     monkeypatch.setattr(kernels, "_loaded", True)
-    if request.param == "panels":
-        monkeypatch.setattr(linear, "tiles_fit", lambda _: False)
-        monkeypatch.setattr(linear, "_has_onednn_bf16", lambda: False)
-    else:
-        need_tiles()
+    monkeypatch.setattr(linear, "packed_products", lambda _: [request.param])
+    monkeypatch.setattr(linear, "_has_onednn_bf16", lambda: False)
 
 
 def _model(directory: Path, precision: str = "bf16") -> DecoderModel:
@@ -128,7 +126,7 @@ def test_a_cache_that_the_kernels_do_not_read_takes_the_long_way(tmp_path: Path)
 
 
 def test_without_packed_products_there_is_no_such_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "tiles_fit", lambda _: False)
+    monkeypatch.setattr(linear, "packed_products", lambda _: ["panels"])
     monkeypatch.setattr(linear, "_has_onednn_bf16", lambda: True)
     model = _model(save_tiny(tmp_path, dtype=torch.bfloat16))
     assert model.native

@@ -1,17 +1,18 @@
 """The C++ linears against the product by definition, and the order of their sums, which nothing may change.
 
-Both kinds, on whatever CPU has the instructions: ``panels`` (AVX2 or AVX512) and ``tiles`` (AMX).
+All kinds, on whatever CPU has the instructions: ``panels`` (AVX2 or AVX512), ``dots`` (its BF16) and ``tiles`` (AMX).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.runtime.native_here import need_kernels, need_tiles
+from tests.runtime.native_here import need_kernels, need_product
 from trtkit.quant.tensor import (
     LinearWeights,
     QuantTensor,
@@ -22,8 +23,7 @@ from trtkit.quant.tensor import (
     quantize_int8,
 )
 from trtkit.runtime import linear
-from trtkit.runtime.native.linear import native_linear
-from trtkit.runtime.native.tiles import tile_linear
+from trtkit.runtime.native.linear import PACKERS, Product, dot_linear, packed_products, tile_linear
 
 Linear = Callable[[LinearWeights], Callable[[Tensor], Tensor]]
 KINDS = ["bf16", "int8", "int8-sq", "fp8", "fp8-weights", "int4"]
@@ -36,12 +36,10 @@ def _kernels() -> None:
     need_kernels()
 
 
-@pytest.fixture(params=[native_linear, tile_linear], ids=["panels", "tiles"])
+@pytest.fixture(params=["panels", "dots", "tiles"])
 def linear_of(request: pytest.FixtureRequest) -> Linear:
-    made: Linear = request.param
-    if made is tile_linear:
-        need_tiles()
-    return made
+    need_product(request.param)
+    return PACKERS[cast(Product, request.param)]
 
 
 def _weights(kind: str, out: int, width: int, *, plain: bool = False) -> LinearWeights:
@@ -77,8 +75,9 @@ def test_every_format_and_row_count_matches_the_definition(
 ) -> None:
     weights = _weights(kind, *shape, plain=plain)
     kernel = linear_of(weights)
-    # Tiles of bf16 hold pre_scale * x rounded once more, to half of 2^-8 each.
-    rounded_input = linear_of is tile_linear and not plain and not kind.startswith("int8")
+    # Where bf16 is multiplied, pre_scale * x is rounded once more, to half of 2^-8 each.
+    codes = {dot_linear: ("int8-sq",), tile_linear: ("int8", "int8-sq")}
+    rounded_input = not plain and linear_of in codes and kind not in codes[linear_of]
     spread = 2**-7 if rounded_input else 1e-3
     for rows in (1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 20, 32, 33, 121):
         x = _input(rows, weights)
@@ -170,15 +169,16 @@ def test_every_code_is_multiplied_exactly(kind: str, linear_of: Linear) -> None:
     torch.testing.assert_close(linear_of(weights)(x), linear_reference(x, weights).bfloat16(), rtol=0, atol=0)
 
 
-def test_int8_weights_meet_every_digit_of_the_input() -> None:
+@pytest.mark.parametrize("product", ["dots", "tiles"])
+def test_int8_weights_meet_every_digit_of_the_input(product: Product) -> None:
     """Next to an input of 2^13 the others still count: its own weights are zero here. Two digits would fail."""
-    need_tiles()
+    need_product(product)
     weights = _weights("int8", 64, 300, plain=True)
     weights.weight.data[:, 100] = 0
     for rows in (1, 4, 12, 20):
         x = _input(rows, weights)
         x[:, 100] = 2.0**13
-        out, wanted = tile_linear(weights)(x).double(), _exact(x, weights)
+        out, wanted = PACKERS[product](weights)(x).double(), _exact(x, weights)
         assert (out - wanted).abs().max() < 2**-8 * wanted.abs().max()
         small = wanted.abs() < wanted.std() / 8
         assert (out - wanted)[small].abs().max() < 0.01 * wanted.std()
@@ -190,15 +190,30 @@ def _exact(x: Tensor, weights: LinearWeights) -> Tensor:
     return x.double() @ (weights.weight.data.double() * scale.double()[:, None]).T
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-def test_it_runs_where_onednn_has_no_bf16(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("product", "onednn", "packed"),
+    [("panels", True, False), ("panels", False, True), ("dots", True, True), ("tiles", True, True)],
+)
+def test_a_product_is_packed_where_onednn_is_not_better(
+    product: Product, onednn: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen: list[LinearWeights] = []
     monkeypatch.setattr(linear, "_has_onednn_bf16", lambda: onednn)
     monkeypatch.setattr(linear, "_matmul", lambda *_, **__: lambda x: x)
     monkeypatch.setattr(linear, "loaded", lambda: True)
-    monkeypatch.setattr(linear, "tiles_fit", lambda _weights: False)
-    monkeypatch.setattr(linear, "native_linear", lambda weights: chosen.append(weights))
+    monkeypatch.setattr(linear, "packed_products", lambda _weights: [product])
+    monkeypatch.setattr(linear, "PACKERS", {product: lambda weights: chosen.append(weights)})
     weights = _weights("bf16", 64, 128)
     linear.runtime_linear(weights, device=torch.device("cpu"), dtype=torch.bfloat16)
     linear.runtime_linear(weights, device=torch.device("cpu"), dtype=torch.float32)
-    assert len(chosen) == (0 if onednn else 1)
+    assert len(chosen) == int(packed)
+
+
+def test_groups_of_no_whole_tiles_and_very_wide_codes_take_panels() -> None:
+    """A tile holds 32 inputs; int32 sums of codes hold 65,535 products."""
+    odd = quantize_int4(torch.randn(64, 192), group_size=48)
+    assert packed_products(LinearWeights(weight=odd)) == ["panels"]
+    wide = QuantTensor(
+        data=torch.zeros(1, 2**16, dtype=torch.int8), scale=torch.ones(1), format="int8", shape=(1, 2**16)
+    )
+    assert packed_products(LinearWeights(weight=wide)) == ["panels"]

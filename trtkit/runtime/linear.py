@@ -1,10 +1,11 @@
 """The matrix product against a stored weight, by the best kernel measured for the device and the row count.
 
-CPU, bfloat16: our own C++ kernels (``native/``) with matrix units (AMX), and without any bf16 instructions (AVX2),
-where torch falls back to slow loops. In between (AVX512), and without a compiler, oneDNN: prepacked bf16
-weights for any row count; int8 and int4 read their packed codes while there are few rows (a decode step of a few
-sequences is bound by weight traffic) and expanded ones above; W8A8 runs oneDNN's int8 product; fp8 has no kernel there,
-its codes are expanded once at load (e4m3 values are exact in bf16).
+CPU, bfloat16: our own C++ kernels (``native/linear.py``) with matrix units (AMX) or vectors that multiply bf16 (AVX512
+with BF16), and without anything that is fast at it (AVX2), where torch falls back to slow loops. In between (AVX512
+without BF16), and without a compiler, oneDNN: prepacked bf16 weights for any row count; int8 and int4 read their
+packed codes while there are few rows (a decode step of a few sequences is bound by weight traffic) and expanded ones
+above; W8A8 runs oneDNN's int8 product; fp8 has no kernel there, its codes are expanded once at load (e4m3 values are
+exact in bf16).
 CUDA, bfloat16: ``cuda/linear.py``.
 Everything else (float32, no compiler, odd shapes on CUDA) multiplies expanded codes: the same numbers, plainly.
 
@@ -25,8 +26,7 @@ from torch import Tensor
 from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import FP8_MAX, LinearWeights, dequantize
 from trtkit.runtime.native.kernels import activation_codes, loaded
-from trtkit.runtime.native.linear import native_linear
-from trtkit.runtime.native.tiles import tile_linear, tiles_fit
+from trtkit.runtime.native.linear import PACKERS, packed_products
 
 __all__ = ["Kernel", "runtime_linear"]
 
@@ -51,10 +51,10 @@ def runtime_linear(weights: LinearWeights, *, device: torch.device, dtype: torch
     kind = weights.weight.format
     cpu = device.type == "cpu" and dtype == torch.bfloat16
     onednn = cpu and _has_onednn_bf16()
-    if cpu and loaded() and tiles_fit(weights):
-        return tile_linear(weights)
-    if cpu and not onednn and loaded():
-        return native_linear(weights)
+    if cpu and loaded():
+        product = packed_products(weights)[0]
+        if product != "panels" or not onednn:
+            return PACKERS[product](weights)
     if kind == "int8" and weights.input_scale is not None and onednn:
         kernel = _w8a8_onednn(weights)
     else:

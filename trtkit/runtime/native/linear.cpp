@@ -25,6 +25,7 @@ namespace {
 
 using at::Tensor;
 using namespace trtkit;
+using namespace trtkit::panels;
 constexpr int64_t UNIT = 4;           // panels that one thread takes at a time; N is padded to a multiple
 constexpr int64_t PIECE = 256;        // inputs widened at once: they, x's part and the sums fill 32 KiB
 constexpr int64_t FEW = 6;            // rows of one pass that widens the codes as it reads them

@@ -1,35 +1,94 @@
-"""The C++ matrix product for CPUs without bf16 instructions: weights packed in panels, read as they are stored.
+"""The C++ matrix products: which one this CPU's instructions allow, and the weights packed for it.
 
-``native/linear.cpp`` says how. Sums are float32 in one order, so that a row's result depends on nothing but the row.
-Letters: T tokens, N output features, K input features.
+``tiles``: matrix units (AMX), ``native/tiles.cpp``. ``dots``: vectors that multiply bf16 and int8 numbers (AVX512 with
+BF16 and VNNI), ``native/dots.cpp``. ``panels``: float32 multiply-adds, ``native/linear.cpp``, for CPUs where torch has
+no fast bf16 product (AVX2). In all of them codes are multiplied exactly, and a row's sum has one order, so that it
+depends on nothing but the row. ``docs/cpu.md`` says more.
+
+Letters: T tokens, N output features, K input features, G groups of K.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from trtkit.quant.packing import unpack_int4
-from trtkit.quant.tensor import LinearWeights, QuantTensor
+from trtkit.quant.tensor import LinearWeights
 from trtkit.runtime.native.packed import PackedLinear, packed_linear
 
-__all__ = ["native_linear"]
+__all__ = ["PACKERS", "Product", "dot_linear", "packed_products", "panel_linear", "tile_linear"]
+
+Product: TypeAlias = Literal["tiles", "dots", "panels"]
+
+_BF16, _INT8, _INT8_CODES, _FP8, _INT4 = range(5)
+"""The numbers of ``tiles.cpp`` and ``dots.cpp``."""
+_UNIT = 64
+"""There, outputs are padded to a multiple; the number of ``weight_formats.h``."""
+_STEP = 32
+"""There, inputs of a tile that holds bf16: a group is a multiple."""
+_MOST_INPUTS = 2**16 - 1
+"""Of a product of int8 codes: 2^15 times as much is the largest sum that int32 holds."""
 
 
-def native_linear(weights: LinearWeights) -> PackedLinear:
-    """``linear_reference`` for bf16 x (T, K), contiguous -> bf16 (T, N). The kernels must be loaded.
+def packed_products(weights: LinearWeights) -> list[Product]:
+    """What can multiply these weights here, the fastest first. The kernels must be loaded."""
+    weight, ops = weights.weight, torch.ops.trtkit_cpu
+    fits = weight.format != "int8" or weight.shape[1] <= _MOST_INPUTS
+    if weight.format == "int4" and weight.scale is not None:
+        fits = weight.shape[1] % (_STEP * weight.scale.shape[1]) == 0
+    tiles: list[Product] = ["tiles"] if fits and ops.tiles_ready() else []
+    dots: list[Product] = ["dots"] if fits and ops.dots_ready() else []
+    return [*tiles, *dots, "panels"]
 
-    The activation is multiplied by ``pre_scale`` and rounded by ``input_scale`` in float32; the output is rounded once.
+
+def tile_linear(weights: LinearWeights) -> PackedLinear:
+    """``linear_reference`` for bf16 x (T, K), contiguous -> bf16 (T, N), on matrix units.
+
+    Sums are float32 (int32 for codes of x); x times ``pre_scale`` is rounded to bf16 first, unless weights are int8.
     """
-    bits, stored = _codes(weights.weight)
+    kind, stored = _codes(weights)
+    codes = torch.ops.trtkit_cpu.pack_tiles(stored.contiguous(), kind)
+    return packed_linear("linear_tiles", weights, codes, kind, width=_width(weights))
+
+
+def dot_linear(weights: LinearWeights) -> PackedLinear:
+    """As :func:`tile_linear`, on vectors; x times ``pre_scale`` is rounded to bf16 unless it is rounded to codes."""
+    kind, stored = _codes(weights)
+    codes, width = torch.ops.trtkit_cpu.pack_dots(stored.contiguous(), kind), _width(weights)
+    doubled = torch.full((width,), 0.5) if kind == _INT8 else None  # int8 weights become 2 code + 1
+    return packed_linear("linear_dots", weights, codes, kind, width=width, factor=doubled)
+
+
+def panel_linear(weights: LinearWeights) -> PackedLinear:
+    """As :func:`tile_linear`, on any CPU with AVX2; ``pre_scale`` and ``input_scale`` are applied in float32."""
+    kind, stored = _codes(weights)
+    if kind == _FP8:  # exact in bf16, and fast there
+        kind, stored = _BF16, weights.weight.data.to(torch.bfloat16).view(torch.int16)
+    bits = {_BF16: 16, _INT4: 4}.get(kind, 8)
     codes, factor = torch.ops.trtkit_cpu.pack_linear(stored.contiguous(), bits)
     return packed_linear("linear", weights, codes, bits, width=factor.numel(), factor=factor)
 
 
-def _codes(weight: QuantTensor) -> tuple[int, Tensor]:
-    """(bits of a code in memory, the codes (N, K) as whole numbers). e4m3 values are exact in bf16, and fast there."""
+PACKERS: Mapping[Product, Callable[[LinearWeights], PackedLinear]] = MappingProxyType(
+    {"tiles": tile_linear, "dots": dot_linear, "panels": panel_linear}
+)
+
+
+def _width(weights: LinearWeights) -> int:
+    return -(-weights.weight.shape[0] // _UNIT) * _UNIT
+
+
+def _codes(weights: LinearWeights) -> tuple[int, Tensor]:
+    weight = weights.weight
     if weight.format == "int4":
-        return 4, unpack_int4(weight.data)
+        return _INT4, unpack_int4(weight.data)
     if weight.format == "int8":
-        return 8, weight.data
-    return 16, weight.data.to(torch.bfloat16).view(torch.int16)
+        return _INT8 if weights.input_scale is None else _INT8_CODES, weight.data
+    if weight.format == "fp8":
+        return _FP8, weight.data.view(torch.uint8)
+    return _BF16, weight.data.to(torch.bfloat16).view(torch.int16)

@@ -50,8 +50,9 @@ _FLAGS = (
 _OF_ONE_SOURCE = {"sampling.cpp": ("-ffp-contract=off",)}
 _LINK = ("-lc10", "-ltorch_cpu")
 _TIMEOUT_SECONDS = 600
-_MATRIX_UNITS = {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_vbmi2"}
-"""What ``tile_registers.h`` asks for."""
+_DOTS = {"avx512_bf16", "avx512_vnni", "avx512vbmi", "avx512_vbmi2"}
+_MATRIX_UNITS = {*_DOTS, "amx_tile", "amx_bf16", "amx_int8"}
+"""What ``lines.h`` asks for."""
 
 
 def wanted(parameters: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -97,6 +98,8 @@ def kernels_here() -> str | None:
         return None
     if flags >= _MATRIX_UNITS:
         return "C++ kernels on matrix units (AMX)"
+    if flags >= _DOTS:
+        return "C++ kernels (AVX512 with BF16)"
     return "C++ kernels, products by oneDNN" if vectors == "AVX512" else "C++ kernels (AVX2)"
 
 

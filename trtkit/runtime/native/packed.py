@@ -17,7 +17,7 @@ from trtkit.quant.tensor import LinearWeights, QuantTensor
 
 __all__ = ["Operator", "PackedLinear", "packed_linear"]
 
-Operator: TypeAlias = Literal["linear", "linear_tiles"]
+Operator: TypeAlias = Literal["linear", "linear_dots", "linear_tiles"]
 
 _AS_IS, _TO_INT8, _TO_FP8 = 0, 1, 2
 """What x is rounded to first; the numbers of ``activations.h``."""

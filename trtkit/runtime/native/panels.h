@@ -17,7 +17,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace trtkit {
+namespace trtkit::panels {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 typedef __m512 vec;
@@ -176,4 +176,4 @@ struct Subnormals {
   ~Subnormals() { _mm_setcsr(before); }
 };
 
-}  // namespace trtkit
+}  // namespace trtkit::panels

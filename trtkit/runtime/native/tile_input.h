@@ -11,7 +11,7 @@
 #include "activations.h"
 #include "tile_formats.h"
 
-namespace trtkit {
+namespace trtkit::tiles {
 
 // What is done to x before it is laid, and where it goes.
 struct Input {
@@ -94,15 +94,15 @@ inline float total(const uint8_t* tiles, int64_t steps) {
 
 // Whether a row's digits share one tile with those of all others.
 template <class F>
-inline bool one_tile(int64_t rows) { return rows * F::DIGITS <= SIDE; }
+inline bool one_tile(int64_t rows) { return rows * DIGITS<F> <= SIDE; }
 
 // Rows of x, and zeros up to whole tiles (pairs of tiles, without digits). Digit d of row r lies in row d * rows + r of
 // the only tile, or in row r of tile d of its step.
 template <class F>
 void lay_rows(const Input& in) {
   const bool single = one_tile<F>(in.rows);
-  const int64_t all = single ? in.rows : padded(in.rows, F::DIGITS > 1 ? SIDE : 2 * SIDE), wide = in.steps * F::K;
-  const int64_t step = single ? TILE : F::DIGITS * TILE, digit = single ? in.rows * 64 : TILE;
+  const int64_t all = single ? in.rows : padded(in.rows, DIGITS<F> > 1 ? SIDE : 2 * SIDE), wide = in.steps * F::K;
+  const int64_t step = single ? TILE : DIGITS<F> * TILE, digit = single ? in.rows * 64 : TILE;
   at::parallel_for(0, all, std::max<int64_t>(1, 32768 / wide), [&](int64_t from, int64_t end) {
     static thread_local std::vector<float> room;
     room.resize(wide);
@@ -113,7 +113,7 @@ void lay_rows(const Input& in) {
       } else {
         std::fill(room.begin(), room.end(), 0.0f);
         if (row < in.rows) take(in.x + row * in.width, in.pre, in.rounding, in.inverse, 1.0f, in.width, room.data());
-        if constexpr (F::DIGITS > 1) {
+        if constexpr (DIGITS<F> > 1) {
           const float scale = split(room.data(), in.steps, to, step, digit);
           if (row < in.rows) in.own[row] = scale;
         } else if constexpr (F::INTEGER) {
@@ -129,4 +129,4 @@ void lay_rows(const Input& in) {
   });
 }
 
-}  // namespace trtkit
+}  // namespace trtkit::tiles

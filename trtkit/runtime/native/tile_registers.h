@@ -1,20 +1,15 @@
 // The tile registers of a CPU with matrix units (AMX): asking for them, their shapes, and what GCC does not know.
 #pragma once
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && \
-    defined(__AVX512VBMI2__)
-#define TRTKIT_TILES
-#include <immintrin.h>
+#include "lines.h"
+
+#ifdef TRTKIT_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <cstdint>
 #include <initializer_list>
 
 namespace trtkit {
-
-constexpr int64_t TILE = 1024;  // bytes: 16 rows of 64
-constexpr int64_t SIDE = 16;    // rows
 
 // Whether this process may use them: Linux gives them on request.
 inline bool tiles_ready() {
@@ -41,10 +36,6 @@ struct Configured {
 
 // GCC does not know that tile instructions read memory: without this it may drop the stores before them, or move them.
 inline void settle() { asm volatile("" ::: "memory"); }
-
-inline void fetch(const void* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(static_cast<const char*>(from) + at, _MM_HINT_T0);
-}
 
 }  // namespace trtkit
 #endif

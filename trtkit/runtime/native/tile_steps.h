@@ -3,7 +3,7 @@
 
 #include "tile_formats.h"
 
-namespace trtkit {
+namespace trtkit::tiles {
 
 constexpr int64_t AHEAD = 4096;  // bytes of a panel's weights asked for before they are needed
 
@@ -23,7 +23,7 @@ template <class F>
 inline void take_tile(const Stream& from, int64_t number, int64_t steps, uint8_t* room, int64_t place) {
   fetch(from.ahead(number * F::BYTES), F::BYTES);
   if constexpr (F::WIDENED) {
-    if (number < 2 * steps) F::widen(from.codes + number * F::BYTES, room + place * TILE);
+    if (number < 2 * steps) widen<F>(from.codes + number * F::BYTES, SIDE, room + place * TILE);
     settle();
   }
 }
@@ -111,7 +111,7 @@ inline void store_sums(uint8_t* to) {
 // The sum of a row and 16 outputs; its digits' sums lie ``digit`` bytes apart.
 template <class F>
 inline __m512 sum_at(const uint8_t* at, int64_t digit) {
-  if constexpr (F::DIGITS > 1) {
+  if constexpr (DIGITS<F> > 1) {
     const __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(at));
     const __m512 middle = _mm512_cvtepi32_ps(_mm512_load_si512(at + digit));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(at + 2 * digit));
@@ -132,7 +132,7 @@ inline void add_scaled(
   const __m512 left = _mm512_loadu_ps(scale), right = _mm512_loadu_ps(scale + SIDE);
   for (int64_t r = 0; r < rows; r++, totals += stride) {
     __m512 a = sum_at<F>(part + r * 64, digit), b = sum_at<F>(part + TILE + r * 64, digit);
-    if constexpr (F::DIGITS > 1) {
+    if constexpr (DIGITS<F> > 1) {
       const __m512 step = _mm512_set1_ps(own[r]);
       a = _mm512_mul_ps(a, step), b = _mm512_mul_ps(b, step);
     } else if constexpr (F::OFFSET != 0.0f) {
@@ -144,4 +144,4 @@ inline void add_scaled(
   }
 }
 
-}  // namespace trtkit
+}  // namespace trtkit::tiles

@@ -27,6 +27,7 @@ namespace {
 
 using at::Tensor;
 using namespace trtkit;
+using namespace trtkit::tiles;
 
 // All that it calls becomes part of it: captured variables stay in registers.
 #define FLAT __attribute__((flatten))
@@ -169,11 +170,11 @@ void run(const Job& job) {
   static thread_local std::vector<uint8_t> memory;
   if (one_tile<F>(job.rows)) {
     for_pairs([&](int64_t from, int64_t to) {
-      const Configured tiles({0, 1, 2, 3, 4}, job.rows * F::DIGITS);
+      const Configured tiles({0, 1, 2, 3, 4}, job.rows * DIGITS<F>);
       uint8_t* room = aligned(memory, F::WIDENED ? 8 * TILE : 0);
       for (int64_t pair = from; pair < to; pair++) narrow<F>(job, pair, room);
     });
-  } else if constexpr (F::DIGITS > 1) {
+  } else if constexpr (DIGITS<F> > 1) {
     for_pairs([&](int64_t from, int64_t to) {
       const Configured tiles({0, 1, 2, 3, 4, 5}, std::min(job.rows, SIDE));
       for (int64_t panel = 2 * from; panel < 2 * to; panel++)
@@ -203,7 +204,7 @@ void multiply_as(Job job, Input in, uint16_t* y) {
   TORCH_CHECK(job.steps % job.groups == 0, "trtkit_cpu: groups of no whole steps");
   job.group = job.steps / job.groups;
   // As many rows at a time as half of a second-level cache holds.
-  const int64_t row_bytes = job.steps * 64 * F::DIGITS, tokens = in.rows, out = job.out;
+  const int64_t row_bytes = job.steps * 64 * DIGITS<F>, tokens = in.rows, out = job.out;
   const int64_t most = std::max<int64_t>(64, (int64_t{1} << 20) / row_bytes / 32 * 32);
   static thread_local std::vector<uint8_t> memory;
   static thread_local std::vector<float> own;
@@ -263,30 +264,8 @@ Tensor linear_tiles(
 Tensor pack_tiles(const Tensor& weight, int64_t kind) {
   TORCH_CHECK(tiles_ready(), "trtkit_cpu: the system gives no tile registers");
   TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2);
-  const int64_t out = weight.size(0), in = weight.size(1), sides = padded(out, UNIT) / SIDE;
-  const int64_t size = weight.element_size();
-  TORCH_CHECK(size == (kind == BF16 ? 2 : 1), "trtkit_cpu: weights of another type");
-  const uint8_t* from = static_cast<const uint8_t*>(weight.data_ptr());
-  return for_kind(kind, [&](auto format) {
-    using F = decltype(format);
-    const int64_t steps = padded(in, F::K) / F::K;
-    Tensor codes = huge_bytes(sides * steps * F::BYTES);
-    uint8_t* to = codes.data_ptr<uint8_t>();
-    at::parallel_for(0, sides, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t side = begin; side < end; side++)
-        for (int64_t s = 0; s < steps; s++) {
-          uint8_t* tile = to + ((side / 2 * steps + s) * 2 + side % 2) * F::BYTES;
-          for (int64_t n = 0; n < SIDE; n++)
-            for (int64_t k = 0; k < F::K; k++) {
-              const int64_t row = side * SIDE + n, column = s * F::K + k;
-              uint16_t word = 0;
-              if (row < out && column < in) std::memcpy(&word, from + (row * in + column) * size, size);
-              F::put(tile, k, n, word);
-            }
-        }
-    });
-    return codes;
-  });
+  TORCH_CHECK(weight.element_size() == (kind == BF16 ? 2 : 1), "trtkit_cpu: weights of another type");
+  return for_kind(kind, [&](auto format) { return pack_panels<decltype(format)>(weight); });
 }
 
 }  // namespace

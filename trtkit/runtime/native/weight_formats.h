@@ -1,0 +1,98 @@
+// How weights lie in memory for the instructions that multiply short rows of them: bf16 in pairs, int8 by fours.
+//
+// A tile of weights has 16 outputs and 16 lines of 64 bytes: two inputs of each output in a line for bf16, four for int8.
+// The tiles of 32 outputs, a panel, take turns in memory. A format's K: inputs of a tile. BYTES: of a tile in memory.
+// LINES: lines that come out of one load, where codes are widened to bf16 on the way (WIDENED, exactly). INTEGER: sums are
+// integers. OFFSET: what a widened weight is too large by. ``put`` writes one weight into a tile.
+#pragma once
+
+#include "lines.h"
+
+#ifdef TRTKIT_DOTS
+#include <ATen/Parallel.h>
+
+#include <cstring>
+
+#include "activations.h"
+#include "huge_pages.h"
+
+namespace trtkit {
+
+constexpr int64_t PANEL = 2 * SIDE;  // outputs
+constexpr int64_t UNIT = 2 * PANEL;  // N is padded to a multiple
+
+struct Bf16 {
+  static constexpr int64_t K = 32, BYTES = TILE, LINES = 1;
+  static constexpr float OFFSET = 0.0f;
+  static constexpr bool WIDENED = false, INTEGER = false;
+  static void put(uint8_t* tile, int64_t k, int64_t n, uint16_t word) {
+    std::memcpy(tile + k / 2 * LINE + n * 4 + k % 2 * 2, &word, 2);
+  }
+};
+
+// Widened to 16 + (code + 8), whose bits are those of the code next to a constant: seven instructions for 128 weights, and
+// no lookup. The sums of x, times 24, are taken off the sums of a group.
+struct Int4 {
+  static constexpr int64_t K = 32, BYTES = TILE / 4, LINES = 4;
+  static constexpr float OFFSET = 24.0f;
+  static constexpr bool WIDENED = true, INTEGER = false;
+  // The codes of four neighbouring lines in a 16-bit word: the first lies where bf16 has its upper four bits of mantissa,
+  // the others follow upwards; the fourth goes round the end.
+  static void put(uint8_t* tile, int64_t k, int64_t n, uint16_t word) {
+    const int64_t line = k / 2;
+    uint8_t* at = tile + line / 4 * LINE + (n * 2 + k % 2) * 2;
+    uint16_t four;
+    std::memcpy(&four, at, 2);
+    const uint32_t code = static_cast<uint32_t>((word + 8) & 0xf) << (3 + 4 * (line % 4));
+    four = static_cast<uint16_t>(four | code | code >> 16);
+    std::memcpy(at, &four, 2);
+  }
+  static inline void widen(const uint8_t* from, __m512i* lines) {
+    const __m512i mantissa = _mm512_set1_epi16(0x78), sixteen = _mm512_set1_epi16(0x4180);
+    const auto number = [&](__m512i words) {
+      return _mm512_ternarylogic_epi32(words, mantissa, sixteen, 0xea);  // (a & b) | c
+    };
+    const __m512i words = _mm512_loadu_si512(from);
+    lines[0] = number(words);
+    lines[1] = number(_mm512_srli_epi16(words, 4));
+    lines[2] = number(_mm512_srli_epi16(words, 8));
+    lines[3] = number(_mm512_shldi_epi16(words, words, 4));
+  }
+};
+
+// ``lines`` of bf16 from codes.
+template <class F>
+inline void widen(const uint8_t* codes, int64_t lines, uint8_t* to) {
+  for (int64_t line = 0; line < lines; line += F::LINES, codes += F::LINES * F::BYTES / SIDE) {
+    __m512i wide[F::LINES];
+    F::widen(codes, wide);
+    for (int64_t i = 0; i < F::LINES; i++, to += LINE) _mm512_store_si512(to, wide[i]);
+  }
+}
+
+// (N, K) as int16 (bits of bf16), int8 (codes of 8 or 4 bits) or uint8 (bits of e4m3) -> the bytes of all panels.
+template <class F>
+at::Tensor pack_panels(const at::Tensor& weight) {
+  const int64_t out = weight.size(0), in = weight.size(1), size = weight.element_size();
+  const int64_t sides = padded(out, UNIT) / SIDE, steps = padded(in, F::K) / F::K;
+  const uint8_t* from = static_cast<const uint8_t*>(weight.data_ptr());
+  at::Tensor codes = huge_bytes(sides * steps * F::BYTES);
+  uint8_t* to = codes.data_ptr<uint8_t>();
+  at::parallel_for(0, sides, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t side = begin; side < end; side++)
+      for (int64_t s = 0; s < steps; s++) {
+        uint8_t* tile = to + ((side / 2 * steps + s) * 2 + side % 2) * F::BYTES;
+        for (int64_t n = 0; n < SIDE; n++)
+          for (int64_t k = 0; k < F::K; k++) {
+            const int64_t row = side * SIDE + n, column = s * F::K + k;
+            uint16_t word = 0;
+            if (row < out && column < in) std::memcpy(&word, from + (row * in + column) * size, size);
+            F::put(tile, k, n, word);
+          }
+      }
+  });
+  return codes;
+}
+
+}  // namespace trtkit
+#endif
