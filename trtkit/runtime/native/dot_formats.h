@@ -12,7 +12,7 @@ namespace trtkit::dots {
 struct Looked {
   static constexpr int64_t K = 32, BYTES = TILE / 2, LINES = 2;
   static constexpr bool WIDENED = true, INTEGER = false;
-  // Where ``widen`` interleaves the halves, it does so in each 128 bits.
+  // Halves are interleaved in each 128 bits.
   static inline uint8_t* place(uint8_t* tile, int64_t k, int64_t n) {
     const int64_t line = k / 2;
     return tile + line / 2 * LINE + n / 4 * 16 + line % 2 * 8 + n % 4 * 2 + k % 2;
@@ -20,15 +20,19 @@ struct Looked {
   struct Table {
     alignas(64) uint8_t upper[128], lower[128];
   };
-  static inline void widen(const Table& table, const uint8_t* from, __m512i* lines) {
+  struct Halves {
+    __m512i lower, upper;
+  };
+  static inline Halves look(const Table& table, const uint8_t* from) {
     const __m512i codes = _mm512_loadu_si512(from), sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    const auto look = [&](const uint8_t* half) {
+    const auto among = [&](const uint8_t* half) {
       return _mm512_permutex2var_epi8(_mm512_load_si512(half), codes, _mm512_load_si512(half + LINE));
     };
-    const __m512i lower = look(table.lower);
-    const __m512i upper = _mm512_ternarylogic_epi32(look(table.upper), codes, sign, 0xf8);  // a | (b & c)
-    lines[0] = _mm512_unpacklo_epi8(lower, upper);
-    lines[1] = _mm512_unpackhi_epi8(lower, upper);
+    return {among(table.lower), _mm512_ternarylogic_epi32(among(table.upper), codes, sign, 0xf8)};  // a | (b & c)
+  }
+  template <int I>
+  static inline __m512i line(const Halves& held) {
+    return I == 0 ? _mm512_unpacklo_epi8(held.lower, held.upper) : _mm512_unpackhi_epi8(held.lower, held.upper);
   }
 };
 
@@ -54,9 +58,9 @@ struct Int8 : Looked {
   static void put(uint8_t* tile, int64_t k, int64_t n, uint16_t word) {
     *place(tile, k, n) = static_cast<uint8_t>(word & 0x80 ? word ^ 0x7f : word);
   }
-  static inline void widen(const uint8_t* from, __m512i* lines) {
+  static inline Halves hold(const uint8_t* from) {
     static constexpr Table table = looked([](int code) { return whole_bf16(2 * code + 1); });
-    Looked::widen(table, from, lines);
+    return look(table, from);
   }
 };
 
@@ -64,14 +68,14 @@ struct Int8 : Looked {
 struct Fp8 : Looked {
   static constexpr float OFFSET = 0.0f, STEP = 1.0f;
   static void put(uint8_t* tile, int64_t k, int64_t n, uint16_t word) { *place(tile, k, n) = static_cast<uint8_t>(word); }
-  static inline void widen(const uint8_t* from, __m512i* lines) {
+  static inline Halves hold(const uint8_t* from) {
     static constexpr Table table = looked([](int code) {
       const int mantissa = code & 7, exponent = code >> 3;
       if (code == 0) return uint16_t{0};
       if (exponent == 0) return static_cast<uint16_t>(whole_bf16(mantissa) - (9 << 7));
       return static_cast<uint16_t>((exponent + 120) << 7 | mantissa << 4);
     });
-    Looked::widen(table, from, lines);
+    return look(table, from);
   }
 };
 
@@ -83,6 +87,9 @@ struct Int8Codes {
   static void put(uint8_t* tile, int64_t k, int64_t n, uint16_t word) {
     tile[k / 4 * LINE + n * 4 + k % 4] = static_cast<uint8_t>(word ^ 0x80);
   }
+  static inline __m512i hold(const uint8_t* from) { return _mm512_load_si512(from); }
+  template <int>
+  static inline __m512i line(__m512i held) { return held; }
 };
 
 }  // namespace trtkit::dots

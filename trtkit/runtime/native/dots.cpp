@@ -26,8 +26,10 @@ using namespace trtkit;
 using namespace trtkit::dots;
 
 constexpr int MOST = 12;        // rows of one pass: two sums for each stay in registers
-constexpr int DIRECT = 8;       // rows of one pass that widens codes as it reads them
-constexpr int64_t PIECE = 256;  // inputs of a panel widened at once: 16 KB of bf16
+constexpr int DIRECT = 2;       // passes that each widen codes on the way; more of them leave them in the room
+// Inputs of a panel multiplied with all rows before the next ones. Widened they fit into the first-level cache.
+template <class F>
+constexpr int64_t PIECE = F::WIDENED ? 256 : 1024;
 constexpr int64_t DWORD = 4;    // bytes of x that one lane's instruction takes
 
 struct Job {
@@ -48,14 +50,20 @@ struct Ahead {
   const uint8_t *at, *end;
   int64_t each;
   inline void some() {
-    for (int64_t asked = 0; asked < each && at < end; asked += LINE, at += LINE) _mm_prefetch(at, _MM_HINT_T0);
+    for (int64_t asked = 0; asked < each && at < end; asked += LINE, at += LINE) _mm_prefetch(at, _MM_HINT_T1);
   }
 };
 
 template <class F>
-inline constexpr int64_t line_bytes = F::BYTES / SIDE;
-template <class F>
 inline constexpr int64_t line_inputs = F::K / SIDE;
+
+// A sum without what it is too large by, ``own``: the bits of a float where sums are.
+template <class F>
+inline __m512 exact(__m512i sum, int32_t own) {
+  if constexpr (F::INTEGER) return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(own)));
+  const __m512 number = _mm512_castsi512_ps(sum);
+  return F::OFFSET == 0.0f ? number : _mm512_sub_ps(number, _mm512_castsi512_ps(_mm512_set1_epi32(own)));
+}
 
 template <bool INTEGER>
 inline __m512i add_product(__m512i sum, __m512i weights, __m512i x) {
@@ -65,66 +73,76 @@ inline __m512i add_product(__m512i sum, __m512i weights, __m512i x) {
   return _mm512_castps_si512(added);
 }
 
-// Sums (R, 2) in ``part`` += x times a piece of a panel: ``tiles`` pairs of tiles, as stored or, WIDE, bf16 in the room.
-template <class F, int R, bool WIDE>
-inline void multiply(const uint8_t* codes, const uint8_t* x, int64_t tiles, __m512i* part, Ahead& ahead) {
-  constexpr bool HERE = F::WIDENED && !WIDE;
-  constexpr int64_t FOUR = 4 * (HERE ? line_bytes<F> : LINE), APART = SIDE / 4 * FOUR;  // bytes of four lines; of a tile
+// A piece of a panel, all that a pass needs of it.
+struct Piece {
+  const uint8_t* codes;
+  int64_t tiles;   // pairs of them
+  uint8_t* room;   // for its weights as bf16
+  bool first, last;  // of a group
+  const float* scale;
+};
+
+enum Source { CODES, CODES_TO_ROOM, ROOM };  // where weights come from; they may be left for the passes that follow
+
+// totals (R, 2) += x times a piece; sums of a group that is not complete wait in ``part``.
+template <class F, int R, Source FROM>
+void multiply(const Piece& piece, const uint8_t* x, const int32_t* own, __m512i* part, __m512* totals, Ahead& ahead) {
+  using From = std::conditional_t<FROM == ROOM, Bf16, F>;
+  constexpr int64_t BYTES = From::LINES * From::BYTES / SIDE;  // of one load
+  const uint8_t* codes = FROM == ROOM ? piece.room : piece.codes;
+  uint8_t* room = piece.room;
   __m512i sums[R][2];
 #pragma GCC unroll 12
-  for (int r = 0; r < R; r++) sums[r][0] = part[2 * r], sums[r][1] = part[2 * r + 1];
-  for (int64_t t = 0; t < tiles; t++, codes += APART)
-    for (int64_t i = 0; i < SIDE / 4; i++, codes += FOUR, x += 4 * R * DWORD) {
+  for (int r = 0; r < R; r++)
+    for (int side = 0; side < 2; side++) sums[r][side] = piece.first ? _mm512_setzero_si512() : part[2 * r + side];
+  for (int64_t t = 0; t < piece.tiles; t++, codes += From::BYTES, room += TILE)
+    for (int64_t at = 0; at < SIDE; at += 4) {
       ahead.some();
-      __m512i weights[2][4];
-#pragma GCC unroll 2
-      for (int side = 0; side < 2; side++) {
-        const uint8_t* from = codes + side * APART;
-        if constexpr (HERE) {
 #pragma GCC unroll 4
-          for (int line = 0; line < 4; line += F::LINES) F::widen(from + line * line_bytes<F>, weights[side] + line);
-        } else {
-#pragma GCC unroll 4
-          for (int line = 0; line < 4; line++) weights[side][line] = _mm512_load_si512(from + line * LINE);
-        }
+      for (int load = 0; load < 4; load += From::LINES, codes += BYTES) {
+        const auto left = From::hold(codes), right = From::hold(codes + From::BYTES);
+        const auto take = [&]<int I>() __attribute__((always_inline)) {
+          const __m512i weights[2] = {From::template line<I>(left), From::template line<I>(right)};
+          if constexpr (FROM == CODES_TO_ROOM) {
+            _mm512_store_si512(room, weights[0]);
+            _mm512_store_si512(room + TILE, weights[1]);
+            room += LINE;
+          }
+#pragma GCC unroll 12
+          for (int r = 0; r < R; r++, x += DWORD) {
+            int32_t word;
+            std::memcpy(&word, x, DWORD);
+            const __m512i all = _mm512_set1_epi32(word);
+            sums[r][0] = add_product<F::INTEGER>(sums[r][0], weights[0], all);
+            sums[r][1] = add_product<F::INTEGER>(sums[r][1], weights[1], all);
+          }
+        };
+        [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+          (take.template operator()<I>(), ...);
+        }(std::make_integer_sequence<int, From::LINES>{});
       }
-#pragma GCC unroll 4
-      for (int line = 0; line < 4; line++)
-#pragma GCC unroll 12
-        for (int r = 0; r < R; r++) {
-          int32_t word;
-          std::memcpy(&word, x + (line * R + r) * DWORD, DWORD);
-          const __m512i all = _mm512_set1_epi32(word);
-          sums[r][0] = add_product<F::INTEGER>(sums[r][0], weights[0][line], all);
-          sums[r][1] = add_product<F::INTEGER>(sums[r][1], weights[1][line], all);
-        }
     }
+  if (piece.last) {
+    const __m512 scales[2] = {_mm512_loadu_ps(piece.scale), _mm512_loadu_ps(piece.scale + SIDE)};
 #pragma GCC unroll 12
-  for (int r = 0; r < R; r++) part[2 * r] = sums[r][0], part[2 * r + 1] = sums[r][1];
-}
-
-template <class F, bool WIDE>
-inline void multiply_rows(
-    int64_t rows, const uint8_t* codes, const uint8_t* x, int64_t tiles, __m512i* part, Ahead& ahead) {
-  using Pass = void (*)(const uint8_t*, const uint8_t*, int64_t, __m512i*, Ahead&);
-  constexpr auto passes = []<int... R>(std::integer_sequence<int, R...>) {
-    return std::array<Pass, sizeof...(R)>{multiply<F, R + 1, WIDE>...};
-  }(std::make_integer_sequence<int, MOST>{});
-  passes[rows - 1](codes, x, tiles, part, ahead);
-}
-
-// totals (rows, 2) += scale * (the sums of a group - what they are too large by)
-template <class F>
-inline void add_scaled(__m512* totals, const __m512i* part, const float* scale, const int32_t* own, int64_t rows) {
-  const __m512 scales[2] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + SIDE)};
-  for (int64_t i = 0; i < 2 * rows; i++) {
-    __m512 sum;
-    const __m512i off = _mm512_set1_epi32(own[i / 2]);
-    if constexpr (F::INTEGER) sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(part[i], off));
-    else if constexpr (F::OFFSET != 0.0f) sum = _mm512_sub_ps(_mm512_castsi512_ps(part[i]), _mm512_castsi512_ps(off));
-    else sum = _mm512_castsi512_ps(part[i]);
-    totals[i] = _mm512_fmadd_ps(sum, scales[i % 2], totals[i]);
+    for (int r = 0; r < R; r++)
+      for (int side = 0; side < 2; side++)
+        totals[2 * r + side] = _mm512_fmadd_ps(exact<F>(sums[r][side], own[r]), scales[side], totals[2 * r + side]);
+  } else {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+      for (int side = 0; side < 2; side++) part[2 * r + side] = sums[r][side];
   }
+}
+
+template <class F, Source FROM>
+inline void multiply_rows(
+    int64_t rows, const Piece& piece, const uint8_t* x, const int32_t* own, __m512i* part, __m512* totals, Ahead& ahead) {
+  using Pass = void (*)(const Piece&, const uint8_t*, const int32_t*, __m512i*, __m512*, Ahead&);
+  static constexpr auto passes = []<int... R>(std::integer_sequence<int, R...>) {
+    return std::array<Pass, MOST>{multiply<F, R + 1, FROM>...};
+  }(std::make_integer_sequence<int, MOST>{});
+  passes[rows - 1](piece, x, own, part, totals, ahead);
 }
 
 inline void start(const Job& job, int64_t panel, __m512* totals) {
@@ -144,29 +162,30 @@ inline void finish(const Job& job, int64_t panel, const __m512* totals) {
 // All rows against one panel. ``part`` and ``totals``: (rows, 2) each.
 template <class F>
 void take_panel(const Job& job, int64_t panel, uint8_t* room, __m512i* part, __m512* totals) {
-  const bool wide = F::WIDENED && (job.passes > 1 || job.rows > DIRECT);
-  const uint8_t* codes = job.codes + panel * job.bytes;
+  const uint8_t *codes = job.codes + panel * job.bytes, *end = job.codes + job.panels * job.bytes;
   start(job, panel, totals);
-  int64_t at = 0;  // input
-  for (int64_t g = 0; g < job.groups; g++) {
-    std::fill(part, part + 2 * job.rows, _mm512_setzero_si512());
-    for (const int64_t end = at + job.group; at < end;) {
-      const int64_t inputs = std::min(PIECE, end - at), tiles = inputs / F::K, bytes = tiles * 2 * F::BYTES;
-      if constexpr (F::WIDENED)
-        if (wide) widen<F>(codes, 2 * tiles * SIDE, room);
-      // The next piece of this panel or, the panels being neighbours, of the next one; one more if they are small.
-      const uint8_t* next = std::min(codes + bytes, job.codes + job.panels * job.bytes);
+  for (int64_t g = 0, at = 0; g < job.groups; g++) {
+    const int32_t* own = job.own + g * job.rows;
+    for (const int64_t from = at, upto = at + job.group; at < upto;) {
+      const int64_t inputs = std::min(PIECE<F>, upto - at), tiles = inputs / F::K, bytes = tiles * 2 * F::BYTES;
+      const Piece piece{codes, tiles, room, at == from, at + inputs == upto, job.scale + (g * job.panels + panel) * PANEL};
+      // What comes next, in this panel or, they being neighbours, in the next one.
       const int64_t fours = tiles * SIDE / 4 * job.passes;
-      Ahead ahead{next, std::min(next + bytes, job.codes + job.panels * job.bytes), padded((bytes + fours - 1) / fours, LINE)};
+      Ahead ahead{std::min(codes + bytes, end), std::min(codes + 2 * bytes, end), padded((bytes + fours - 1) / fours, LINE)};
       for (int64_t pass = 0; pass < job.passes; pass++) {
         const int64_t row = job.first(pass), rows = job.first(pass + 1) - row;
         const uint8_t* x = job.x + (row * job.in + at * rows) * (DWORD / line_inputs<F>);
-        if (wide) multiply_rows<F, true>(rows, room, x, tiles, part + 2 * row, ahead);
-        else multiply_rows<F, false>(rows, codes, x, tiles, part + 2 * row, ahead);
+        const auto multiply_from = [&]<Source FROM>() {
+          multiply_rows<F, FROM>(rows, piece, x, own + row, part + 2 * row, totals + 2 * row, ahead);
+        };
+        if (!F::WIDENED || job.passes <= DIRECT) multiply_from.template operator()<CODES>();
+        else if constexpr (F::WIDENED) {
+          if (pass == 0) multiply_from.template operator()<CODES_TO_ROOM>();
+          else multiply_from.template operator()<ROOM>();
+        }
       }
       codes += bytes, at += inputs;
     }
-    add_scaled<F>(totals, part, job.scale + (g * job.panels + panel) * PANEL, job.own + g * job.rows, job.rows);
   }
   finish(job, panel, totals);
 }
@@ -181,7 +200,7 @@ void run(const Job& job) {
   const int64_t work = PANEL * job.in * job.rows, grain = std::max<int64_t>(1, 262144 / work);
   at::parallel_for(0, job.panels, grain, [&](int64_t from, int64_t to) {
     static thread_local std::vector<uint8_t> memory;
-    const int64_t wide = F::WIDENED ? PIECE * PANEL * 2 : 0, sums = job.rows * 2 * LINE;
+    const int64_t wide = F::WIDENED ? PIECE<F> * PANEL * 2 : 0, sums = job.rows * 2 * LINE;
     uint8_t* room = aligned(memory, wide + 2 * sums);
     __m512i* part = reinterpret_cast<__m512i*>(room + wide);
     for (int64_t panel = from; panel < to; panel++)

@@ -30,7 +30,7 @@ struct Fp8 {
   }
   // e4m3 to bf16: the seven bits below the sign move by four and the exponent's bias grows by 120, apart from the seven
   // subnormal numbers, m * 2^-9, which are looked up.
-  static inline void widen(const uint8_t* from, __m512i* line) {
+  static inline __m512i hold(const uint8_t* from) {
     const __m512i small =
         _mm512_zextsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
     const __m512i magnitude = _mm512_set1_epi16(0x7f0), bias = _mm512_set1_epi16(120 << 7);
@@ -40,8 +40,10 @@ struct Fp8 {
     const __mmask32 subnormal = _mm512_cmplt_epu16_mask(moved, normal);
     __m512i out = _mm512_add_epi16(moved, bias);
     out = _mm512_mask_permutexvar_epi16(out, subnormal, words, small);
-    *line = _mm512_ternarylogic_epi32(out, _mm512_slli_epi16(words, 8), sign, 0xf8);  // a | (b & c)
+    return _mm512_ternarylogic_epi32(out, _mm512_slli_epi16(words, 8), sign, 0xf8);  // a | (b & c)
   }
+  template <int>
+  static inline __m512i line(__m512i held) { return held; }
 };
 
 // Tiles that a row of x fills.

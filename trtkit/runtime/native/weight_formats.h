@@ -2,8 +2,8 @@
 //
 // A tile of weights has 16 outputs and 16 lines of 64 bytes: two inputs of each output in a line for bf16, four for int8.
 // The tiles of 32 outputs, a panel, take turns in memory. A format's K: inputs of a tile. BYTES: of a tile in memory.
-// LINES: lines that come out of one load, where codes are widened to bf16 on the way (WIDENED, exactly). INTEGER: sums are
-// integers. OFFSET: what a widened weight is too large by. ``put`` writes one weight into a tile.
+// LINES: lines that come out of one load, ``hold``, one by one, ``line``. WIDENED: as bf16 made of codes, exactly. INTEGER:
+// sums are integers. OFFSET: what a widened weight is too large by. ``put`` writes one weight into a tile.
 #pragma once
 
 #include "lines.h"
@@ -12,6 +12,7 @@
 #include <ATen/Parallel.h>
 
 #include <cstring>
+#include <utility>
 
 #include "activations.h"
 #include "huge_pages.h"
@@ -28,6 +29,9 @@ struct Bf16 {
   static void put(uint8_t* tile, int64_t k, int64_t n, uint16_t word) {
     std::memcpy(tile + k / 2 * LINE + n * 4 + k % 2 * 2, &word, 2);
   }
+  static inline __m512i hold(const uint8_t* from) { return _mm512_load_si512(from); }
+  template <int>
+  static inline __m512i line(__m512i held) { return held; }
 };
 
 // Widened to 16 + (code + 8), whose bits are those of the code next to a constant: seven instructions for 128 weights, and
@@ -47,26 +51,23 @@ struct Int4 {
     four = static_cast<uint16_t>(four | code | code >> 16);
     std::memcpy(at, &four, 2);
   }
-  static inline void widen(const uint8_t* from, __m512i* lines) {
+  static inline __m512i hold(const uint8_t* from) { return _mm512_loadu_si512(from); }
+  template <int I>
+  static inline __m512i line(__m512i held) {
     const __m512i mantissa = _mm512_set1_epi16(0x78), sixteen = _mm512_set1_epi16(0x4180);
-    const auto number = [&](__m512i words) {
-      return _mm512_ternarylogic_epi32(words, mantissa, sixteen, 0xea);  // (a & b) | c
-    };
-    const __m512i words = _mm512_loadu_si512(from);
-    lines[0] = number(words);
-    lines[1] = number(_mm512_srli_epi16(words, 4));
-    lines[2] = number(_mm512_srli_epi16(words, 8));
-    lines[3] = number(_mm512_shldi_epi16(words, words, 4));
+    const __m512i moved = I == 0 ? held : I == 3 ? _mm512_shldi_epi16(held, held, 4) : _mm512_srli_epi16(held, 4 * I);
+    return _mm512_ternarylogic_epi32(moved, mantissa, sixteen, 0xea);  // (a & b) | c
   }
 };
 
 // ``lines`` of bf16 from codes.
 template <class F>
 inline void widen(const uint8_t* codes, int64_t lines, uint8_t* to) {
-  for (int64_t line = 0; line < lines; line += F::LINES, codes += F::LINES * F::BYTES / SIDE) {
-    __m512i wide[F::LINES];
-    F::widen(codes, wide);
-    for (int64_t i = 0; i < F::LINES; i++, to += LINE) _mm512_store_si512(to, wide[i]);
+  for (int64_t first = 0; first < lines; first += F::LINES, codes += F::LINES * F::BYTES / SIDE, to += F::LINES * LINE) {
+    const auto held = F::hold(codes);
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+      (_mm512_store_si512(to + I * LINE, F::template line<I>(held)), ...);
+    }(std::make_integer_sequence<int, F::LINES>{});
   }
 }
 
