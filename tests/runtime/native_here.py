@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trtkit.quant.tensor import LinearWeights
 from trtkit.runtime.native import loader
-from trtkit.runtime.native.linear import Product
+from trtkit.runtime.native.linear import Product, kind_of
 
 
 def need_kernels() -> None:
@@ -15,9 +16,10 @@ def need_kernels() -> None:
         pytest.skip("no compiler, or a CPU without AVX2")
 
 
-def need_product(product: Product) -> None:
-    """Skip on a CPU without AMX (tiles), or without BF16 in AVX512 (dots). The kernels must be loaded."""
-    if product == "tiles" and not torch.ops.trtkit_cpu.tiles_ready():
+def need_product(product: Product, weights: LinearWeights | None = None) -> None:
+    """Skip on a CPU without AMX (tiles), or without BF16 in AVX512 (dots; codes of x want VNNI only)."""
+    ops = torch.ops.trtkit_cpu
+    if product == "tiles" and not ops.tiles_ready():
         pytest.skip("a CPU without AMX")
-    if product == "dots" and not torch.ops.trtkit_cpu.dots_ready():
+    if product == "dots" and not ops.dots_ready(0 if weights is None else kind_of(weights)):
         pytest.skip("a CPU without AVX512 and its BF16, VNNI and VBMI")

@@ -60,8 +60,7 @@ def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     need_kernels()
     need_product(request.param)
     monkeypatch.setattr(kernels, "_loaded", True)
-    monkeypatch.setattr(linear, "packed_products", lambda _: [request.param])
-    monkeypatch.setattr(linear, "_has_onednn_bf16", lambda: False)
+    monkeypatch.setattr(linear, "packed_product", lambda _: request.param)
 
 
 def _model(directory: Path, precision: str = "bf16") -> DecoderModel:
@@ -126,8 +125,7 @@ def test_a_cache_that_the_kernels_do_not_read_takes_the_long_way(tmp_path: Path)
 
 
 def test_without_packed_products_there_is_no_such_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "packed_products", lambda _: ["panels"])
-    monkeypatch.setattr(linear, "_has_onednn_bf16", lambda: True)
+    monkeypatch.setattr(linear, "loaded", lambda: False)
     model = _model(save_tiny(tmp_path, dtype=torch.bfloat16))
     assert model.native
     assert model.native_layers is None

@@ -6,7 +6,7 @@ All kinds, on whatever CPU has the instructions: ``panels`` (AVX2 or AVX512), ``
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -23,9 +23,9 @@ from trtkit.quant.tensor import (
     quantize_int8,
 )
 from trtkit.runtime import linear
-from trtkit.runtime.native.linear import PACKERS, Product, dot_linear, packed_products, tile_linear
+from trtkit.runtime.native.linear import PACKERS, Product, packed_product
+from trtkit.runtime.native.packed import PackedLinear
 
-Linear = Callable[[LinearWeights], Callable[[Tensor], Tensor]]
 KINDS = ["bf16", "int8", "int8-sq", "fp8", "fp8-weights", "int4"]
 # Whole panels, part of a panel, less than one; widths of no multiple of 4; several pieces of 256; one group.
 SHAPES = [(384, 256), (130, 333), (7, 30), (66, 1100), (64, 128)]
@@ -36,10 +36,20 @@ def _kernels() -> None:
     need_kernels()
 
 
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """Weights to a kernel; skips where this CPU has none for them."""
+
+    product: Product
+
+    def __call__(self, weights: LinearWeights) -> PackedLinear:
+        need_product(self.product, weights)
+        return PACKERS[self.product](weights)
+
+
 @pytest.fixture(params=["panels", "dots", "tiles"])
 def linear_of(request: pytest.FixtureRequest) -> Linear:
-    need_product(request.param)
-    return PACKERS[cast(Product, request.param)]
+    return Linear(request.param)
 
 
 def _weights(kind: str, out: int, width: int, *, plain: bool = False) -> LinearWeights:
@@ -76,8 +86,8 @@ def test_every_format_and_row_count_matches_the_definition(
     weights = _weights(kind, *shape, plain=plain)
     kernel = linear_of(weights)
     # Where bf16 is multiplied, pre_scale * x is rounded once more, to half of 2^-8 each.
-    codes = {dot_linear: ("int8-sq",), tile_linear: ("int8", "int8-sq")}
-    rounded_input = not plain and linear_of in codes and kind not in codes[linear_of]
+    as_they_are = {"panels": KINDS, "dots": ["int8-sq"], "tiles": ["int8", "int8-sq"]}
+    rounded_input = not plain and kind not in as_they_are[linear_of.product]
     spread = 2**-7 if rounded_input else 1e-3
     for rows in (1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 20, 32, 33, 121):
         x = _input(rows, weights)
@@ -190,30 +200,20 @@ def _exact(x: Tensor, weights: LinearWeights) -> Tensor:
     return x.double() @ (weights.weight.data.double() * scale.double()[:, None]).T
 
 
-@pytest.mark.parametrize(
-    ("product", "onednn", "packed"),
-    [("panels", True, False), ("panels", False, True), ("dots", True, True), ("tiles", True, True)],
-)
-def test_a_product_is_packed_where_onednn_is_not_better(
-    product: Product, onednn: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_products_are_packed_for_bf16_once_the_kernels_are_loaded(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen: list[LinearWeights] = []
-    monkeypatch.setattr(linear, "_has_onednn_bf16", lambda: onednn)
-    monkeypatch.setattr(linear, "_matmul", lambda *_, **__: lambda x: x)
     monkeypatch.setattr(linear, "loaded", lambda: True)
-    monkeypatch.setattr(linear, "packed_products", lambda _weights: [product])
-    monkeypatch.setattr(linear, "PACKERS", {product: lambda weights: chosen.append(weights)})
-    weights = _weights("bf16", 64, 128)
-    linear.runtime_linear(weights, device=torch.device("cpu"), dtype=torch.bfloat16)
-    linear.runtime_linear(weights, device=torch.device("cpu"), dtype=torch.float32)
-    assert len(chosen) == int(packed)
+    made = [linear.runtime_linear(_weights(kind, 64, 128), device=torch.device("cpu"), dtype=dtype) for kind in KINDS]
+    assert [isinstance(kernel, PackedLinear) for kernel in made] == [dtype == torch.bfloat16] * len(KINDS)
 
 
 def test_groups_of_no_whole_tiles_and_very_wide_codes_take_panels() -> None:
     """A tile holds 32 inputs; int32 sums of codes hold 65,535 products."""
     odd = quantize_int4(torch.randn(64, 192), group_size=48)
-    assert packed_products(LinearWeights(weight=odd)) == ["panels"]
+    assert packed_product(LinearWeights(weight=odd)) == "panels"
     wide = QuantTensor(
         data=torch.zeros(1, 2**16, dtype=torch.int8), scale=torch.ones(1), format="int8", shape=(1, 2**16)
     )
-    assert packed_products(LinearWeights(weight=wide)) == ["panels"]
+    assert packed_product(LinearWeights(weight=wide)) == "panels"

@@ -1,11 +1,9 @@
 """The matrix product against a stored weight, by the best kernel measured for the device and the row count.
 
-CPU, bfloat16: our own C++ kernels (``native/linear.py``) with matrix units (AMX) or vectors that multiply bf16 (AVX512
-with BF16), and without anything that is fast at it (AVX2), where torch falls back to slow loops. In between (AVX512
-without BF16), and without a compiler, oneDNN: prepacked bf16 weights for any row count; int8 and int4 read their
-packed codes while there are few rows (a decode step of a few sequences is bound by weight traffic) and expanded ones
-above; W8A8 runs oneDNN's int8 product; fp8 has no kernel there, its codes are expanded once at load (e4m3 values are
-exact in bf16).
+CPU, bfloat16: our own C++ kernels (``native/linear.py``). Without a compiler, oneDNN where it has bf16 (AVX512): packed
+bf16 weights for any row count; int8 and int4 read their packed codes while there are few rows (a decode step of a few
+sequences is bound by weight traffic) and expanded ones above; W8A8 runs oneDNN's int8 product; fp8 has no kernel there,
+its codes are expanded once at load (e4m3 values are exact in bf16).
 CUDA, bfloat16: ``cuda/linear.py``.
 Everything else (float32, no compiler, odd shapes on CUDA) multiplies expanded codes: the same numbers, plainly.
 
@@ -25,8 +23,8 @@ from torch import Tensor
 
 from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import FP8_MAX, LinearWeights, dequantize
-from trtkit.runtime.native.kernels import activation_codes, loaded
-from trtkit.runtime.native.linear import PACKERS, packed_products
+from trtkit.runtime.native.kernels import loaded
+from trtkit.runtime.native.linear import PACKERS, packed_product
 
 __all__ = ["Kernel", "runtime_linear"]
 
@@ -50,11 +48,9 @@ def runtime_linear(weights: LinearWeights, *, device: torch.device, dtype: torch
             return on_cuda
     kind = weights.weight.format
     cpu = device.type == "cpu" and dtype == torch.bfloat16
-    onednn = cpu and _has_onednn_bf16()
     if cpu and loaded():
-        product = packed_products(weights)[0]
-        if product != "panels" or not onednn:
-            return PACKERS[product](weights)
+        return PACKERS[packed_product(weights)](weights)
+    onednn = cpu and _has_onednn_bf16()
     if kind == "int8" and weights.input_scale is not None and onednn:
         kernel = _w8a8_onednn(weights)
     else:
@@ -134,15 +130,11 @@ def _w8a8_onednn(weights: LinearWeights) -> Kernel:
     scale, zeros = weight.scale.float(), torch.zeros(weight.shape[0], dtype=torch.int32)
     bias = None if weights.bias is None else weights.bias.float()
     inverse, step_value = 1 / step, float(step)
-    native, inverse_value = loaded(), float(inverse)
     product = torch.ops.onednn.qlinear_pointwise
 
     def run(x: Tensor) -> Tensor:
         # Unsigned codes with zero point 128: signed ones have no kernel on CPUs without AMX (100x slower there).
-        if native:
-            codes = activation_codes(x, inverse_value)
-        else:
-            codes = (x.float() * inverse).round_().add_(128).clamp_(0, 255).to(torch.uint8)
+        codes = (x.float() * inverse).round_().add_(128).clamp_(0, 255).to(torch.uint8)
         out: Tensor = product(
             codes, step_value, 128, packed, scale, zeros, bias, 1.0, 0, torch.bfloat16, "none", [], ""
         )

@@ -8,6 +8,7 @@
 
 namespace trtkit::dots {
 
+#ifdef TRTKIT_BF16_DOTS
 // A code's seven lower bits are looked up, its sign bit is carried over. A line of 64 codes holds two widened ones.
 struct Looked {
   static constexpr int64_t K = 32, BYTES = TILE / 2, LINES = 2;
@@ -78,6 +79,7 @@ struct Fp8 : Looked {
     return look(table, from);
   }
 };
+#endif
 
 // The instruction multiplies bytes without a sign, here code + 128, with signed ones, here x rounded to codes.
 struct Int8Codes {

@@ -1,5 +1,5 @@
 // The matrix product y (T, N) = x (T, K) W^T on a CPU whose vectors multiply pairs of bf16 or fours of bytes and add them
-// up (AVX512 with BF16 and VNNI, no matrix units).
+// up (AVX512 with BF16 and VNNI, no matrix units). With VNNI alone there are int8 weights and codes of x only.
 //
 // A vector holds 16 outputs, one number of x meets all of them: each output is a lane's chain of additions over K, in
 // order, whatever the number of rows. Few rows widen codes in registers as they read them; for more, a piece of a panel
@@ -145,6 +145,23 @@ inline void multiply_rows(
   passes[rows - 1](piece, x, own, part, totals, ahead);
 }
 
+// To nearest even.
+inline __m512i to_bf16(__m512 low, __m512 high) {
+#ifdef TRTKIT_BF16_DOTS
+  const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+  return reinterpret_cast<const __m512i&>(both);
+#else
+  const auto half = [](__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x), quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i out = _mm512_mask_mov_epi32(near, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16));
+  };
+  return _mm512_inserti64x4(_mm512_castsi256_si512(half(low)), half(high), 1);
+#endif
+}
+
 inline void start(const Job& job, int64_t panel, __m512* totals) {
   for (int64_t i = 0; i < 2 * job.rows; i++)
     totals[i] = job.bias ? _mm512_loadu_ps(job.bias + panel * PANEL + i % 2 * SIDE) : _mm512_setzero_ps();
@@ -153,10 +170,8 @@ inline void start(const Job& job, int64_t panel, __m512* totals) {
 inline void finish(const Job& job, int64_t panel, const __m512* totals) {
   const int64_t from = panel * PANEL, count = std::clamp<int64_t>(job.out - from, 0, PANEL);
   const __mmask32 inside = static_cast<__mmask32>((uint64_t{1} << count) - 1);
-  for (int64_t r = 0; r < job.rows; r++) {
-    const __m512bh line = _mm512_cvtne2ps_pbh(totals[2 * r + 1], totals[2 * r]);
-    _mm512_mask_storeu_epi16(job.y + r * job.out + from, inside, reinterpret_cast<const __m512i&>(line));
-  }
+  for (int64_t r = 0; r < job.rows; r++)
+    _mm512_mask_storeu_epi16(job.y + r * job.out + from, inside, to_bf16(totals[2 * r], totals[2 * r + 1]));
 }
 
 // All rows against one panel. ``part`` and ``totals``: (rows, 2) each.
@@ -241,8 +256,7 @@ void lay_row(const Job& job, const Input& in, const c10::BFloat16* x, float* lin
       };
       put(low, 0), put(high, 4);
     } else {
-      const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-      const __m512i& bits = reinterpret_cast<const __m512i&>(both);
+      const __m512i bits = to_bf16(low, high);
       _mm512_storeu_si512(words, bits);
       if (F::OFFSET != 0.0f && in.pre != nullptr) {  // rounded
         _mm512_storeu_ps(line + k, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16)));
@@ -308,12 +322,22 @@ enum Kind : int64_t { BF16 = 0, INT8 = 1, INT8_CODES = 2, FP8 = 3, INT4 = 4 };
 
 auto for_kind(int64_t kind, const auto& call) {
   switch (kind) {
+#ifdef TRTKIT_BF16_DOTS
     case BF16: return call(Bf16{});
     case INT8: return call(Int8{});
-    case INT8_CODES: return call(Int8Codes{});
     case FP8: return call(Fp8{});
-    default: TORCH_CHECK(kind == INT4, "trtkit_cpu: unknown format"); return call(Int4{});
+    case INT4: return call(Int4{});
+#endif
+    default: TORCH_CHECK(kind == INT8_CODES, "trtkit_cpu: no product for this format"); return call(Int8Codes{});
   }
+}
+
+bool dots_ready(int64_t kind) {
+#ifdef TRTKIT_BF16_DOTS
+  return kind >= BF16 && kind <= INT4;
+#else
+  return kind == INT8_CODES;
+#endif
 }
 
 // codes from ``pack_dots``; scale (G, N padded); bias (N padded); pre_scale (K).
@@ -355,10 +379,10 @@ TORCH_LIBRARY_FRAGMENT(trtkit_cpu, m) {
       "linear_dots(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? pre_scale, int kind, int out,"
       " int rounding, float inverse) -> Tensor",
       linear_dots);
-  m.def("dots_ready() -> bool", [] { return true; });
+  m.def("dots_ready(int kind) -> bool", dots_ready);
 }
 #else
 TORCH_LIBRARY_FRAGMENT(trtkit_cpu, m) {
-  m.def("dots_ready() -> bool", [] { return false; });
+  m.def("dots_ready(int kind) -> bool", [](int64_t) { return false; });
 }
 #endif

@@ -19,7 +19,6 @@ from trtkit.runtime.native import loader
 __all__ = [
     "DRAFT_ROWS",
     "NativePointwise",
-    "activation_codes",
     "attend",
     "attend_fits",
     "draft_chain",
@@ -123,9 +122,3 @@ def draft_chain(head: Drafter, table: Tensor) -> Callable[[Tensor, Tensor, int],
         return out
 
     return run
-
-
-def activation_codes(x: Tensor, inverse: float) -> Tensor:
-    """round(x * inverse) + 128, clamped to 0..255, as uint8: the codes of W8A8, exactly."""
-    out: Tensor = torch.ops.trtkit_cpu.codes(x.contiguous(), inverse)
-    return out

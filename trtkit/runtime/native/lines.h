@@ -1,10 +1,13 @@
 // What this CPU's vectors can do, and the pieces in which matrices lie in memory: lines, and tiles of lines.
 #pragma once
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
-#define TRTKIT_DOTS  // vectors multiply pairs of bf16 or fours of bytes, and add them up
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define TRTKIT_DOTS  // vectors multiply fours of bytes and add them up
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
+#define TRTKIT_BF16_DOTS  // and pairs of bf16
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define TRTKIT_TILES  // and there are matrix units (AMX)
+#endif
 #endif
 #include <immintrin.h>
 

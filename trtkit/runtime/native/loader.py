@@ -50,8 +50,8 @@ _FLAGS = (
 _OF_ONE_SOURCE = {"sampling.cpp": ("-ffp-contract=off",)}
 _LINK = ("-lc10", "-ltorch_cpu")
 _TIMEOUT_SECONDS = 600
-_DOTS = {"avx512_bf16", "avx512_vnni", "avx512vbmi", "avx512_vbmi2"}
-_MATRIX_UNITS = {*_DOTS, "amx_tile", "amx_bf16", "amx_int8"}
+_BF16_DOTS = {"avx512_bf16", "avx512_vnni", "avx512vbmi", "avx512_vbmi2"}
+_MATRIX_UNITS = {*_BF16_DOTS, "amx_tile", "amx_bf16", "amx_int8"}
 """What ``lines.h`` asks for."""
 
 
@@ -98,9 +98,7 @@ def kernels_here() -> str | None:
         return None
     if flags >= _MATRIX_UNITS:
         return "C++ kernels on matrix units (AMX)"
-    if flags >= _DOTS:
-        return "C++ kernels (AVX512 with BF16)"
-    return "C++ kernels, products by oneDNN" if vectors == "AVX512" else "C++ kernels (AVX2)"
+    return f"C++ kernels ({vectors}{' with BF16' if flags >= _BF16_DOTS else ''})"
 
 
 def _sources() -> list[Path]:

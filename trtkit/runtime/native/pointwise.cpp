@@ -1,4 +1,4 @@
-// Norms, rotation and activation codes, in one pass over their data each.
+// Norms and rotation, in one pass over their data each.
 #include "vectors.h"
 
 #include <cmath>
@@ -90,38 +90,6 @@ void rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t hea
   });
 }
 
-// round(x * inverse) + 128 as bytes: the unsigned activation codes of W8A8.
-Tensor codes(const Tensor& x, double inverse) {
-  TORCH_CHECK(x.is_contiguous());
-  Tensor out = at::empty(x.sizes(), x.options().dtype(at::kByte));
-  const float scale = static_cast<float>(inverse);
-  for_type(x, [&](auto tag) {
-    using E = decltype(tag);
-    const E* in = x.data_ptr<E>();
-    uint8_t* y = out.data_ptr<uint8_t>();
-    at::parallel_for(0, x.numel(), 32768, [&](int64_t from, int64_t to) {
-      typedef uint8_t codes_in_memory __attribute__((vector_size(W), aligned(1), may_alias));
-      int64_t i = from;
-      for (; i + W <= to; i += W) {
-        // Clamped first, which changes nothing between two whole numbers; then rounded by a number without fractions.
-        vec value = load(in + i) * scale;
-        value = value < -128.0f ? all(-128.0f) : value;
-        value = value > 127.0f ? all(127.0f) : value;
-        const vec whole = (value + 12582912.0f) - 12582912.0f;
-        *reinterpret_cast<codes_in_memory*>(y + i) =
-            __builtin_convertvector(__builtin_convertvector(whole, ivec) + 128, codes_in_memory);
-      }
-      for (; i < to; i++) {
-        float value = std::nearbyint(wide(in[i]) * scale) + 128.0f;
-        value = value < 0.0f ? 0.0f : value;
-        value = value > 255.0f ? 255.0f : value;
-        y[i] = static_cast<uint8_t>(static_cast<int32_t>(value));
-      }
-    });
-  });
-  return out;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(trtkit_cpu, m) {
@@ -130,5 +98,4 @@ TORCH_LIBRARY_FRAGMENT(trtkit_cpu, m) {
       "rotate(Tensor(a!) qkv, Tensor cos, Tensor sin, int heads, int kv_heads, Tensor? q_norm, Tensor? k_norm, float eps)"
       " -> ()",
       rotate);
-  m.def("codes(Tensor x, float inverse) -> Tensor", codes);
 }

@@ -34,6 +34,7 @@ struct Bf16 {
   static inline __m512i line(__m512i held) { return held; }
 };
 
+#ifdef TRTKIT_BF16_DOTS
 // Widened to 16 + (code + 8), whose bits are those of the code next to a constant: seven instructions for 128 weights, and
 // no lookup. The sums of x, times 24, are taken off the sums of a group.
 struct Int4 {
@@ -59,6 +60,7 @@ struct Int4 {
     return _mm512_ternarylogic_epi32(moved, mantissa, sixteen, 0xea);  // (a & b) | c
   }
 };
+#endif
 
 // ``lines`` of bf16 from codes.
 template <class F>
