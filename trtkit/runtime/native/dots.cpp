@@ -139,10 +139,11 @@ template <class F, Source FROM>
 inline void multiply_rows(
     int64_t rows, const Piece& piece, const uint8_t* x, const int32_t* own, __m512i* part, __m512* totals, Ahead& ahead) {
   using Pass = void (*)(const Piece&, const uint8_t*, const int32_t*, __m512i*, __m512*, Ahead&);
-  static constexpr auto passes = []<int... R>(std::integer_sequence<int, R...>) {
-    return std::array<Pass, MOST>{multiply<F, R + 1, FROM>...};
-  }(std::make_integer_sequence<int, MOST>{});
-  passes[rows - 1](piece, x, own, part, totals, ahead);
+  constexpr int LEAST = FROM == CODES ? 1 : MOST * DIRECT / (DIRECT + 1);  // more than DIRECT passes share the rows evenly
+  static constexpr auto passes = []<int... I>(std::integer_sequence<int, I...>) {
+    return std::array<Pass, sizeof...(I)>{multiply<F, LEAST + I, FROM>...};
+  }(std::make_integer_sequence<int, MOST - LEAST + 1>{});
+  passes[rows - LEAST](piece, x, own, part, totals, ahead);
 }
 
 // To nearest even.
