@@ -28,7 +28,7 @@ using namespace trtkit;
 using namespace trtkit::panels;
 constexpr int64_t UNIT = 4;           // panels that one thread takes at a time; N is padded to a multiple
 constexpr int64_t PIECE = 256;        // inputs widened at once: they, x's part and the sums fill 32 KiB
-constexpr int64_t FEW = 6;            // rows of one pass that widens the codes as it reads them
+constexpr int64_t FEW = ROWS;         // rows of one pass that widens the codes as it reads them
 constexpr int64_t BLOCK = 20 * ROWS;  // rows whose sums are open at once
 
 struct Job {
@@ -161,16 +161,14 @@ void widened(const Job& job, int64_t panel, float* room) {
   for (int64_t row = 0; row < job.rows; row++) finish(job, panel, row, total + row * PANEL);
 }
 
+// Up to FEW rows; one or two read several panels side by side.
 template <class F>
 void few(const Job& job, int64_t unit, int64_t row, int64_t count) {
-  switch (count) {
-    case 1: return direct<F, 1, F::PANELS>(job, unit, row);
-    case 2: return direct<F, 2, F::PANELS / 2>(job, unit, row);
-    case 3: return direct<F, 3, 1>(job, unit, row);
-    case 4: return direct<F, 4, 1>(job, unit, row);
-    case 5: return direct<F, 5, 1>(job, unit, row);
-    default: return direct<F, 6, 1>(job, unit, row);
-  }
+  if (count == 1) return direct<F, 1, F::PANELS>(job, unit, row);
+  if (count == 2) return direct<F, 2, F::PANELS / 2>(job, unit, row);
+  [&]<int... R>(std::integer_sequence<int, R...>) {
+    static_cast<void>(((count == R + 3 && (direct<F, R + 3, 1>(job, unit, row), true)) || ...));
+  }(std::make_integer_sequence<int, FEW - 2>{});
 }
 
 template <class F>

@@ -128,7 +128,7 @@ inline uint32_t placed(uint32_t code, int k) {
 
 // A lane's word: 4 inputs of one output, bytes code + 128, which come out as 1 + byte / 256.
 struct Int8 {
-  static constexpr int PANELS = 2, PASSES = SUBNORMAL ? 4 : 1;
+  static constexpr int PANELS = 2, PASSES = SUBNORMAL ? 4 : W == 16 ? 2 : 1;
   static constexpr int64_t BYTES = CHUNK * PANEL;
   static constexpr float STEP = SUBNORMAL ? 0x1p69f : 256, ZERO = SUBNORMAL ? 0x1p-126f : 1.5f;
   static constexpr float FACTOR[2] = {STEP, STEP}, OFFSET[2] = {ZERO, ZERO};
@@ -149,7 +149,7 @@ struct Int8 {
 
 // A lane's word: 4 inputs of two outputs, nibbles code + 8, which come out as 1 + nibble / 16 and 1 + nibble / 256.
 struct Int4 {
-  static constexpr int PANELS = 2, PASSES = SUBNORMAL ? 4 : 1;
+  static constexpr int PANELS = 2, PASSES = SUBNORMAL ? 4 : W == 16 ? 2 : 1;
   static constexpr int64_t BYTES = CHUNK * PANEL / 2;
   static constexpr float FACTOR[2] = {SUBNORMAL ? 0x1p65f : 16, SUBNORMAL ? 0x1p69f : 256};
   static constexpr float OFFSET[2] = {SUBNORMAL ? 0x1p-126f : 1.5f, SUBNORMAL ? 0x1p-130f : 1.03125f};
