@@ -26,10 +26,11 @@ from trtkit.errors import EngineError, RequestError, UsageError
 from trtkit.log import logger
 from trtkit.model_spec import read_model_spec
 from trtkit.plan import step_bytes
+from trtkit.plan.memory import ValueBytes
 from trtkit.recipe import output_layer_of, read_manifest
 from trtkit.runtime.api import Engine, EngineStats, Request, SamplingParams
 from trtkit.runtime.draft_head import HeadOptions
-from trtkit.runtime.load import OpenOptions, device_named, open_engine
+from trtkit.runtime.load import OpenOptions, compute_dtype, device_named, open_engine
 from trtkit.scheme import OutputLayer, scheme_named
 from trtkit.solve.problems import read_problems
 
@@ -192,14 +193,17 @@ def _point(
     plain: float | None,
 ) -> Point:  # fmt: skip
     """``plain``: the speed to compare with; None for plain decoding itself."""
-    recipe, spec = read_manifest(directory).recipe, read_model_spec(directory)
+    manifest, spec = read_manifest(directory), read_model_spec(directory)
+    recipe = manifest.recipe
     output_layer = options.output_layer or output_layer_of(recipe)
     prompts = prompts_of(directory, spec.vocab, options)
     speed, step = _median(timings, "tokens_per_second"), _median(timings, "tokens_per_step")
+    compiled = manifest.backend == "tensorrt-llm"
+    per = ValueBytes() if compiled else ValueBytes(plain=compute_dtype(spec, device_named(options.device)).itemsize)
     read = step_bytes(
         spec, scheme_named(recipe.precision), rows=batch,
         context=statistics.mean(map(len, prompts)) + options.new_tokens / 2, kv_dtype=recipe.kv_dtype,
-        output_layer=output_layer,
+        output_layer=output_layer, per=per,
     )  # fmt: skip
     ceiling = batch * step * machine.read_bytes_per_second / read
     drafter = None if plain is None else "auto" if options.tree is None else str(options.tree)

@@ -16,7 +16,7 @@ from trtkit.checkpoint.trtllm_reader import is_trtllm, merged_drafter, open_chec
 from trtkit.errors import CapacityError, EngineError, UsageError
 from trtkit.files import digest_file
 from trtkit.model_spec import ModelSpec
-from trtkit.plan.memory import CPU_KV_SHARE
+from trtkit.plan.memory import CPU_KV_SHARE, runtime_dtype
 from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, EngineManifest, Recipe, output_layer_of, read_manifest
 from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
@@ -190,8 +190,8 @@ def device_named(name: str) -> torch.device:
 
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """The checkpoint's dtype, but float32 for float16 on a CPU, which has no float16 kernels worth using."""
-    return torch.float32 if spec.dtype == "float16" and device.type == "cpu" else _DTYPES[spec.dtype]
+    """What a model of ``spec`` computes in on ``device`` unless it is told: see ``plan.memory.runtime_dtype``."""
+    return _DTYPES[runtime_dtype(spec, on_cpu=device.type == "cpu")]
 
 
 def _known(dtype: str) -> str:
