@@ -67,7 +67,8 @@ class CallResult:
     """How a call ended.
 
     ``ok``; ``error`` (an exception, described in ``errors``); ``timeout``; ``cut`` (it printed more than is kept, and
-    was stopped); ``killed`` (a crash); ``broken`` (the sandbox could not run it); ``dropped``.
+    was stopped); ``killed`` (a crash, or it ended the interpreter); ``broken`` (the sandbox could not run it);
+    ``dropped``.
     """
 
     id: str
@@ -77,6 +78,8 @@ class CallResult:
     reason: str = ""
     seconds: float = 0.0
     """Of the block itself."""
+    started: bool = True
+    """False when it ended in an earlier block, before this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,4 +251,5 @@ def _result(row: Mapping[str, Any]) -> CallResult:
         errors=row["errors"],
         reason=row["reason"],
         seconds=row["seconds"],
+        started=row["started"],
     )
