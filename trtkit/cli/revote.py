@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shlex
@@ -219,13 +220,15 @@ def _advice(paths: Sequence[Path], fields: Sequence[str], options: ReplayOptions
 
 def _solved(paths: Sequence[Path]) -> list[str]:
     """Problems and engine of the run that was replayed, where they are still there; else the usual name."""
-    from trtkit.files import read_json
+    from trtkit.errors import InputError
+    from trtkit.solve.run_head import RUN_FILE, read_head
 
     for path in paths:
-        described = (path if path.is_dir() else path.parent) / "run.json"
-        if described.is_file():
-            run = read_json(described)
-            problems, engine = (Path(run.get(name, {}).get("path", "")) for name in ("problems", "engine"))
+        directory = path if path.is_dir() else path.parent
+        # What lies beside a file of traces may be anything; that of a run was read, and found whole.
+        with contextlib.suppress(InputError):
+            run = read_head(directory) if (directory / RUN_FILE).is_file() else {}
+            problems, engine = (Path((run.get(name) or {}).get("path") or "") for name in ("problems", "engine"))
             if problems.is_file() and (engine / "engine.json").is_file():
                 return [str(problems), "--engine", str(engine)]
     return ["problems.jsonl"]

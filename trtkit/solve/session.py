@@ -36,7 +36,8 @@ from trtkit.solve.options import SolveOptions
 from trtkit.solve.policy import policy_named
 from trtkit.solve.problems import Problem, read_problems
 from trtkit.solve.records import Solution
-from trtkit.solve.run import JOURNAL_FILE, RUN_FILE, claim, identity_of, write_results
+from trtkit.solve.run import claim, identity_of, write_results
+from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE
 from trtkit.solve.sandbox import open_sandbox
 from trtkit.solve.solver import Solver
 from trtkit.solve.vote import Tally
