@@ -34,7 +34,7 @@ from trtkit.runtime.load import OpenOptions, compute_dtype, device_named, open_e
 from trtkit.scheme import OutputLayer, scheme_named
 from trtkit.solve.problems import read_problems
 
-__all__ = ["BenchOptions", "BenchResult", "Point", "check_sources", "measure", "prompts_of"]
+__all__ = ["BenchOptions", "BenchResult", "Point", "check_sources", "has_head", "measure", "prompts_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +135,8 @@ def check_sources(engines: Sequence[Path], options: BenchOptions) -> None:
     Raises :class:`EngineError`, :class:`InputError` or :class:`UsageError`.
     """
     device_named(options.device)
-    for directory in engines:
-        read_manifest(directory)
+    heads = [has_head(directory, options) for directory in engines]
+    _check_head(options, there=options.drafter is not None or any(heads))
     if options.problems is not None:
         read_problems(options.problems)
     if options.drafter is not None:
@@ -144,6 +144,20 @@ def check_sources(engines: Sequence[Path], options: BenchOptions) -> None:
             read_config(options.drafter)
         except DrafterError as problem:
             raise EngineError(str(problem), hint="a directory of `trtkit train-drafter`, or practice") from None
+
+
+def has_head(directory: Path, options: BenchOptions) -> bool:
+    """Whether the engine drafts: with its own head, or with the one that all are to take."""
+    return options.drafter is not None or read_manifest(directory).recipe.tree is not None
+
+
+def _check_head(options: BenchOptions, *, there: bool) -> None:
+    if there or (options.tree is None and options.head == HeadOptions()):
+        return
+    raise UsageError(
+        "a draft tree or options of a draft head, but none of the engines has one",
+        hint="name one with --drafter, or leave --tree, --draft-vocabulary and --draft-precision out",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +171,7 @@ class _Timing:
 
 def _points(directory: Path, batch: int, options: BenchOptions, machine: Machine) -> Iterator[Point]:
     """Plain, and speculative where there is a head."""
-    has_head = options.drafter is not None or read_manifest(directory).recipe.tree is not None
-    kinds = (False, True) if has_head and options.speculative else (False,)
+    kinds = (False, True) if has_head(directory, options) and options.speculative else (False,)
     timings: dict[bool, list[_Timing]] = {kind: [] for kind in kinds}
     for _ in range(options.rounds):
         for speculative in kinds:

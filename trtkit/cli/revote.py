@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trtkit.cli.options import Json
+from trtkit.cli.options import Json, refuse_idle
 from trtkit.cli.output import finish, notice, table
 from trtkit.errors import UsageError
 from trtkit.log import Progress, logger
@@ -28,6 +28,7 @@ _WORTH = 0.005
 
 
 def command(
+    context: typer.Context,
     paths: Annotated[
         list[Path],
         typer.Argument(metavar="RUN_OR_TRACES", help="Run directories, journal.jsonl, or JSONL files of traces."),
@@ -81,10 +82,16 @@ def command(
     """
     from trtkit.solve.grading import Grader
     from trtkit.solve.replay import parse_policy
+    from trtkit.solve.traces import looks_like_journal
     from trtkit.solve.tradeoff import ReplayOptions, sample_counts, saved_order, trade_offs
     from trtkit.solve.tradeoff_plot import draw_trade_offs, need_matplotlib
     from trtkit.solve.vote import parse_weighting
 
+    runs = [path.is_dir() or looks_like_journal(path) for path in paths]
+    refuse_idle(context, [
+        (all(runs), ("--fields",), "only with files of traces: a run says what is what"),
+        (not any(runs), ("--problems",), "only with a run: a file of traces has its gold answers, --fields gold=..."),
+    ])  # fmt: skip
     policies = list({policy.text: policy for policy in map(parse_policy, rules or _RULES)}.values())
     counts = _counts(samples)
     if png is not None:

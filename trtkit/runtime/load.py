@@ -94,6 +94,12 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
     trees: tuple[TreeShape | None, ...] = (None,)
     if options.speculative and (manifest.recipe.tree is not None or options.drafter is not None):
         trees = DEFAULT_TREES if options.tree is None else (options.tree,)
+    elif options.speculative and options.tree is not None:
+        raise UsageError(
+            f"a draft tree {options.tree}, but no draft head to draw it",
+            where=str(directory),
+            hint="build it with --drafter, or leave --tree out",
+        )
     reach = total + TreeChooser(trees).max_nodes
     output_layer = options.output_layer or output_layer_of(manifest.recipe)
     model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=reach, output_layer=output_layer)
