@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
+from trtkit.closing import Closing
 from trtkit.errors import InputError, OutputError
 from trtkit.files import append_jsonl
 from trtkit.log import logger
@@ -62,7 +62,7 @@ class History:
         return self.seconds + self.loading_seconds
 
 
-class Journal:
+class Journal(Closing):
     """Appends to ``path``; holds a lock, so that two processes never write the same run.
 
     Raises :class:`OutputError` when another process has it open or it cannot be written.
@@ -124,14 +124,6 @@ class Journal:
     def close(self) -> None:
         """Give the lock back."""
         self._lock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_history(path: Path) -> History:

@@ -13,9 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from trtkit.closing import Closing
 from trtkit.errors import UnsupportedError, UsageError
 from trtkit.log import logger
 from trtkit.solve.sandbox_jail import LAYERS
@@ -106,7 +106,7 @@ class Strength:
         return line + (f"; without {', '.join(lacking)}" if lacking else "")
 
 
-class Sandbox:
+class Sandbox(Closing):
     """Runs calls in processes of their own. ``submit`` and ``ready`` return at once.
 
     >>> with Sandbox() as sandbox:
@@ -193,14 +193,6 @@ class Sandbox:
         self._pending.clear()
         if link is not None:
             link.end()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _start(self) -> Link:
         if not sys.platform.startswith("linux"):
