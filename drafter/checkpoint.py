@@ -112,7 +112,11 @@ def load_drafter(directory: Path, *, dtype: torch.dtype, device: torch.device) -
         for name, public in names.items()
         if public in tensors and tuple(tensors[public].shape) != shapes[name]
     ]
-    wrong += [f"{name}: not finite" for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    wrong += [
+        f"{name}: not finite in {dtype}".replace("torch.", "")
+        for name, tensor in tensors.items()
+        if not bool(tensor.to(dtype).isfinite().all())
+    ]
     if wrong:
         raise DrafterError(f"{directory}: the weights do not fit the configuration: {'; '.join(wrong)}")
     state = {name: tensors[public].to(device=device, dtype=dtype) for name, public in names.items()}

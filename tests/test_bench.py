@@ -92,7 +92,7 @@ def test_the_suite_builds_what_is_missing_and_writes_its_files(tmp_path: Path) -
 
 
 def test_the_roofline_counts_the_output_layer_that_runs(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model")
+    model = save_tiny(tmp_path / "model", dtype=torch.bfloat16)
     save_chat_files(model)
     recipe = Recipe(model=str(model), precision="int8", limits=Limits(batch=4, prompt_tokens=64, total_tokens=128))
     build_native(recipe, tmp_path / "engine", device="cpu")

@@ -44,7 +44,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, name: str, count: int = 1) -> Non
 @pytest.mark.parametrize(
     ("device", "count", "expected"),
     [("NVIDIA L4", 4, "l4x4"), ("NVIDIA L40S", 1, "l40s"), ("NVIDIA H100 80GB HBM3", 2, "h100x2"),
-     ("NVIDIA GeForce RTX 4090", 1, "rtx4090"), ("NVIDIA A100-SXM4-80GB", 1, "a100")],
+     ("NVIDIA GeForce RTX 4090", 1, "rtx4090"), ("NVIDIA A100-SXM4-80GB", 1, "a100"), ("Tesla T4", 2, "t4x2"),
+     ("NVIDIA H100 PCIe", 2, "h100-pciex2"), ("NVIDIA H200", 8, "h200x8")],
 )  # fmt: skip
 def test_detect_names_the_device(monkeypatch: pytest.MonkeyPatch, device: str, count: int, expected: str) -> None:
     fake_cuda(monkeypatch, device, count)
@@ -53,8 +54,31 @@ def test_detect_names_the_device(monkeypatch: pytest.MonkeyPatch, device: str, c
     assert found.memory_bytes == 23_000_000_000
 
 
-def test_an_unknown_device_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_cuda(monkeypatch, "NVIDIA GB9000")
+@pytest.mark.parametrize(
+    ("device", "gb_per_s", "least_gb"),
+    [("NVIDIA H100 80GB HBM3", 3350, 80), ("NVIDIA H100 PCIe", 2000, 80), ("NVIDIA H100 NVL", 3900, 94),
+     ("NVIDIA A100-SXM4-80GB", 2039, 80), ("NVIDIA A100 80GB PCIe", 1935, 80), ("NVIDIA A100-SXM4-40GB", 1555, 40),
+     ("NVIDIA A100-PCIE-40GB", 1555, 40), ("A100-PCIE-40GB", 1555, 40), ("NVIDIA H200 NVL", 4800, 141)],
+)  # fmt: skip
+def test_cards_of_one_family_have_their_own_memory(
+    monkeypatch: pytest.MonkeyPatch, device: str, gb_per_s: int, least_gb: int
+) -> None:
+    """Data-sheet figures; the memory of the table is what a plan for another machine counts with."""
+    fake_cuda(monkeypatch, device)
+    found = detect()
+    assert found.bandwidth == gb_per_s * 1e9
+    assert least_gb * 1e9 < GPUS[found.name].memory_bytes < least_gb * 1.1e9
+    for spelling in (found.name, found.name.replace("-", ""), found.name.upper()):
+        assert profile_named(spelling) is GPUS[found.name]
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["NVIDIA GB9000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA L40", "NVIDIA L4-24Q",
+     "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM-64GB", "NVIDIA H800"],
+)  # fmt: skip
+def test_an_unknown_device_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    fake_cuda(monkeypatch, device)
     with pytest.raises(UnsupportedError, match="--gpu"):
         detect()
 

@@ -33,7 +33,7 @@ from trtkit.plan.published import PUBLISHED, Comparison, compare
 from trtkit.plan.speed import LINK_BANDWIDTH, READ_SHARE, step_cost
 from trtkit.recipe import Recipe
 from trtkit.runtime import load
-from trtkit.scheme import SCHEMES, KvDtype, scheme_named
+from trtkit.scheme import SCHEMES, KvDtype, OutputLayer, scheme_named
 
 WORK = Workload(batch=12, length=16384)
 
@@ -228,14 +228,18 @@ def test_what_a_build_refuses_does_not_fit_and_nothing_else(tmp_path: Path) -> N
                     assert found.fits == wanted, (spec, gpu.name, kv_dtype, found)
 
 
-@pytest.mark.parametrize("rows", [0, 3, 5])
+@pytest.mark.parametrize(
+    ("rows", "dtype", "value_bytes"),
+    [(0, torch.bfloat16, 2), (3, torch.bfloat16, 2), (5, torch.bfloat16, 2), (3, torch.float32, 4),
+     (3, torch.float16, 4)],
+)  # fmt: skip
 def test_on_a_cpu_as_many_rows_fit_as_the_runtime_has_room_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype, value_bytes: int
 ) -> None:
-    directory = tiny_engine_dir(tmp_path, dtype=torch.bfloat16)
+    directory = tiny_engine_dir(tmp_path, dtype=dtype)
     spec, work, scheme = read_model_spec(directory), Workload(batch=16, length=256), scheme_named("bf16")
     weights = memory_plan(spec, scheme, profile_named("cpu"), work).weight_bytes
-    free = int(4 * (rows + 0.5) * work.length * spec.kv_bytes_per_token(2))
+    free = int(4 * (rows + 0.5) * work.length * spec.kv_bytes_per_token(value_bytes))
     computer = replace(profile_named("cpu"), memory_bytes=weights + free)
     assert memory_plan(spec, scheme, computer, work).max_rows == rows
     monkeypatch.setattr(load, "_free_bytes", lambda device: free)  # once the weights are there
@@ -245,6 +249,22 @@ def test_on_a_cpu_as_many_rows_fit_as_the_runtime_has_room_for(
         return
     with load.open_engine(directory, load.OpenOptions(device="cpu")) as engine:
         assert engine.stats().kv_blocks * 16 // work.length == rows
+
+
+def test_in_float32_a_cpu_keeps_every_weight_in_four_bytes_and_a_gpu_builds_16_bits() -> None:
+    spec = replace(spec_of(), dtype="float32")
+    for scheme in SCHEMES.values():
+        for layer in get_args(OutputLayer):
+            held = memory_plan(spec, scheme, profile_named("cpu"), WORK, output_layer=layer)
+            assert held.weight_bytes == 4 * spec.parameters
+        cost = [step_cost(replace(spec, dtype=name), scheme, profile_named("cpu"), WORK, 1)
+                for name in ("float16", "float32")]  # fmt: skip
+        assert cost[0] == cost[1]
+        assert cost[0].read_bytes > 4 * (spec.parameters - spec.vocab * spec.hidden - spec.layers * 30_000)
+        for name in ("h100", "l4x4"):
+            plans = [memory_plan(replace(spec, dtype=d), scheme, profile_named(name), WORK)
+                     for d in ("bfloat16", "float32")]  # fmt: skip
+            assert plans[0] == plans[1]
 
 
 @given(batch=st.integers(1, 64), length=st.integers(256, 32768), gpu=st.sampled_from(["l4", "l4x4", "h100", "h200"]))

@@ -20,6 +20,7 @@ from trtkit.errors import CheckpointError, InputError
 from trtkit.files import JsonObject, read_json
 from trtkit.model_spec import read_model_spec, spec_as_dict
 from trtkit.recipe import BUNDLE_FILE, COMPILED_DIR, ENGINE_FILE, output_layer_of, read_manifest
+from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, read_head, read_summary
 
 __all__ = [
     "BUNDLE",
@@ -151,16 +152,15 @@ def _look_at_trtllm(directory: Path) -> tuple[dict[str, str], JsonObject]:
 
 
 def _look_at_run(directory: Path) -> tuple[dict[str, str], JsonObject]:
-    run = read_json(directory / "run.json")
-    journal = directory / "journal.jsonl"
+    run, summary = read_head(directory), read_summary(directory)
+    journal = directory / JOURNAL_FILE
     lines = journal.read_bytes().count(b"\n") if journal.is_file() else 0
     facts = {"started": str(run.get("created", "unknown")), "journal": f"{lines} entries"}
     for name in ("problems", "engine"):
         if isinstance(run.get(name), dict):
             facts[name] = str(run[name].get("path"))
     data: JsonObject = {"run": run}
-    if (directory / "summary.json").is_file():
-        summary = read_json(directory / "summary.json")
+    if summary:
         facts["result"] = f"{summary.get('answered')} of {summary.get('problems')} answered"
         if summary.get("accuracy") is not None:
             facts["result"] += f", accuracy {summary['accuracy']:.1%}"
@@ -201,7 +201,7 @@ def _spec_facts(directory: Path) -> tuple[dict[str, str], JsonObject]:
 _KINDS: tuple[tuple[str, str, Callable[[Path], tuple[dict[str, str], JsonObject]]], ...] = (
     (ENGINE_FILE, ENGINE, _look_at_engine),
     (BUNDLE_FILE, BUNDLE, _look_at_bundle),
-    ("run.json", RUN, _look_at_run),
+    (RUN_FILE, RUN, _look_at_run),
     (rank_file(0), TRTLLM, _look_at_trtllm),
     ("hf_quant_config.json", QUANTIZED, _look_at_quantized),
     (DIFFICULTY_FILE, DIFFICULTY, _look_at_difficulty),

@@ -69,16 +69,34 @@ def _profile(name: str, title: str, mib: int, gb_per_s: float, tflops: tuple[flo
     )  # fmt: skip
 
 
+# NVIDIA's data sheets of T4, L4, L40S, A100 (40GB and 80GB, PCIe and SXM), H100 (SXM and NVL; PCIe: that of 2022),
+# H200 (SXM and NVL) and B200, and the Ada GPU architecture paper for the RTX 4090. A bridge between PCIe cards is not
+# counted: a name does not tell of it.
 _SINGLE = (
     _profile("t4", "T4", 15360, 320, (65, 130, 0), (7, 5), "gddr", "host"),
     _profile("l4", "L4", 23034, 300, (121, 242, 242), (8, 9), "gddr", "host"),
     _profile("l40s", "L40S", 46068, 864, (362, 733, 733), (8, 9), "gddr", "pcie"),
     _profile("rtx4090", "RTX 4090", 24564, 1008, (165, 660, 330), (8, 9), "gddr", "host"),
     _profile("a100", "A100 80GB", 81920, 2039, (312, 624, 0), (8, 0), "hbm", "nvlink"),
+    _profile("a100-pcie", "A100 80GB PCIe", 81920, 1935, (312, 624, 0), (8, 0), "hbm", "pcie"),
+    _profile("a100-40gb", "A100 40GB", 40960, 1555, (312, 624, 0), (8, 0), "hbm", "nvlink"),
+    _profile("a100-pcie-40gb", "A100 40GB PCIe", 40960, 1555, (312, 624, 0), (8, 0), "hbm", "pcie"),
     _profile("h100", "H100 SXM", 81559, 3350, (989, 1979, 1979), (9, 0), "hbm", "nvlink"),
+    _profile("h100-pcie", "H100 PCIe", 81559, 2000, (756, 1513, 1513), (9, 0), "hbm", "pcie"),
+    _profile("h100-nvl", "H100 NVL", 95830, 3900, (835, 1671, 1671), (9, 0), "hbm", "pcie"),
     _profile("h200", "H200", 143771, 4800, (989, 1979, 1979), (9, 0), "hbm", "nvlink"),
+    _profile("h200-nvl", "H200 NVL", 143771, 4800, (835, 1671, 1671), (9, 0), "hbm", "pcie"),
     _profile("b200", "B200", 183359, 8000, (2250, 4500, 4500), (10, 0), "hbm", "nvlink"),
 )
+_REPORTED = {
+    "T4": "t4", "L4": "l4", "L40S": "l40s", "RTX 4090": "rtx4090",
+    "A100-SXM4-80GB": "a100", "A100 80GB PCIe": "a100-pcie",
+    "A100-SXM4-40GB": "a100-40gb", "A100-PCIE-40GB": "a100-pcie-40gb",
+    "H100 80GB HBM3": "h100", "H100 PCIe": "h100-pcie", "H100 NVL": "h100-nvl",
+    "H200": "h200", "H200 NVL": "h200-nvl", "B200": "b200",
+}  # fmt: skip
+"""What the driver (torch, NVML) calls them behind its maker's and line's names. The whole name counts: an "RTX 4090
+Laptop GPU" is another card, and "H100 80GB HBM3 MIG 1g.10gb" a part of one."""
 _CPU = GpuProfile(
     name="cpu", title="CPU (nominal)", memory_bytes=16 << 30, bandwidth=20e9,
     flops={"bf16": 0.4e12, "int8": 0.8e12, "fp8": 0.4e12}, capability=None, memory="ddr", link="host",
@@ -91,16 +109,21 @@ GPUS: dict[str, GpuProfile] = {
 
 def profile_named(name: str) -> GpuProfile:
     """The set-up called ``name`` (``l4``, ``l4x4``, ``h100x2``, ``cpu``); :class:`UsageError` with the nearest name."""
-    key = re.sub(r"[\s_-]", "", name.lower())
+    key = _plain(name)
     if match := re.fullmatch(r"([2-8])x(\w+)", key):
         key = f"{match.group(2)}x{match.group(1)}"
-    if key not in GPUS:
+    known = {_plain(listed): profile for listed, profile in GPUS.items()}
+    if key not in known:
         singles = [single.name for single in _SINGLE]
         raise UsageError(
             f"unknown GPU {name!r}{nearest(key, GPUS)}",
             hint=f"one of: {', '.join(singles)}, each also x2, x4 or x8 (l4x4); cpu; auto",
         )
-    return GPUS[key]
+    return known[key]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
 
 
 def cpu_profile() -> GpuProfile:
@@ -122,14 +145,13 @@ def detect() -> GpuProfile:
     if not torch.cuda.is_available():
         return cpu_profile()
     device = torch.cuda.get_device_properties(0)
-    words = re.findall(r"[a-z0-9]+", device.name.lower().replace("rtx ", "rtx"))
-    for single in _SINGLE:
-        if single.name in words:
-            alike = sum(torch.cuda.get_device_name(i) == device.name for i in range(torch.cuda.device_count()))
-            return replace(single, memory_bytes=device.total_memory).times(alike)
-    raise UnsupportedError(
-        f"{device.name} is not in the table of GPUs", hint="pass the most similar one with --gpu, e.g. --gpu h100"
-    )
+    name = _REPORTED.get(re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", device.name))
+    if name is None:
+        raise UnsupportedError(
+            f"{device.name} is not in the table of GPUs", hint="pass the most similar one with --gpu, e.g. --gpu h100"
+        )
+    alike = sum(torch.cuda.get_device_name(i) == device.name for i in range(torch.cuda.device_count()))
+    return replace(GPUS[name], memory_bytes=device.total_memory).times(alike)
 
 
 def cuda_device() -> tuple[str, tuple[int, int]] | None:

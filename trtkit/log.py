@@ -43,12 +43,16 @@ class Progress:
     ...     progress.advance(1, note="int8")
     """
 
-    def __init__(self, title: str, *, total: int, unit: str = "", every_seconds: float = 5.0) -> None:
+    def __init__(
+        self, title: str, *, total: int, unit: str = "", every_seconds: float = 5.0, after_seconds: float = 0.0
+    ) -> None:
+        """``after_seconds``: nothing is said of work that takes less."""
         self.title = title
         self.total = total
         self.unit = unit
         self.done = 0
         self._every = every_seconds
+        self._after = after_seconds
         self._tty = sys.stderr.isatty()
         self._start = self._shown = time.monotonic()
 
@@ -58,16 +62,21 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        seconds = time.monotonic() - self._start
+        if seconds < self._after:
+            return
         if self._tty:
             sys.stderr.write("\r\x1b[K")
         if kind is None:
-            elapsed = format_seconds(time.monotonic() - self._start)
+            elapsed = format_seconds(seconds)
             self._emit(f"{self.title}: {self.done} {self.unit} in {elapsed}".replace("  ", " "), end="\n")
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count ``count`` more units as done."""
         self.done += count
         now = time.monotonic()
+        if now - self._start < self._after:
+            return
         if now - self._shown < (0.1 if self._tty else self._every) and self.done < self.total:
             return
         if not self._tty and self.done >= self.total:

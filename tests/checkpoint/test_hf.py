@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import save_tiny, tiny_model
@@ -104,6 +105,24 @@ def test_truncated_file(tmp_path: Path, keep: int) -> None:
         open_source(tmp_path)
     assert len(caught.value.offenders) == 1, "the tensors of a damaged file need no line each"
     assert "truncated" in caught.value.offenders[0]
+
+
+def test_a_single_file_beside_a_left_over_index_is_read_as_transformers_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(seed=1)
+    model.save_pretrained(tmp_path, max_shard_size="300KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    wanted = tiny_model(seed=2)
+    wanted.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    name = "model.norm.weight"
+    ours = open_source(tmp_path).shards.tensor(name)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()[name]
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours, wanted.state_dict()[name])
+    assert not torch.equal(ours, model.state_dict()[name])
+    assert "model.safetensors is read, and the shards of model.safetensors.index.json beside it are not" in caplog.text
 
 
 def test_damaged_header_and_trailing_bytes(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from tests.engines import tiny_engine_dir
 from tests.tiny import save_tiny
 from trtkit.bench import machine as bench_module
+from trtkit.bench.engines import BenchOptions, BenchResult, Point
+from trtkit.bench.machine import Machine
 from trtkit.cli.app import run
 from trtkit.cli.engines import chosen_engine
 from trtkit.doctor import Diagnosis
@@ -65,6 +69,40 @@ def test_the_latest_engine_is_the_default(tmp_path: Path, monkeypatch: pytest.Mo
         os.utime(manifest, (1e9 - age, 1e9 - age))
     assert chosen_engine(None).name == "b"
     assert chosen_engine(Path("x")) == Path("x")
+
+
+@pytest.mark.parametrize(
+    ("options", "drafting", "next_line"),
+    [
+        (["--drafter", "some head"], 9.0, "build --precision bf16 --model tiny --drafter 'some head' --out E-drafter"),
+        (["--drafter", "some head", "--tree", "2x3"], 9.0,
+         "build --precision bf16 --model tiny --drafter 'some head' --tree 2x3 --out E-drafter"),
+        (["--drafter", "some head"], 0.5, "solve problems.jsonl --engine E"),
+        (["--tree", "2x3"], 9.0, "solve problems.jsonl --engine E --tree 2x3"),
+        (["--output-layer", "int8"], 0.5, "solve problems.jsonl --engine E --output-layer int8"),
+    ],
+)  # fmt: skip
+def test_the_next_line_of_bench_runs_what_was_fastest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str],
+    drafting: float, next_line: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    tiny_engine_dir(Path("E"), recipe={"output_layer": "model"})
+
+    def measured(engines: Sequence[Path], asked: BenchOptions) -> BenchResult:
+        machine = Machine(device="cpu", cores=1, threads=1, python="3", torch="2", read_bytes_per_second=1.0,
+                          copy_bytes_per_second=1.0, load_average=0.0, busy=False)  # fmt: skip
+        plain = Point(
+            engine=str(engines[0]), precision="bf16", output_layer=asked.output_layer or "model", drafter=None, batch=1,
+            tokens_per_second=1.0, prefill_tokens_per_second=1.0, tokens_per_step=1.0, accepted_by_depth=(),
+            phase_seconds={}, speedup=None, step_bytes=1.0, ceiling_tokens_per_second=2.0, roofline_fraction=0.5,
+        )  # fmt: skip
+        drafts = replace(plain, drafter=str(asked.tree or "auto"), tokens_per_second=drafting, speedup=drafting)
+        return BenchResult(machine=machine, points=(plain, drafts))
+
+    monkeypatch.setattr("trtkit.bench.engines.measure", measured)
+    assert run(["bench", "--engine", "E", *options]) == 0
+    assert f"next: trtkit {next_line}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("named", ["--drafter", "--problems"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,25 @@ def test_report_writes_a_page_into_the_run(tmp_path: Path, capsys: pytest.Captur
     assert lines[-1].startswith("next: open ")
     assert (directory / "report.html").read_text("utf-8").startswith("<!doctype html>")
     assert "1 of 1 problems right" in (directory / "report.md").read_text("utf-8")
+
+
+def test_a_report_that_takes_long_shows_its_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = [{**PROBLEMS[0], "id": name} for name in "abc"]
+    rows = [row for name in "abc" for row in (attempt(name, 0, "7"), solution(name, "7"))]
+    directory = write_run(tmp_path / "run", problems, rows)
+    assert run(["report", str(directory)]) == 0
+    assert "problems" not in capsys.readouterr().err, "not for a moment's work"
+    now = itertools.count(step=3.0)
+    monkeypatch.setattr("trtkit.log.time.monotonic", lambda: next(now))
+    assert run(["report", str(directory)]) == 0
+    error = capsys.readouterr().err
+    for stage in ("read", "figures"):
+        assert re.search(rf"^{stage}: [12]/3 problems, [\d.]+s left$", error, re.MULTILINE), error
+        assert re.search(rf"^{stage}: 3 problems in [\d.]+s$", error, re.MULTILINE), error
+    assert run(["--quiet", "report", str(directory)]) == 0
+    assert "problems" not in capsys.readouterr().err
 
 
 def test_several_runs_go_where_out_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,6 +138,51 @@ def test_later_calls_know_the_names_of_earlier_ones(grader: Grader, sandbox: San
     assert "</tool_call>\n```output\nZeroDivisionError: division by zero\n  line 1: y = 1 / 0\n```\n" in attempt.text
 
 
+CRASHES = {
+    "os._exit(0)": "it ended Python itself, with exit code 0",
+    "os._exit(1)": "it ended Python itself, with exit code 1",
+    "import ctypes; ctypes.string_at(0)": "SIGSEGV",
+}
+
+
+@pytest.mark.parametrize("crash", CRASHES)
+def test_a_block_that_ends_the_interpreter_is_told_and_does_not_silence_later_ones(
+    grader: Grader, sandbox: Sandbox, crash: str
+) -> None:
+    turns = (
+        "```python\nimport os\nx = 40\n```\n",
+        f"```python\nz = 1\nprint('so far')\n{crash}\n```",
+        "```python\nprint(x + 2, 'z' in globals())\n```",
+        "So \\boxed{42}.</think>",
+    )
+    [attempt] = solve(grader, FakeEngine(speaker(*turns, tail="")), sandbox).attempts
+    assert attempt.text is not None
+    said = f"```output\nso far\nthe code crashed ({CRASHES[crash]}); what this block defined is lost\n```\n"
+    assert said in attempt.text
+    assert "```output\n42 False\n```\n" in attempt.text
+
+
+@pytest.mark.parametrize("trap", ["1 / (not again)", "again and os._exit(0)"])
+def test_blocks_that_do_not_end_well_again_are_left_out_and_the_model_is_told(
+    grader: Grader, sandbox: Sandbox, trap: str
+) -> None:
+    """A block that goes well once, and fails when it is run again, in silence, before a later one."""
+    turns = (
+        "```python\nx = 40\n```",
+        f"```python\nimport os\nagain = os.fstat(1).st_rdev != 0\n{trap};\n```",
+        "```python\nprint('x' in globals())\n```",
+        "```python\ny = 2\n```",
+        "```python\nprint(y)\n```",
+        "So \\boxed{2}.</think>",
+    )
+    [attempt] = solve(grader, FakeEngine(speaker(*turns, tail="")), sandbox).attempts
+    assert attempt.text is not None
+    assert "```output\nFalse\nPython was started anew: what earlier blocks defined is lost\n```\n" in attempt.text
+    assert attempt.text.count("started anew") == 1
+    assert "```output\n2\n```\n" in attempt.text
+    assert attempt.tool_calls == 5
+
+
 def test_calls_are_counted_and_limited(grader: Grader, sandbox: Sandbox, tmp_path: Path) -> None:
     with Journal(tmp_path / "journal.jsonl") as journal:
         turn = "```python\nprint(5)\n```\n"

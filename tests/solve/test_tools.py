@@ -139,7 +139,7 @@ def result(**given: Any) -> CallResult:
         (result(output="1", errors="ZeroDivisionError: x\n", status="error"), "1\nZeroDivisionError: x\n"),
         (result(errors="e" * 30, status="error"), "e" * 20 + "<output cut>\n"),
         (result(output="1", status="timeout"), "1\nTimeoutError: stopped after 2 seconds\n"),
-        (result(status="killed", reason="SIGSEGV"), "the code crashed (SIGSEGV)\n"),
+        (result(status="killed", reason="SIGSEGV"), "the code crashed (SIGSEGV); what this block defined is lost\n"),
         (result(status="broken", reason="whatever"), "the code could not be run\n"),
     ],
 )

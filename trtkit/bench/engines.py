@@ -26,14 +26,15 @@ from trtkit.errors import EngineError, RequestError, UsageError
 from trtkit.log import logger
 from trtkit.model_spec import read_model_spec
 from trtkit.plan import step_bytes
+from trtkit.plan.memory import ValueBytes
 from trtkit.recipe import output_layer_of, read_manifest
 from trtkit.runtime.api import Engine, EngineStats, Request, SamplingParams
 from trtkit.runtime.draft_head import HeadOptions
-from trtkit.runtime.load import OpenOptions, device_named, open_engine
+from trtkit.runtime.load import OpenOptions, compute_dtype, device_named, open_engine
 from trtkit.scheme import OutputLayer, scheme_named
 from trtkit.solve.problems import read_problems
 
-__all__ = ["BenchOptions", "BenchResult", "Point", "check_sources", "measure", "prompts_of"]
+__all__ = ["BenchOptions", "BenchResult", "Point", "check_sources", "has_head", "measure", "prompts_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,8 +135,8 @@ def check_sources(engines: Sequence[Path], options: BenchOptions) -> None:
     Raises :class:`EngineError`, :class:`InputError` or :class:`UsageError`.
     """
     device_named(options.device)
-    for directory in engines:
-        read_manifest(directory)
+    heads = [has_head(directory, options) for directory in engines]
+    _check_head(options, there=options.drafter is not None or any(heads))
     if options.problems is not None:
         read_problems(options.problems)
     if options.drafter is not None:
@@ -143,6 +144,20 @@ def check_sources(engines: Sequence[Path], options: BenchOptions) -> None:
             read_config(options.drafter)
         except DrafterError as problem:
             raise EngineError(str(problem), hint="a directory of `trtkit train-drafter`, or practice") from None
+
+
+def has_head(directory: Path, options: BenchOptions) -> bool:
+    """Whether the engine drafts: with its own head, or with the one that all are to take."""
+    return options.drafter is not None or read_manifest(directory).recipe.tree is not None
+
+
+def _check_head(options: BenchOptions, *, there: bool) -> None:
+    if there or (options.tree is None and options.head == HeadOptions()):
+        return
+    raise UsageError(
+        "a draft tree or options of a draft head, but none of the engines has one",
+        hint="name one with --drafter, or leave --tree, --draft-vocabulary and --draft-precision out",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,8 +171,7 @@ class _Timing:
 
 def _points(directory: Path, batch: int, options: BenchOptions, machine: Machine) -> Iterator[Point]:
     """Plain, and speculative where there is a head."""
-    has_head = options.drafter is not None or read_manifest(directory).recipe.tree is not None
-    kinds = (False, True) if has_head and options.speculative else (False,)
+    kinds = (False, True) if has_head(directory, options) and options.speculative else (False,)
     timings: dict[bool, list[_Timing]] = {kind: [] for kind in kinds}
     for _ in range(options.rounds):
         for speculative in kinds:
@@ -192,14 +206,17 @@ def _point(
     plain: float | None,
 ) -> Point:  # fmt: skip
     """``plain``: the speed to compare with; None for plain decoding itself."""
-    recipe, spec = read_manifest(directory).recipe, read_model_spec(directory)
+    manifest, spec = read_manifest(directory), read_model_spec(directory)
+    recipe = manifest.recipe
     output_layer = options.output_layer or output_layer_of(recipe)
     prompts = prompts_of(directory, spec.vocab, options)
     speed, step = _median(timings, "tokens_per_second"), _median(timings, "tokens_per_step")
+    compiled = manifest.backend == "tensorrt-llm"
+    per = ValueBytes() if compiled else ValueBytes(plain=compute_dtype(spec, device_named(options.device)).itemsize)
     read = step_bytes(
         spec, scheme_named(recipe.precision), rows=batch,
         context=statistics.mean(map(len, prompts)) + options.new_tokens / 2, kv_dtype=recipe.kv_dtype,
-        output_layer=output_layer,
+        output_layer=output_layer, per=per,
     )  # fmt: skip
     ceiling = batch * step * machine.read_bytes_per_second / read
     drafter = None if plain is None else "auto" if options.tree is None else str(options.tree)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from trtkit.bench.engines import BenchOptions, prompts_of
+from trtkit.bench.engines import BenchOptions, has_head, prompts_of
 from trtkit.model_spec import read_model_spec
 from trtkit.runtime.api import Engine, Request, SamplingParams
 from trtkit.runtime.load import OpenOptions, open_engine
@@ -56,7 +56,8 @@ def profile_engine(directory: Path, batch: int, options: BenchOptions) -> StepPr
     """Profile steps of a full batch. With a draft head its tree is ``options.tree``, or 1x3."""
     opening = OpenOptions(
         device=options.device, threads=options.threads, rows=batch, speculative=options.speculative,
-        tree=options.tree, drafter=options.drafter, head=options.head, output_layer=options.output_layer,
+        tree=options.tree if has_head(directory, options) else None, drafter=options.drafter, head=options.head,
+        output_layer=options.output_layer,
     )  # fmt: skip
     prompts = prompts_of(directory, read_model_spec(directory).vocab, options)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])

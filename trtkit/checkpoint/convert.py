@@ -18,14 +18,23 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from trtkit.checkpoint.hf import HfCheckpoint, finite_tensors, layer_of, layer_prefix, norms_of
+from trtkit.checkpoint.hf import (
+    MODEL_DTYPES,
+    HfCheckpoint,
+    expected_shapes,
+    finite_tensors,
+    layer_of,
+    layer_prefix,
+    narrow,
+    norms_of,
+)
 from trtkit.checkpoint.pipeline import consumed, produced
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.unified import QUANT_FILE, quant_config, unified_config, unified_layout
 from trtkit.decoder import LINEAR_PARTS, LinearName
 from trtkit.errors import UnsupportedError
 from trtkit.files import digest_file, write_json
-from trtkit.log import Progress
+from trtkit.log import Progress, logger
 from trtkit.model_spec import ModelSpec
 from trtkit.quant.calibrate import Calibrator, LayerScales
 from trtkit.quant.group import quantize_group
@@ -81,6 +90,7 @@ def convert(
     Raises :class:`CheckpointError` that names every tensor with NaN or Inf. ``OSError`` passes through: call inside
     ``files.staged_dir``.
     """
+    _tell_rounding(source)
     layout = unified_layout(source.spec, scheme, pre_scale=pre_scale)
     writer = ShardWriter(out, layout)
 
@@ -103,12 +113,26 @@ def convert(
                     # File order is the layout's, which readers of one layer find together.
                     members = _in_order([name for name in layout if name.startswith(prefix)], members)
                 for name, tensor in members:
-                    put((name, tensor.to(layout[name][0])))
+                    wanted = layout[name][0]  # what has it already was looked through when it was read
+                    put((name, tensor if tensor.dtype == wanted else narrow(tensor, wanted, name)))
                 if layer is not None:
                     progress.advance(note=scheme.name)
     finally:
         writer.abandon()
     return digests | _companions(source, out, scheme, pre_scale)
+
+
+def _tell_rounding(source: HfCheckpoint) -> None:
+    """Files may be wider than the model's dtype, which is what the model computes in wherever it is loaded."""
+    kept = torch.finfo(MODEL_DTYPES[source.spec.dtype])
+    stored = [source.shards.entries[name].dtype for name in expected_shapes(source.spec)]
+    finer = [dtype for dtype in stored if torch.finfo(dtype).eps < kept.eps]
+    if finer:
+        names = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in finer}))
+        logger.warning(
+            "%d of %d tensors are stored in %s and rounded to %s, the dtype of config.json",
+            len(finer), len(stored), names, source.spec.dtype,
+        )  # fmt: skip
 
 
 def _nbytes(named: Named) -> int:

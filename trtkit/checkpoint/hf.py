@@ -31,6 +31,7 @@ __all__ = [
     "finite_tensors",
     "layer_of",
     "layer_prefix",
+    "narrow",
     "norms_of",
     "open_source",
     "read_config",
@@ -206,7 +207,7 @@ def open_source(directory: Path) -> HfCheckpoint:
 
 
 def check_finite(source: HfCheckpoint) -> None:
-    """Read all weights once; raises :class:`CheckpointError` naming every tensor with NaN or Inf."""
+    """Read all weights once; raises :class:`CheckpointError` as :func:`finite_tensors` does."""
     total = sum(source.shards.entries[name].nbytes for name in expected_shapes(source.spec))
     with Progress("check weights", total=-(-total // 1_000_000), unit="MB") as progress:
         done = 0
@@ -218,17 +219,22 @@ def check_finite(source: HfCheckpoint) -> None:
 def finite_tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
     """All weights by name, in the order of :func:`expected_shapes`: the two tables in flat blocks, the others whole.
 
-    Nothing follows the first value that is NaN or Inf: the rest is only read, and :class:`CheckpointError` names every
-    tensor that has one.
+    Nothing follows the first value that is NaN or Inf, or would be in the model's dtype, which a file may be wider
+    than: the rest is only read, and :class:`CheckpointError` names every tensor that has one.
     """
     bad: dict[str, int] = {}
+    dtype = MODEL_DTYPES[source.spec.dtype]
     for name, tensor in _tensors(source):
-        found = _not_finite(tensor)
+        found = _not_finite(tensor, dtype)
         if found:
             bad[name] = bad.get(name, 0) + found
         if not bad:
             yield name, tensor
-    problems = [f"{name}: {count} value(s) are NaN or Inf" for name, count in bad.items()]
+    problems = []
+    for name, count in bad.items():
+        stored = source.shards.entries[name].dtype
+        wider = "" if stored == dtype else f" in {source.spec.dtype}, the dtype of config.json; the file has {stored}"
+        problems.append(f"{name}: {count} value(s) are NaN or Inf{wider.replace('torch.', '')}")
     raise_damaged(source.directory, problems, "the weights are not finite")
 
 
@@ -240,8 +246,20 @@ def _tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
             yield name, source.shards.tensor(name)
 
 
-def _not_finite(tensor: Tensor) -> int:
-    """How many values are NaN or Inf. Both survive min and max, three times faster than isfinite over everything."""
-    if torch.isfinite(torch.stack(torch.aminmax(tensor)).float()).all():
+def _not_finite(tensor: Tensor, dtype: torch.dtype) -> int:
+    """How many values are NaN or Inf in ``dtype``. Both survive min and max, and rounding keeps the order: three times
+    faster than isfinite over everything."""
+    if not tensor.numel() or torch.isfinite(torch.stack(torch.aminmax(tensor)).to(dtype).float()).all():
         return 0
-    return int((~torch.isfinite(tensor)).sum())
+    return int((~torch.isfinite(tensor.to(dtype))).sum())
+
+
+def narrow(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """``tensor`` in ``dtype``. Raises :class:`CheckpointError` when values are not finite, or do not fit."""
+    if _not_finite(tensor, dtype):
+        if _not_finite(tensor, tensor.dtype):
+            raise CheckpointError("holds values that are NaN or Inf", where=name, hint="get the weights again")
+        raise CheckpointError(
+            f"holds values that {str(dtype).removeprefix('torch.')} cannot represent", where=name, hint="use bfloat16"
+        )
+    return tensor.to(dtype)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trtkit.errors import CheckpointError
 from trtkit.files import read_json
+from trtkit.log import logger
 
 __all__ = ["CODES", "INDEX", "SINGLE", "Layout", "Shards", "bytes_of", "open_shards", "raise_damaged"]
 
@@ -135,16 +136,21 @@ def raise_damaged(directory: Path, problems: list[str], what: str = "the checkpo
 def open_shards(directory: Path) -> tuple[Shards, list[str]]:
     """The headers of all weight files, and every problem found in them (files missing, truncated, unreadable).
 
+    Where ``model.safetensors`` lies beside an index that does not name it, one of them was left over by another save.
+    The file is read, as transformers does, and that is told.
+
     Raises :class:`CheckpointError` when the directory holds no safetensors checkpoint at all.
     """
-    index = directory / INDEX
+    index, single = directory / INDEX, (directory / SINGLE).is_file()
+    weight_map = None
     if index.is_file():
         weight_map = read_json(index, CheckpointError).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError("has no usable weight_map", where=str(index))
-    elif (directory / SINGLE).is_file():
-        weight_map = None
-    else:
+        if single and SINGLE not in weight_map.values():
+            logger.warning("%s: %s is read, and the shards of %s beside it are not", directory, SINGLE, INDEX)
+            weight_map = None
+    elif not single:
         _raise_no_weights(directory)
     entries: dict[str, Entry] = {}
     problems: list[str] = []

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from trtkit.checkpoint.hf import EMBEDDING, LM_HEAD, MODEL_DTYPES, layer_prefix
+from trtkit.checkpoint.hf import EMBEDDING, LM_HEAD, MODEL_DTYPES, layer_prefix, narrow
 from trtkit.checkpoint.names import (
     KV_SCALE,
     LINEARS,
@@ -44,7 +44,7 @@ from trtkit.checkpoint.trtllm_source import Head, check_extremes, check_scales, 
 from trtkit.checkpoint.trtllm_split import share, weight_only_rows
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
 from trtkit.decoder import LINEAR_PARTS
-from trtkit.errors import CheckpointError, UsageError
+from trtkit.errors import UsageError
 from trtkit.files import digest_file, staged_dir, write_json
 from trtkit.log import Progress
 from trtkit.quant.tensor import LinearWeights
@@ -145,7 +145,7 @@ def _tensors(job: _Job, stage: int, progress: Progress) -> Iterator[tuple[str, R
         yield from _layer(job, stage * count + index, trt_layer_prefix(index))
         progress.advance()
     if stage == job.options.pipeline_parallel - 1:
-        yield FINAL_NORM_TABLE, _same(_cast(source.final_norm(), job.dtype, FINAL_NORM_TABLE))
+        yield FINAL_NORM_TABLE, _same(narrow(source.final_norm(), job.dtype, FINAL_NORM_TABLE))
         name = EMBEDDING if spec.tied else LM_HEAD
         yield LM_HEAD_TABLE, job.rows_of(source.shards, name, padded_vocab(spec.vocab, job.ranks))
     if job.head is not None:
@@ -156,7 +156,7 @@ def _tensors(job: _Job, stage: int, progress: Progress) -> Iterator[tuple[str, R
 def _layer(job: _Job, layer: int, prefix: str) -> Iterator[tuple[str, RankPieces]]:
     source = job.source
     for name, (ours, _) in layer_norms(source.spec).items():
-        yield f"{prefix}{name}", _same(_cast(source.shards.tensor(f"{layer_prefix(layer)}{ours}"), job.dtype, ours))
+        yield f"{prefix}{name}", _same(narrow(source.shards.tensor(f"{layer_prefix(layer)}{ours}"), job.dtype, ours))
     for linear in LINEARS:
         members = dict(zip(LINEAR_PARTS[linear.product], source.parts(layer, linear.product), strict=True))
         stored = _stored(job, [members[part] for part in linear.parts], where=f"{layer_prefix(layer)}{linear.parts[0]}")
@@ -183,7 +183,7 @@ def _stored(job: _Job, members: Sequence[LinearWeights], *, where: str) -> dict[
         check_extremes(stored["weight"], where)
     for name, values in stored.items():
         if name in ("pre_quant_scale", "bias") or (name == "weight" and scheme.weight_format == "bf16"):
-            stored[name] = [_cast(value, job.dtype, f"{where}.{name}") for value in values]
+            stored[name] = [narrow(value, job.dtype, f"{where}.{name}") for value in values]
     return stored
 
 
@@ -212,23 +212,11 @@ def _same(tensor: Tensor) -> RankPieces:
     return lambda rank: tensor
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """``tensor`` in ``dtype``. Raises :class:`CheckpointError` when values do not fit."""
-    if tensor.dtype == dtype:
-        return tensor
-    made = tensor.to(dtype)
-    if not bool(made.isfinite().all()):
-        raise CheckpointError(
-            f"holds values that {str(dtype).removeprefix('torch.')} cannot represent", where=name, hint="write bfloat16"
-        )
-    return made
-
-
 def _rows(shards: Shards, name: str, dtype: torch.dtype, rows: int, rank: int) -> Iterator[Tensor]:
     """Rows ``rank * rows`` and on of a stored tensor, flat; rows beyond its end are zero."""
     total, *rest = shards.entries[name].shape
     width = math.prod(rest)
     there = max(0, min(rows, total - rank * rows))
     for block in shards.blocks(name, first=rank * rows * width, count=there * width):
-        yield _cast(block, dtype, name)
+        yield narrow(block, dtype, name)
     yield torch.zeros((rows - there) * width, dtype=dtype)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from trtkit.checkpoint.convert import COMPANIONS
-from trtkit.checkpoint.hf import MODEL_DTYPES, read_config
+from trtkit.checkpoint.hf import MODEL_DTYPES, narrow, read_config
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import Layout
 from trtkit.checkpoint.unified import (
@@ -137,14 +137,14 @@ def _pieces(source: UnifiedCheckpoint, name: str) -> Iterator[Tensor]:
     part = _FOLDED.get(stem.rpartition(".")[2])
     scale = f"{stem.rpartition('.')[0]}.{part}.pre_quant_scale" if part else ""
     if scale in shards:
-        yield (shards.tensor(name).float() * shards.tensor(scale).float()).to(dtype)
+        yield narrow(shards.tensor(name).float() * shards.tensor(scale).float(), dtype, name)
     elif name.endswith(".pre_quant_scale") and name not in shards:
         weight = shards.entries[name.removesuffix("pre_quant_scale") + "weight"]
         yield torch.ones(weight.shape[1], dtype=dtype)
     else:
         floating = shards.entries[name].dtype in MODEL_DTYPES.values()
         wanted = torch.float32 if name.endswith(("weight_scale", "input_scale", "k_scale", "v_scale")) else dtype
-        yield from (block.to(wanted) if floating else block for block in shards.blocks(name))
+        yield from (narrow(block, wanted, name) if floating else block for block in shards.blocks(name))
 
 
 def _check_folding(source: UnifiedCheckpoint) -> None:

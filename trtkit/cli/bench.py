@@ -10,7 +10,7 @@ import typer
 
 from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.engines import BUILT, chosen_engine
-from trtkit.cli.options import Device, Json, Model, OutputLayer, Threads, Tree, drafting_named
+from trtkit.cli.options import Device, Json, Model, OutputLayer, Threads, Tree, drafting_named, refuse_idle
 from trtkit.cli.output import facts, finish, gigabytes, notice, quoted, table
 from trtkit.errors import UsageError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     engine: Annotated[
         list[Path] | None,
         typer.Option("--engine", help="Engine directory; repeat to compare. Default: the latest built."),
@@ -66,6 +67,12 @@ def command(
 
     The last line is one JSON document.
     """
+    refuse_idle(context, [
+        (not suite, ("--model",), "only with --suite; an engine is named with --engine"),
+        (problems is not None, ("--prompt-tokens",), "not with --problems, whose prompts are used"),
+        (profile, ("--new-tokens", "--repeats", "--rounds"), "not with --profile"),
+        (tree == "none", ("--drafter", "--draft-vocabulary", "--draft-precision"), "not with --tree none"),
+    ])  # fmt: skip
     _check_together(suite=suite, profile=profile, engine=bool(engine), out=out is not None)
     engines = [] if suite else engine or [chosen_engine(None)]
 
@@ -103,7 +110,21 @@ def command(
         notice("")
         notice(f"files: {target}/suite.json" + (", suite.png" if (target / "suite.png").is_file() else ""))
     fastest = max(result.points, key=lambda point: point.tokens_per_second)
-    finish(f"trtkit solve problems.jsonl --engine {quoted(fastest.engine)}", result.document() if as_json else None)
+    finish(_advice(fastest, options), result.document() if as_json else None)
+
+
+def _advice(fastest: Point, options: BenchOptions) -> str:
+    """The run that was fastest; with a head that is not the engine's own, the build that it takes first."""
+    from trtkit.recipe import read_manifest
+
+    tree = f" --tree {options.tree}" if fastest.drafter is not None and options.tree is not None else ""
+    if fastest.drafter is None or options.drafter is None:
+        layer = "" if options.output_layer is None else f" --output-layer {options.output_layer}"
+        return f"trtkit solve problems.jsonl --engine {quoted(fastest.engine)}{tree}{layer}"
+    recipe = read_manifest(Path(fastest.engine)).recipe
+    layer = "" if fastest.output_layer == recipe.output_layer else f" --output-layer {fastest.output_layer}"
+    made = f"trtkit build --precision {fastest.precision} --model {quoted(recipe.model)}{layer}"
+    return f"{made} --drafter {quoted(options.drafter)}{tree} --out {quoted(fastest.engine + '-drafter')}"
 
 
 def _check_together(*, suite: bool, profile: bool, engine: bool, out: bool) -> None:
@@ -120,8 +141,10 @@ def _check_together(*, suite: bool, profile: bool, engine: bool, out: bool) -> N
 
 
 def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -> None:
+    from trtkit.bench.engines import check_sources
     from trtkit.bench.profile import KINDS, profile_engine
 
+    check_sources(engines, options)
     found = [profile_engine(directory, batch, options) for directory in engines for batch in options.batches]
     headings = ("engine", "batch", "step", *KINDS)
     table(
@@ -154,7 +177,8 @@ def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -
     notice("")
     notice("measured under a profiler, which takes time itself: read the shares")
     finish(
-        f"trtkit bench --engine {quoted(engines[0])}",
+        f"trtkit bench --engine {quoted(engines[0])}"
+        + ("" if options.drafter is None else f" --drafter {quoted(options.drafter)}"),
         {"profiles": [step.document() for step in found]} if as_json else None,
     )
 

@@ -11,7 +11,7 @@ import typer
 from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.build_report import report_built
 from trtkit.cli.engines import BUILT, DEFAULT_PRECISION, default_engine, stem
-from trtkit.cli.options import Json, Model, tree_named
+from trtkit.cli.options import Json, Model, refuse_idle, tree_named
 from trtkit.cli.output import finish, notice, quoted
 from trtkit.errors import UsageError
 from trtkit.files import nearest
@@ -24,6 +24,7 @@ _BACKENDS = ("torch", "tensorrt-llm")
 
 
 def command(
+    context: typer.Context,
     precision: Annotated[
         str, typer.Option("--precision", "-p", help=f"One of: {', '.join(SCHEMES)}.")
     ] = DEFAULT_PRECISION,
@@ -93,6 +94,13 @@ def command(
     """
     compiled, drafter = backend == "tensorrt-llm", drafter_named(drafter)
     _check_names(precision, backend, kv_dtype, int4_method, output_layer, calibrator)
+    calibrated = scheme_named(precision).calibrated or kv_dtype == "int8"
+    refuse_idle(context, [
+        (precision != "int4", ("--int4-method",), "only with --precision int4"),
+        (precision != "int8-sq", ("--smooth-alpha",), "only with --precision int8-sq"),
+        (not calibrated, ("--calibrator",), f"nothing of {precision} is calibrated"),
+        (compiled and (prepare_only or print_command), ("--workers",), "nothing is compiled here"),
+    ])  # fmt: skip
     elsewhere = {"--greedy": greedy, "--prepare-only": prepare_only, "--print-command": print_command}
     if not compiled:
         _refuse({**elsewhere, "--workers": workers is not None})

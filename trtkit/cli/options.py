@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, TypeAlias
 
 import typer
@@ -19,7 +19,9 @@ __all__ = [
     "Threads",
     "Tree",
     "drafting_named",
+    "given",
     "out_of_range_is_usage",
+    "refuse_idle",
     "tree_named",
 ]
 
@@ -56,6 +58,27 @@ def tree_named(text: str) -> TreeShape:
         return TreeShape(beams=int(beams), length=int(length))
     except ValueError:
         raise UsageError(f"--tree {text!r}: not a draft tree", hint="beams x length, e.g. 1x3 or 4x4") from None
+
+
+def given(context: typer.Context, names: Sequence[str]) -> list[str]:
+    """Those of the options ``names`` that the command line spells out, whatever their value."""
+    found = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            found += [name for name in names if name in parameter.opts]
+    return sorted(found, key=names.index)
+
+
+def refuse_idle(context: typer.Context, rules: Sequence[tuple[bool, Sequence[str], str]]) -> None:
+    """Refuse options that were given and would be ignored.
+
+    Each rule is whether its options are idle, the options, and why: ``only with --tools python``. Raises
+    :class:`UsageError` with all of them.
+    """
+    idle = [f"{name}: {why}" for holds, names, why in rules if holds for name in given(context, names)]
+    if idle:
+        raise UsageError("options that would be ignored", offenders=idle, hint=f"see: {context.command_path} --help")
 
 
 @contextlib.contextmanager

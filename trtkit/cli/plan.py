@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from trtkit.bundled import PRACTICE, practice_dir
-from trtkit.cli.options import Json
+from trtkit.cli.options import Json, refuse_idle
 from trtkit.cli.output import facts, finish, gigabytes, notice, quoted, table
 from trtkit.errors import UsageError
 from trtkit.files import nearest
@@ -22,6 +22,7 @@ from trtkit.scheme import SCHEMES, scheme_named
 
 
 def command(
+    context: typer.Context,
     model: Annotated[
         str, typer.Option("--model", help=f"{', '.join(KNOWN_MODELS)}, practice, or a checkpoint directory.")
     ] = "fast-math-r1-14b",
@@ -57,6 +58,11 @@ def command(
     """
     if catalogue is not None and published:
         raise UsageError("--catalogue and --published exclude each other", hint="pass one of them")
+    asked = ("--model", "--gpu", "--length", "--batch", "--kv-dtype", "--precision", "--drafter", "--write-recipe")
+    refuse_idle(context, [
+        (catalogue is not None, asked, "not with --catalogue, which is all known models"),
+        (published, asked, "not with --published, which is what others measured"),
+    ])  # fmt: skip
     if catalogue is not None:
         _write_catalogue(catalogue, as_json)
     elif published:

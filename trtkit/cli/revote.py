@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shlex
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trtkit.cli.options import Json
+from trtkit.cli.options import Json, refuse_idle
 from trtkit.cli.output import finish, notice, table
 from trtkit.errors import UsageError
 from trtkit.log import Progress, logger
@@ -27,6 +28,7 @@ _WORTH = 0.005
 
 
 def command(
+    context: typer.Context,
     paths: Annotated[
         list[Path],
         typer.Argument(metavar="RUN_OR_TRACES", help="Run directories, journal.jsonl, or JSONL files of traces."),
@@ -80,10 +82,16 @@ def command(
     """
     from trtkit.solve.grading import Grader
     from trtkit.solve.replay import parse_policy
+    from trtkit.solve.traces import looks_like_journal
     from trtkit.solve.tradeoff import ReplayOptions, sample_counts, saved_order, trade_offs
     from trtkit.solve.tradeoff_plot import draw_trade_offs, need_matplotlib
     from trtkit.solve.vote import parse_weighting
 
+    runs = [path.is_dir() or looks_like_journal(path) for path in paths]
+    refuse_idle(context, [
+        (all(runs), ("--fields",), "only with files of traces: a run says what is what"),
+        (not any(runs), ("--problems",), "only with a run: a file of traces has its gold answers, --fields gold=..."),
+    ])  # fmt: skip
     policies = list({policy.text: policy for policy in map(parse_policy, rules or _RULES)}.values())
     counts = _counts(samples)
     if png is not None:
@@ -219,13 +227,15 @@ def _advice(paths: Sequence[Path], fields: Sequence[str], options: ReplayOptions
 
 def _solved(paths: Sequence[Path]) -> list[str]:
     """Problems and engine of the run that was replayed, where they are still there; else the usual name."""
-    from trtkit.files import read_json
+    from trtkit.errors import InputError
+    from trtkit.solve.run_head import RUN_FILE, read_head
 
     for path in paths:
-        described = (path if path.is_dir() else path.parent) / "run.json"
-        if described.is_file():
-            run = read_json(described)
-            problems, engine = (Path(run.get(name, {}).get("path", "")) for name in ("problems", "engine"))
+        directory = path if path.is_dir() else path.parent
+        # What lies beside a file of traces may be anything; that of a run was read, and found whole.
+        with contextlib.suppress(InputError):
+            run = read_head(directory) if (directory / RUN_FILE).is_file() else {}
+            problems, engine = (Path((run.get(name) or {}).get("path") or "") for name in ("problems", "engine"))
             if problems.is_file() and (engine / "engine.json").is_file():
                 return [str(problems), "--engine", str(engine)]
     return ["problems.jsonl"]

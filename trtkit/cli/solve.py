@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trtkit.cli.engines import chosen_engine
-from trtkit.cli.options import Device, Json, OutputLayer, Threads, Tree, drafting_named, out_of_range_is_usage
+from trtkit.cli.options import (
+    Device,
+    Json,
+    OutputLayer,
+    Threads,
+    Tree,
+    drafting_named,
+    out_of_range_is_usage,
+    refuse_idle,
+)
 from trtkit.cli.output import facts, finish, notice, quoted, show
 
 if TYPE_CHECKING:
@@ -19,6 +28,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     problems: Annotated[Path, typer.Argument(help="JSONL: id, problem, and the answer if it is known.")],
     engine: Annotated[
         Path | None, typer.Option("--engine", help="Engine directory; default: the latest in engines/built.")
@@ -145,11 +155,20 @@ def command(
 
     directory = chosen_engine(engine)
     defaults = SolveOptions()
+    limit = parse_duration(time_limit) if time_limit else None
+    chosen: dict[str, Any] = dict(policy_named(policy, time_limit=limit)) if policy else {}
+    waves = "only in pooled runs, without --time-limit and --full-vote: elsewhere all samples of a problem run at once"
+    pooled = (order or chosen.get("order", defaults.order)) == "pooled" and limit is None and not full_vote
+    refuse_idle(context, [
+        (tools is None, ("--tool-calls", "--tool-seconds", "--tools-unsafe"), "only with --tools python"),
+        (full_vote and bool(kill_loops), ("--kill-loops",), "not with --full-vote, which runs every sample to its end"),
+        (full_vote and bool(force_close), ("--force-close",), "not with --full-vote, which forces no answer"),
+        (full_vote and stop != ["none"], ("--stop",), "not with --full-vote, which uses no stop rule"),
+        (not pooled, ("--together",), waves),
+    ])  # fmt: skip
     code = _tools_named(tools, calls=tool_calls, seconds=tool_seconds, unsafe=tools_unsafe)
     fitting = tuple(name for name, variant in VARIANTS.items() if variant.tools == (code is not None))
     variants = tuple(prompt) if prompt else fitting if code else defaults.variants
-    limit = parse_duration(time_limit) if time_limit else None
-    chosen: dict[str, Any] = dict(policy_named(policy, time_limit=limit)) if policy else {}
     given: dict[str, Any] = {"order": order, "together": together, "stop": tuple(stop or ()) or None}
     given |= {"kill_loops": kill_loops, "force_close": force_close}
     given["default_answer"] = default_answer
@@ -191,6 +210,9 @@ def command(
     chat = load_chat(directory)
     with out_of_range_is_usage():
         switch = read_switch_penalty(switch_penalty, chat.encode, chat.decode) if switch_penalty else None
+    told = [name for name in variants if VARIANTS[name].tools] if code is None else []
+    if told:
+        logger.warning("note: --prompt %s tells the model that its code runs, and without --tools it does not", told[0])
     final = options(SamplingParams(**sampling, switch=switch))  # type: ignore[arg-type]
     for text in notices_for(manifest, final.sampling, logprobs=final.wants_logprobs):
         logger.warning("note: %s", text)
@@ -231,8 +253,6 @@ def _tools_named(name: str | None, *, calls: int, seconds: float, unsafe: bool) 
     if name not in (None, "python"):
         raise UsageError(f"unknown tools {name!r}", where="--tools", hint="python")
     if name is None:
-        if unsafe:
-            raise UsageError("says how to run code, but no code is run", where="--tools-unsafe", hint="--tools python")
         return None
     return SandboxOptions(calls=calls, seconds=seconds, unsafe=unsafe)
 

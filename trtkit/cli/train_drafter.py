@@ -9,7 +9,7 @@ import typer
 
 from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.cli.engines import DEFAULT_PRECISION, default_engine
-from trtkit.cli.options import Device, Json, Model, Threads
+from trtkit.cli.options import Device, Json, Model, Threads, refuse_idle
 from trtkit.cli.output import facts, finish, notice, quoted, table
 from trtkit.errors import InputError, UsageError
 
@@ -18,6 +18,7 @@ _OBJECTIVES = ("ce", "kd")
 
 
 def command(
+    context: typer.Context,
     model: Model = PRACTICE,
     data: Annotated[
         str,
@@ -62,6 +63,10 @@ def command(
     if loss not in _OBJECTIVES:
         raise UsageError(f"unknown --loss {loss!r}", hint=f"one of: {', '.join(_OBJECTIVES)}")
     own = data == _SELF
+    refuse_idle(context, [
+        ("openmathreasoning" not in (data, problems), ("--split",), "only with OpenMathReasoning"),
+        (start_from is not None, ("--exit-dim", "--layers", "--rnn"), "not with --start-from, whose shape is kept"),
+    ])  # fmt: skip
     if problems is not None and not own:
         raise UsageError("--problems only goes with --data self", hint="pass the rows with --data")
     from dataclasses import asdict

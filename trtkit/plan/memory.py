@@ -7,19 +7,20 @@ from dataclasses import dataclass
 
 from drafter.config import DrafterConfig, TreeShape
 from trtkit.gpu import GpuProfile
-from trtkit.model_spec import ModelSpec
+from trtkit.model_spec import Dtype, ModelSpec
 from trtkit.scheme import KvDtype, OutputLayer, QuantScheme
 
 __all__ = [
     "CPU_KV_SHARE",
-    "KV_BYTES",
-    "OUTPUT_BYTES",
     "DraftPlan",
     "MemoryPlan",
+    "ValueBytes",
     "Workload",
     "default_draft",
     "linear_values",
     "memory_plan",
+    "runtime_dtype",
+    "value_bytes",
 ]
 
 ACCEPT_PER_DEPTH = 0.65 ** (1 / 3)
@@ -32,10 +33,27 @@ RUNTIME_BYTES = 600 << 20
 """CUDA context, communication buffers, kernels."""
 _WORKSPACE_TOKENS = 8192
 """Tokens of one prefill chunk whose activations exist at once."""
-KV_BYTES: dict[KvDtype, float] = {"model": 2.0, "fp8": 1.0, "int8": 1.0}
-"""Bytes per key or value element."""
-OUTPUT_BYTES: dict[OutputLayer, float] = {"model": 2.0, "int8": 1.0}
-"""Bytes per weight of lm_head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueBytes:
+    """Bytes per value at run time, by what the engine computes in."""
+
+    plain: float = 2.0
+    """Of an unquantized value. In float32 (4) the torch runtime expands quantized weights too: their codes have
+    kernels for 16-bit arithmetic only."""
+
+    def linear(self, scheme: QuantScheme) -> float:
+        """Of the weight of a linear."""
+        return scheme.weight_bytes_per_value if self.plain <= 2 else self.plain
+
+    def output(self, layer: OutputLayer) -> float:
+        """Of a weight of lm_head."""
+        return 1.0 if layer == "int8" and self.plain <= 2 else self.plain
+
+    def cache(self, kv_dtype: KvDtype) -> float:
+        """Of a key or value."""
+        return self.plain if kv_dtype == "model" else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,27 +114,38 @@ def default_draft(spec: ModelSpec) -> DraftPlan:
     return DraftPlan(head=head, tree=TreeShape(beams=1, length=3))
 
 
+def runtime_dtype(spec: ModelSpec, *, on_cpu: bool) -> Dtype:
+    """What the torch runtime computes in unless it is told: the checkpoint's dtype, but float32 for float16 on a CPU,
+    which has no float16 kernels worth using."""
+    return "float32" if spec.dtype == "float16" and on_cpu else spec.dtype
+
+
+def value_bytes(spec: ModelSpec, gpu: GpuProfile) -> ValueBytes:
+    """For the backend that a plan is for: compiled engines are 16 bit whatever the checkpoint is."""
+    return ValueBytes(plain=4.0 if gpu.is_cpu and runtime_dtype(spec, on_cpu=True) == "float32" else 2.0)
+
+
 def memory_plan(
     spec: ModelSpec, scheme: QuantScheme, gpu: GpuProfile, work: Workload, draft: DraftPlan | None = None,
     output_layer: OutputLayer = "model",
 ) -> MemoryPlan:  # fmt: skip
     """Memory of one device when the model is split over all ``gpu.count`` of them."""
-    linears = linear_values(spec)
-    weights = linears * scheme.weight_bytes_per_value + 2 * (spec.parameters - linears)
+    linears, per = linear_values(spec), value_bytes(spec, gpu)
+    weights = linears * per.linear(scheme) + per.plain * (spec.parameters - linears)
     if output_layer != "model":
         # The codes replace lm_head; a tied one stays as well, as the table of embeddings.
-        saved = 0.0 if spec.tied else OUTPUT_BYTES["model"]
-        weights += (OUTPUT_BYTES[output_layer] - saved) * spec.vocab * spec.hidden
+        saved = 0.0 if spec.tied else per.plain
+        weights += (per.output(output_layer) - saved) * spec.vocab * spec.hidden
     nodes = 1 if draft is None else draft.tree.max_nodes
     # Activations of one prefill chunk (input, residual, gate and up at once) and float32 logits of every row and node.
     workspace = RUNTIME_BYTES if not gpu.is_cpu else 0
     chunk = min(_WORKSPACE_TOKENS, work.length)
-    workspace += chunk * (4 * spec.hidden + 3 * spec.intermediate // gpu.count) * 2
+    workspace += chunk * (4 * spec.hidden + 3 * spec.intermediate // gpu.count) * int(per.plain)
     workspace += 2 * 4 * work.batch * nodes * spec.vocab // gpu.count
     # Fewer KV heads than devices: heads are repeated, so the cache shrinks no further.
     share = max(spec.kv_heads / gpu.count, 1) / spec.kv_heads
     weight_bytes = int(weights / gpu.count)
-    draft_bytes = 0 if draft is None else 2 * draft.head.parameters // gpu.count
+    draft_bytes = 0 if draft is None else int(per.plain) * draft.head.parameters // gpu.count
     usable = int(gpu.memory_bytes * MEMORY_FRACTION)
     if gpu.is_cpu:
         taken = weight_bytes + draft_bytes
@@ -126,7 +155,7 @@ def memory_plan(
         weight_bytes=weight_bytes,
         draft_bytes=draft_bytes,
         workspace_bytes=workspace,
-        kv_bytes_per_token=spec.kv_bytes_per_token(KV_BYTES[work.kv_dtype]) * share,
+        kv_bytes_per_token=spec.kv_bytes_per_token(per.cache(work.kv_dtype)) * share,
         length=work.length,
     )
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from trtkit.gpu import GpuProfile, LinkKind, MemoryKind
 from trtkit.model_spec import ModelSpec
-from trtkit.plan.memory import KV_BYTES, OUTPUT_BYTES, DraftPlan, Workload, linear_values
+from trtkit.plan.memory import DraftPlan, ValueBytes, Workload, linear_values, value_bytes
 from trtkit.scheme import KvDtype, OutputLayer, QuantScheme
 
 __all__ = ["LINK_BANDWIDTH", "READ_SHARE", "StepCost", "ceiling_tokens_per_second", "step_bytes", "step_cost",
@@ -40,6 +40,7 @@ them (on NVLink the exchange takes under 1 % of a step)."""
 _MULTIPLY_SHARE = 0.5
 """Share of the dense FLOP/s that skinny matrix products reach. Not fitted: below some 100 rows a step is bound by
 reading, and no published speed depends on it."""
+_SIXTEEN_BIT = ValueBytes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +61,14 @@ class StepCost:
 
 def step_bytes(
     spec: ModelSpec, scheme: QuantScheme, *, rows: int, context: float, kv_dtype: KvDtype = "model",
-    draft: DraftPlan | None = None, output_layer: OutputLayer = "model",
+    draft: DraftPlan | None = None, output_layer: OutputLayer = "model", per: ValueBytes = _SIXTEEN_BIT,
 ) -> float:  # fmt: skip
     """Bytes that one decode step reads over all devices: every linear, lm_head, the rows' keys and values, and the
     draft head once per drafted position. The embedding table is looked up, not read."""
-    weights = linear_values(spec) * scheme.weight_bytes_per_value
-    weights += OUTPUT_BYTES[output_layer] * spec.vocab * spec.hidden
-    cache = rows * context * spec.kv_bytes_per_token(KV_BYTES[kv_dtype])
-    drafting = 0.0 if draft is None else 2.0 * draft.head.parameters * draft.tree.length
+    weights = linear_values(spec) * per.linear(scheme)
+    weights += per.output(output_layer) * spec.vocab * spec.hidden
+    cache = rows * context * spec.kv_bytes_per_token(per.cache(kv_dtype))
+    drafting = 0.0 if draft is None else per.plain * draft.head.parameters * draft.tree.length
     return weights + cache + drafting
 
 
@@ -83,8 +84,9 @@ def step_cost(
     if draft is not None:
         other += 2 * rows * draft.tree.beams * draft.tree.length * draft.head.parameters / gpu.flops["bf16"]
     read = step_bytes(
-        spec, scheme, rows=rows, context=work.context, kv_dtype=work.kv_dtype, draft=draft, output_layer=output_layer
-    )
+        spec, scheme, rows=rows, context=work.context, kv_dtype=work.kv_dtype, draft=draft, output_layer=output_layer,
+        per=value_bytes(spec, gpu),
+    )  # fmt: skip
     return StepCost(
         read_bytes=read,
         multiply_seconds=(linear + other) / gpu.count,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,8 +72,9 @@ class Figures:
     """(second of the run, seconds in the time bank)."""
 
 
-def figures_of(run: Run) -> Figures:
-    """All figures of a run."""
+def figures_of(run: Run, advance: Callable[[], None] = lambda: None) -> Figures:
+    """All figures of a run. ``advance`` is called for each problem with a known answer: its majority curve is what
+    takes time."""
     settled = run.settled
     graded = [result for result in settled if result.correct is not None]
     samples = [sample for result in settled for sample in result.samples]
@@ -89,7 +90,7 @@ def figures_of(run: Run) -> Figures:
         correct=sum(bool(result.correct) for result in graded),
         accuracy=_estimate([float(bool(result.correct)) for result in graded]),
         pass_at_1=_estimate([_share_right(result) for result in graded]),
-        majority=majority_curve(graded),
+        majority=majority_curve(graded, advance),
         samples=len(samples),
         blank_rate=_rate([sample.vote is None for sample in samples]),
         truncated_rate=_rate([sample.truncated for sample in samples]),
@@ -118,7 +119,7 @@ def standard_error(values: Sequence[float]) -> float | None:
     return float(np.std(np.asarray(values), ddof=1)) / math.sqrt(len(values))
 
 
-def majority_curve(results: Sequence[Result]) -> tuple[Estimate, ...]:
+def majority_curve(results: Sequence[Result], advance: Callable[[], None] = lambda: None) -> tuple[Estimate, ...]:
     """maj@k for k = 1 .. N: how often the plain majority of k of the finished samples, drawn without replacement, is
     right.
 
@@ -127,7 +128,10 @@ def majority_curve(results: Sequence[Result]) -> tuple[Estimate, ...]:
     and give no vote. Every subset is counted up to 12 samples; above, 2,000 seeded draws, so each point's own error
     is below 0.012 per problem and averages out over problems.
     """
-    curves = [_problem_curve(result) for result in results]
+    curves = []
+    for result in results:
+        curves.append(_problem_curve(result))
+        advance()
     width = max((len(curve) for curve in curves), default=0)
     estimates = []
     for k in range(width):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 from trtkit.errors import InputError
 from trtkit.runtime.api import EngineStats
+from trtkit.solve.journal_rows import DAMAGE, amount, count, counted, number, optional_amount, parse_line, read_engine
 
 __all__ = ["AttemptRow", "JournalRows", "SolutionRow", "read_rows"]
 
@@ -76,95 +75,64 @@ def read_rows(path: Path) -> JournalRows:
     except OSError as problem:
         raise InputError(f"cannot be read: {problem.strerror or problem}", where=str(path)) from None
     before = session = 0.0
-    for number, line in enumerate(raw.split(b"\n"), start=1):
+    for place, line in enumerate(raw.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = parse_line(line)
             kind = row["kind"]
             if kind == "session":
                 before, session = before + session, 0.0
                 rows.sessions += 1
-                if (loading := _optional(row, "loading")) is not None:
+                if (loading := optional_amount(row, "loading")) is not None:
                     rows.loading = (rows.loading or 0.0) + loading
                 continue
-            clock = _amount(row["clock"])
+            clock = amount(row, "clock")
             _take(rows, kind, row, before + clock)
             session = max(session, clock)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            rows.damaged.append(number)
+        except DAMAGE:
+            rows.damaged.append(place)
     rows.seconds = before + session
     return rows
 
 
-def _take(rows: JournalRows, kind: str, row: Mapping[str, Any], ended: float) -> None:
+def _take(rows: JournalRows, kind: str, row: dict[str, Any], ended: float) -> None:
     if kind == "attempt":
         attempt = _attempt(row, ended)
         rows.attempts.setdefault(str(row["problem"]), {}).setdefault(attempt.index, attempt)
     elif kind == "solution":
         rows.solutions[str(row["problem"])] = _solution(row, ended)
     elif kind == "stats":
-        rows.engines.append(_engine(row))
+        rows.engines.append(read_engine(row, lenient=True))
 
 
 def _attempt(row: Mapping[str, Any], ended: float) -> AttemptRow:
     ending = str(row.get("ending") or row["finish"])
     return AttemptRow(
-        index=_count(row["index"]),
+        index=count(row, "index"),
         variant=str(row["variant"]),
-        tokens=_count(row["tokens"]),
+        tokens=count(row, "tokens"),
         ending=ending,
         box=None if row["box"] is None else str(row["box"]),
-        seconds=_amount(row["seconds"]),
+        seconds=amount(row, "seconds"),
         ended=ended,
-        confidence=_optional(row, "confidence", signed=True),
+        confidence=None if row.get("confidence") is None else number(row["confidence"], "confidence"),
         forced=bool(row.get("forced")),
-        tool_calls=_count(row.get("tool_calls") or 0),
+        tool_calls=count(row, "tool_calls", 0),
     )
 
 
 def _solution(row: Mapping[str, Any], ended: float) -> SolutionRow:
     return SolutionRow(
         answer=None if row["answer"] is None else str(row["answer"]),
-        tokens=_count(row["tokens"]),
-        seconds=_amount(row["seconds"]),
+        tokens=count(row, "tokens"),
+        seconds=amount(row, "seconds"),
         ended=ended,
         stopped_early=None if row["stopped_early"] is None else str(row["stopped_early"]),
         error=None if row["error"] is None else str(row["error"]),
-        share_seconds=_optional(row, "share"),
-        used_seconds=_optional(row, "used"),
-        bank_seconds=_optional(row, "bank"),
-        cancelled=None if row.get("cancelled") is None else _count(row["cancelled"]),
-        counted=None if row.get("counted") is None else tuple(map(_count, row["counted"])),
+        share_seconds=optional_amount(row, "share"),
+        used_seconds=optional_amount(row, "used"),
+        bank_seconds=optional_amount(row, "bank"),
+        cancelled=None if row.get("cancelled") is None else count(row, "cancelled"),
+        counted=counted(row),
     )
-
-
-def _engine(row: Mapping[str, Any]) -> EngineStats:
-    return EngineStats(
-        new_tokens=_count(row["new_tokens"]),
-        row_steps=_count(row["row_steps"]),
-        drafted_row_steps=_count(row.get("drafted_row_steps", 0)),
-        accepted_by_depth=tuple(_count(count) for count in row["accepted_by_depth"]),
-        seconds={str(phase): _amount(seconds) for phase, seconds in row["seconds"].items()},
-    )
-
-
-def _optional(row: Mapping[str, Any], name: str, *, signed: bool = False) -> float | None:
-    value = row.get(name)
-    if value is None:
-        return None
-    return float(value) if signed and math.isfinite(float(value)) else _amount(value)
-
-
-def _count(value: Any) -> int:
-    number = int(value)
-    if number < 0:
-        raise ValueError(f"negative: {value}")
-    return number
-
-
-def _amount(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"not a finite amount: {value}")
-    return number

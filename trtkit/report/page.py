@@ -20,11 +20,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from trtkit import __version__
+from trtkit.log import Progress
 from trtkit.report.charts import Chart, Series, chart
 from trtkit.report.compare import Comparison, compare
 from trtkit.report.figures import Figures, figures_of
 from trtkit.report.problems import ProblemRow, problem_rows
-from trtkit.report.read import read_runs
+from trtkit.report.read import TOLD_SECONDS, read_runs
 from trtkit.report.records import Run, Sample
 from trtkit.report.totals import begun, lead, rate, settings, totals
 
@@ -57,9 +58,12 @@ class Report:
 def report_on(paths: Sequence[Path]) -> Report:
     """Read runs and compute their figures. Raises what :func:`trtkit.report.read.read_runs` raises."""
     runs = read_runs(paths)
+    graded = sum(result.correct is not None for run in runs for result in run.settled)
+    with Progress("figures", total=graded, unit="problems", after_seconds=TOLD_SECONDS) as progress:
+        figures = tuple(figures_of(run, progress.advance) for run in runs)
     return Report(
         runs=tuple(runs),
-        figures=tuple(map(figures_of, runs)),
+        figures=figures,
         comparison=compare(runs),
         rows=tuple(problem_rows(runs)),
         notices=tuple(_notices(runs)),

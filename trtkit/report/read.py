@@ -12,17 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from trtkit.errors import InputError, TrtkitError, UsageError
-from trtkit.files import JsonObject, digest_file, read_json, read_jsonl
+from trtkit.files import JsonObject, digest_file
+from trtkit.log import Progress
 from trtkit.report.journal import AttemptRow, JournalRows, SolutionRow, read_rows
 from trtkit.report.records import Result, Run, Sample, VoteCount
 from trtkit.solve.answers import Answer, AnswerMode, read_answer
 from trtkit.solve.engine_figures import engine_figures
 from trtkit.solve.grading import Grader
 from trtkit.solve.problems import Problem, read_problems
-from trtkit.solve.run import JOURNAL_FILE, RUN_FILE, SOLUTIONS_FILE, SUMMARY_FILE
+from trtkit.solve.run_head import (
+    JOURNAL_FILE,
+    RUN_FILE,
+    SUMMARY_FILE,
+    mode_of,
+    read_head,
+    read_solution_golds,
+    read_summary,
+)
 from trtkit.solve.vote import Tally, Weighting, parse_weighting
 
-__all__ = ["read_runs"]
+__all__ = ["TOLD_SECONDS", "read_runs"]
+
+TOLD_SECONDS = 2.0
+"""Stages of a report that take longer show their progress."""
 
 _SHOWN_LINES = 10
 
@@ -60,21 +72,23 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _read(path: Path, label: str, grader: Grader) -> Run:
-    head = read_json(path / RUN_FILE, InputError)
+    head = read_head(path)
     arguments = _mapping(head, "arguments")
     rows = read_rows(path / JOURNAL_FILE)
     notices = _damage(rows)
-    summary = read_json(path / SUMMARY_FILE, InputError) if (path / SUMMARY_FILE).is_file() else {}
+    summary = read_summary(path)
     problems = _problems(_mapping(head, "problems"), notices)
     if problems is None:
-        problems = _from_solutions(path / SOLUTIONS_FILE, rows, notices)
+        problems = _from_solutions(path, rows, notices)
     reading = _Reading(
         rows=rows,
-        mode=_mode(arguments, path),
+        mode=mode_of(head) or AnswerMode(),
         asked=_whole(arguments.get("samples")),
         weighting=parse_weighting(str(arguments.get("weighting") or "majority")),
         grader=grader,
     )
+    with Progress("read", total=len(problems), unit="problems", after_seconds=TOLD_SECONDS) as progress:
+        results = tuple(map(reading.result, progress.track(problems)))
     problems_head = _mapping(head, "problems")
     run = Run(
         label=label,
@@ -85,7 +99,7 @@ def _read(path: Path, label: str, grader: Grader) -> Run:
         problems_path=_text(problems_head.get("path")),
         problems_digest=_text(problems_head.get("sha256")),
         engine_path=_text(_mapping(head, "engine").get("path")),
-        results=tuple(reading.result(problem) for problem in problems),
+        results=results,
         seconds=rows.seconds,
         sessions=rows.sessions,
         limit_seconds=_number(arguments.get("time_limit")),
@@ -223,11 +237,8 @@ def _problems(head: Mapping[str, Any], notices: list[str]) -> list[Problem] | No
 
 def _from_solutions(path: Path, rows: JournalRows, notices: list[str]) -> list[Problem]:
     """Ids and known answers without the problems file."""
-    found: dict[str, Problem] = {}
-    if path.is_file():
-        for _, row in read_jsonl(path, InputError):
-            name = str(row.get("id"))
-            found[name] = Problem(id=name, text="", answer=_text(row.get("gold")))
+    golds = read_solution_golds(path)
+    found = {name: Problem(id=name, text="", answer=gold) for name, gold in golds.items()}
     for name in (*rows.solutions, *rows.attempts):
         found.setdefault(name, Problem(id=name, text=""))
     if not any(problem.answer is not None for problem in found.values()):
@@ -258,16 +269,6 @@ def _with_notice(run: Run, summary: JsonObject) -> Run:
         f"{SUMMARY_FILE} says accuracy {summary['accuracy']:.1%}; the journal gives {_accuracy(run):.1%}, shown here."
     )
     return replace(run, notices=(*run.notices, said))
-
-
-def _mode(arguments: Mapping[str, Any], path: Path) -> AnswerMode:
-    mode = _mapping(arguments, "mode")
-    try:
-        return AnswerMode(kind=mode.get("kind", "auto"), modulus=mode.get("modulus"))
-    except (UsageError, TypeError) as problem:
-        raise InputError(
-            f"an answer mode that this version does not know: {problem}", where=str(path / RUN_FILE)
-        ) from None
 
 
 def _mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from trtkit.checkpoint.trtllm_reader import is_trtllm, merged_drafter, open_chec
 from trtkit.errors import CapacityError, EngineError, UsageError
 from trtkit.files import digest_file
 from trtkit.model_spec import ModelSpec
-from trtkit.plan.memory import CPU_KV_SHARE
+from trtkit.plan.memory import CPU_KV_SHARE, runtime_dtype
 from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, EngineManifest, Recipe, output_layer_of, read_manifest
 from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
@@ -94,6 +94,12 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
     trees: tuple[TreeShape | None, ...] = (None,)
     if options.speculative and (manifest.recipe.tree is not None or options.drafter is not None):
         trees = DEFAULT_TREES if options.tree is None else (options.tree,)
+    elif options.speculative and options.tree is not None:
+        raise UsageError(
+            f"a draft tree {options.tree}, but no draft head to draw it",
+            where=str(directory),
+            hint="build it with --drafter, or leave --tree out",
+        )
     reach = total + TreeChooser(trees).max_nodes
     output_layer = options.output_layer or output_layer_of(manifest.recipe)
     model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=reach, output_layer=output_layer)
@@ -190,8 +196,8 @@ def device_named(name: str) -> torch.device:
 
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """The checkpoint's dtype, but float32 for float16 on a CPU, which has no float16 kernels worth using."""
-    return torch.float32 if spec.dtype == "float16" and device.type == "cpu" else _DTYPES[spec.dtype]
+    """What a model of ``spec`` computes in on ``device`` unless it is told: see ``plan.memory.runtime_dtype``."""
+    return _DTYPES[runtime_dtype(spec, on_cpu=device.type == "cpu")]
 
 
 def _known(dtype: str) -> str:

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trtkit.checkpoint.hf import narrow
 from trtkit.decoder import Attend, LinearName, Norms, PlainPointwise, Pointwise, Rope, decoder_layer, rope_at
 from trtkit.model_spec import ModelSpec
 from trtkit.quant.in_cache import int8_matrix
-from trtkit.quant.tensor import LinearWeights, dense
+from trtkit.quant.tensor import LinearWeights, dense, dequantize
 from trtkit.runtime.cuda.kernels import open_cuda_kernels
 from trtkit.runtime.cuda.linear import prepare_linears
 from trtkit.runtime.linear import Kernel, runtime_linear
@@ -75,12 +76,12 @@ class DecoderModel:
         """Whether everything but the products runs on the Triton kernels."""
         self._pointwise: Pointwise = NativePointwise() if self.native else cuda_kernels or PlainPointwise()
         self._layers = [self._load_layer(checkpoint, index) for index in range(self.spec.layers)]
-        self.embedding = checkpoint.embedding().to(device=device, dtype=dtype)
+        self.embedding = self._held(checkpoint.embedding(), "the embedding").to(device=device, dtype=dtype)
         self._final_norm = checkpoint.final_norm().to(device).float()
         whole = [(layer.norms, layer.kernels) for layer in self._layers]
         self.native_layers = open_layers(self.spec, whole, self._final_norm) if self.native else None
         """Every layer in one call, for decode steps on the C++ kernels."""
-        matrix = checkpoint.lm_head()
+        matrix = self._held(checkpoint.lm_head(), "lm_head")
         head = int8_matrix(matrix, steps=128) if output_layer == "int8" else dense(matrix)
         self._head = runtime_linear(LinearWeights(weight=head), device=device, dtype=dtype)
         scales = [checkpoint.kv_scales(index) for index in range(self.spec.layers)]
@@ -94,6 +95,8 @@ class DecoderModel:
         # The scale in front of qkv and gate_up is the norm's own output scale: fold it in, in float32, for nothing.
         input_norm, linears["qkv"] = _fold(stored.input, linears["qkv"])
         post_norm, linears["gate_up"] = _fold(stored.post, linears["gate_up"])
+        for name, weights in linears.items():
+            self._check_held(weights, f"{name} of layer {index}")
         norms = Norms(
             input=input_norm.to(self.device),
             post=post_norm.to(self.device),
@@ -104,6 +107,19 @@ class DecoderModel:
             name: runtime_linear(weights, device=self.device, dtype=self.dtype) for name, weights in linears.items()
         }
         return _Layer(norms, kernels)
+
+    def _held(self, tensor: Tensor, where: str) -> Tensor:
+        """``tensor``. Raises :class:`CheckpointError` when float16, which ends at 65504, is to hold it and cannot; the
+        other dtypes have the range of what is stored."""
+        return narrow(tensor, self.dtype, where) if self.dtype == torch.float16 else tensor
+
+    def _check_held(self, weights: LinearWeights, where: str) -> None:
+        if self.dtype != torch.float16:
+            return
+        if weights.weight.format in ("bf16", "int4"):  # the codes of the others are multiplied, then their scales
+            self._held(dequantize(weights.weight), where)
+        if weights.bias is not None:
+            self._held(weights.bias, f"the bias of {where}")
 
     def prepare(self, tokens: int) -> None:
         """Let the CUDA kernels tune themselves for passes of up to ``tokens`` tokens: they cannot within a capture."""

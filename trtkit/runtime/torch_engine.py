@@ -22,13 +22,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 
 from drafter.config import TreeShape
 from drafter.model import Drafter
+from trtkit.closing import Closing
 from trtkit.errors import CapacityError, RequestError
 from trtkit.runtime import decode
 from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
@@ -81,7 +80,7 @@ class Drafting:
     """Shares of steps that accepted at least 1, 2, ... tokens when the head was measured: where the choice begins."""
 
 
-class TorchEngine:
+class TorchEngine(Closing):
     """Runs requests in one in-flight batch.
 
     ``model`` must know positions up to ``limits.total_tokens`` plus the length of a draft.
@@ -368,14 +367,6 @@ class TorchEngine:
         del self._graphs, self._stepper, self._model, self._drafting
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _runs(row: Row) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from trtkit.closing import Closing
 from trtkit.errors import EngineError, RequestError
 from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
 from trtkit.runtime.trtllm_facts import CompiledFacts
@@ -49,7 +49,7 @@ class _Row:
     extensions: int = 0
 
 
-class TrtllmEngine:
+class TrtllmEngine(Closing):
     """Runs requests on one executor. Made by ``trtllm_engine.open_compiled``.
 
     ``bindings`` is the module ``tensorrt_llm.bindings.executor``, ``eos_ids`` what ends a turn of the model.
@@ -261,14 +261,6 @@ class TrtllmEngine:
     def close(self) -> None:
         """Stop the executor and its workers."""
         self._executor.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _finish_of(result: Any) -> FinishReason:

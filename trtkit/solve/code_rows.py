@@ -20,6 +20,8 @@ __all__ = ["CodeRows"]
 
 _IDLE_SECONDS = 0.05
 """How long to wait for code when no other row has anything to do."""
+_UNMADE = ("error", "timeout", "killed")
+"""How a call ends when a block before its own does."""
 
 
 @dataclass(slots=True)
@@ -34,11 +36,14 @@ class _Row:
     """Those that ended well."""
     running: str | None = None
     """The block that runs now."""
+    anew: bool = False
+    """It runs without those before it, which did not end well when they were run again."""
 
 
 class CodeRows:
     """The calls of all samples. State across the calls of one sample is kept as in the systems that the models were
-    trained with: each call runs the earlier blocks that ended well again, unseen, before its own."""
+    trained with: each call runs the earlier blocks that ended well again, unseen, before its own. Where they do not
+    come to their end a second time (a timer, the clock, chance), the block runs alone, and its reply says so."""
 
     def __init__(self, sandbox: Sandbox, engine: Engine, chat: Chat, ends: EndRules, max_tokens: int) -> None:
         """``max_tokens``: what a sample may generate; replies do not count."""
@@ -86,8 +91,11 @@ class CodeRows:
         """Put rows back whose code has ended; those that have no room left to go on."""
         spent = []
         for result in self._sandbox.ready(0.0 if self._engine.has_work else _IDLE_SECONDS):
-            sample = samples[result.id]
-            if not self._resume(sample, self._rows[result.id], result):
+            sample, row = samples[result.id], self._rows[result.id]
+            if row.blocks and row.running is not None and not result.started and result.status in _UNMADE:
+                row.blocks, row.anew = [], True
+                self._sandbox.submit(Call(id=result.id, code=row.running))
+            elif not self._resume(sample, row, result):
                 spent.append(sample)
         return spent
 
@@ -103,13 +111,14 @@ class CodeRows:
         assert row.running is not None
         if result.status == "ok":
             row.blocks.append(row.running)
-        row.running = None
+        anew, row.running, row.anew = row.anew, None, False
         stream, options = sample.stream, self._sandbox.options
         text = reply(
             result,
             options,
             calls_left=options.calls - sample.tool_calls,
             fresh_line=self._chat.decode(stream.tokens[-1:]).endswith("\n"),
+            anew=anew,
         )
         tokens = self._chat.encode(text)
         room = self._engine.max_total_tokens - sample.prompt_tokens - len(stream.tokens) - len(tokens)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from trtkit.difficulty import Labelled, load_regressor
 from trtkit.errors import InputError
-from trtkit.files import digest_file, read_json
+from trtkit.files import digest_file
 from trtkit.log import logger
 from trtkit.solve.journal import read_history
 from trtkit.solve.problems import Problem, read_problems
-from trtkit.solve.run import JOURNAL_FILE, RUN_FILE
+from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, read_head
 
 __all__ = ["is_run", "labels_of_run", "predict_tokens"]
 
@@ -44,7 +44,7 @@ def labels_of_run(path: Path) -> list[Labelled]:
             where=str(directory),
             hint="pass what `trtkit solve` wrote, or a JSONL file with problem and tokens",
         )
-    run = read_json(directory / RUN_FILE, InputError)
+    run = read_head(directory)
     try:
         source, digest = Path(run["problems"]["path"]), run["problems"]["sha256"]
         full_vote = bool(run["arguments"]["full_vote"])

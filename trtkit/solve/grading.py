@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import trtkit
+from trtkit.closing import Closing
 from trtkit.errors import MissingDependency, TrtkitError
 from trtkit.log import logger
 from trtkit.solve.answers import Answer
@@ -28,7 +28,7 @@ _PATIENCE = 4.0
 _WORDS = re.compile(r"[A-Z]|[A-Za-z][A-Za-z' -]+")
 
 
-class Grader:
+class Grader(Closing):
     """Equality of answers. The worker starts with the first question that needs it; ``close`` ends it.
 
     Two numbers are compared exactly, equal spellings are equal, and everything else goes to math-verify, with
@@ -74,14 +74,6 @@ class Grader:
             for pipe in (worker.stdin, worker.stdout):
                 if pipe is not None:
                     pipe.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _ask(self, gold: str, answer: str) -> bool:
         equal = self._question(gold, answer)

@@ -8,28 +8,32 @@ session began. Fields that were added later are optional, so older journals can 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
+from trtkit.closing import Closing
 from trtkit.errors import InputError, OutputError
 from trtkit.files import append_jsonl
 from trtkit.log import logger
 from trtkit.runtime.api import EngineStats
 from trtkit.solve.journal_rows import (
+    DAMAGE,
     Settled,
+    amount,
     attempt_row,
+    count,
     engine_row,
+    parse_line,
     read_attempt,
     read_engine,
     read_settled,
     solution_row,
+    what_is_wrong,
 )
 from trtkit.solve.records import Attempt, Solution
 
@@ -58,7 +62,7 @@ class History:
         return self.seconds + self.loading_seconds
 
 
-class Journal:
+class Journal(Closing):
     """Appends to ``path``; holds a lock, so that two processes never write the same run.
 
     Raises :class:`OutputError` when another process has it open or it cannot be written.
@@ -121,31 +125,29 @@ class Journal:
         """Give the lock back."""
         self._lock.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def read_history(path: Path) -> History:
     """Read a journal; a missing one is an empty history.
 
-    Lines that are no whole records (torn by a crash) are skipped with a warning: what they said is done
-    again. Of two attempts at the same sample the first counts. Raises :class:`InputError` when the file
-    cannot be read.
+    Lines that are no whole records (torn by a crash) are skipped with a warning that says which and why: what they
+    said is done again. Of two attempts at the same sample the first counts. Raises :class:`InputError` when the
+    file cannot be read.
     """
     attempts: dict[str, dict[int, Attempt]] = {}
     settled: dict[str, Settled] = {}
     engines: list[EngineStats] = []
     lanes: int | None = None
     seconds = session = loading = 0.0
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in _lines(path):
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = parse_line(line)
             kind = row["kind"]
+            if kind == "session":
+                loaded = amount(row, "loading") if row.get("loading") is not None else 0.0
+                lanes = lanes or count(row, "lanes", 0) or None
+                seconds, session, loading = seconds + session, 0.0, loading + loaded
+                continue
+            clock = amount(row, "clock")
             if kind == "attempt":
                 attempt = read_attempt(row)
                 attempts.setdefault(attempt.problem_id, {}).setdefault(attempt.index, attempt)
@@ -153,14 +155,10 @@ def read_history(path: Path) -> History:
                 settled[str(row["problem"])] = read_settled(row)
             elif kind == "stats":
                 engines.append(read_engine(row))
-            if kind == "session":
-                seconds, session = seconds + session, 0.0
-                loading += float(row.get("loading", 0.0))
-                lanes = lanes or row.get("lanes")
-            else:
-                session = max(session, float(row["clock"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            logger.warning("%s:%d: not a whole record, skipped", path, number)
+            session = max(session, clock)
+        except DAMAGE as problem:
+            said = what_is_wrong(problem)
+            logger.warning("%s:%d: not a whole record, skipped as if it were not there (%s)", path, number, said)
     whole = {problem: tuple(by_index.values()) for problem, by_index in attempts.items()}
     return History(
         attempts=whole,
@@ -179,14 +177,15 @@ def _remove(path: Path) -> None:
         raise OutputError(f"cannot be removed: {problem.strerror or problem}", where=str(path)) from None
 
 
-def _lines(path: Path) -> Iterable[bytes]:
+def _lines(path: Path) -> Iterable[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as problem:
         raise InputError(f"cannot be read: {problem.strerror or problem}", where=str(path)) from None
-    return [line for line in raw.split(b"\n") if line.strip()]
+    return [(number, line) for number, line in enumerate(raw.split(b"\n"), start=1) if line.strip()]
 
 
 def _mend(path: Path) -> None:

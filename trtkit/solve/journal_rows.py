@@ -6,6 +6,9 @@ no whole record.
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +17,8 @@ from trtkit.solve.ends import Ending
 from trtkit.solve.records import Attempt, Solution
 
 __all__ = [
-    "Settled", "attempt_row", "engine_row", "read_attempt", "read_engine", "read_settled", "solution_row"
+    "DAMAGE", "Settled", "amount", "attempt_row", "count", "counted", "engine_row", "number", "optional_amount",
+    "parse_line", "read_attempt", "read_engine", "read_settled", "solution_row", "what_is_wrong", "whole",
 ]  # fmt: skip
 
 _ENGINE_COUNTS = (
@@ -66,18 +70,18 @@ def read_attempt(row: dict[str, Any]) -> Attempt:
     """What :func:`attempt_row` wrote."""
     return Attempt(
         problem_id=str(row["problem"]),
-        index=int(row["index"]),
+        index=count(row, "index"),
         variant=str(row["variant"]),
-        tokens=int(row["tokens"]),
+        tokens=count(row, "tokens"),
         finish=FinishReason(row["finish"]),
         box=None if row["box"] is None else str(row["box"]),
-        seconds=float(row["seconds"]),
-        text=row.get("text"),
+        seconds=amount(row, "seconds"),
+        text=None if row.get("text") is None else str(row["text"]),
         ending=None if row.get("ending") is None else Ending(row["ending"]),
         forced=bool(row.get("forced", False)),
-        confidence=_optional(row, "confidence"),
-        tool_calls=int(row.get("tool_calls", 0)),
-        used_seconds=_optional(row, "used"),
+        confidence=None if row.get("confidence") is None else number(row["confidence"], "confidence"),
+        tool_calls=count(row, "tool_calls", 0),
+        used_seconds=optional_amount(row, "used"),
     )
 
 
@@ -103,36 +107,94 @@ def solution_row(solution: Solution) -> dict[str, Any]:
 def read_settled(row: dict[str, Any]) -> Settled:
     """The part of :func:`solution_row` that its attempts do not say."""
     return Settled(
-        tokens=int(row["tokens"]),
-        seconds=float(row["seconds"]),
+        tokens=count(row, "tokens"),
+        seconds=amount(row, "seconds"),
         stopped_early=None if row["stopped_early"] is None else str(row["stopped_early"]),
         error=None if row["error"] is None else str(row["error"]),
-        share_seconds=_optional(row, "share"),
-        used_seconds=_optional(row, "used"),
-        bank_seconds=_optional(row, "bank"),
-        cancelled=int(row.get("cancelled", 0)),
-        counted=tuple(map(int, row["counted"])) if "counted" in row else None,
+        share_seconds=optional_amount(row, "share"),
+        used_seconds=optional_amount(row, "used"),
+        bank_seconds=optional_amount(row, "bank"),
+        cancelled=count(row, "cancelled", 0),
+        counted=counted(row),
     )
 
 
-def _optional(row: dict[str, Any], name: str) -> float | None:
-    value = row.get(name)
-    return None if value is None else float(value)
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a line raises that is no whole record."""
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """A line of a journal. Raises one of ``DAMAGE``."""
+    row = json.loads(line.decode("utf-8"))
+    if not isinstance(row, dict):
+        raise TypeError("no JSON object")
+    return row
+
+
+def what_is_wrong(problem: Exception) -> str:
+    """One of ``DAMAGE`` in words."""
+    if isinstance(problem, KeyError):
+        return f"no {problem}"
+    if isinstance(problem, json.JSONDecodeError):
+        return f"not valid JSON: {problem.msg}"
+    return str(problem)
+
+
+def count(row: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number from 0 up; ``default`` where there is one and the row has none. Raises one of ``DAMAGE``."""
+    value = row[name] if default is None else row.get(name)
+    return default if value is None and default is not None else whole(value, name)
+
+
+def counted(row: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Indices of the counted samples of a ``solution`` row; None in older journals. Raises one of ``DAMAGE``."""
+    indices = row.get("counted")
+    return None if indices is None else tuple(whole(index, "counted") for index in indices)
+
+
+def amount(row: Mapping[str, Any], name: str) -> float:
+    """A finite number from 0 up. Raises one of ``DAMAGE``."""
+    found = number(row[name], name)
+    if found < 0:
+        raise ValueError(f"{name}: negative: {found:g}")
+    return found
+
+
+def whole(value: Any, name: str) -> int:
+    """``value`` as a whole number from 0 up. Raises one of ``DAMAGE``, which says ``name``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}: expected a whole number from 0 up, found {value!r}"[:200])
+    return value
+
+
+def number(value: Any, name: str) -> float:
+    """``value`` as a finite number. Raises one of ``DAMAGE``, which says ``name``."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a number, found {value!r}"[:200])
+    return float(value)
+
+
+def optional_amount(row: Mapping[str, Any], name: str) -> float | None:
+    """Like :func:`amount`; None where the row has none."""
+    return None if row.get(name) is None else amount(row, name)
 
 
 def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 3)
 
 
-def read_engine(row: dict[str, Any]) -> EngineStats:
-    """What :func:`engine_row` wrote."""
-    counts = {name: int(row[name]) for name in _ENGINE_COUNTS}
+def read_engine(row: dict[str, Any], *, lenient: bool = False) -> EngineStats:
+    """What :func:`engine_row` wrote. ``lenient``: only the counters of tokens and row-steps must be there."""
+    optional = set(_ENGINE_COUNTS) - {"new_tokens", "row_steps"} if lenient else set()
+    phases = row["seconds"]
+    if not isinstance(phases, Mapping):
+        raise TypeError(f"seconds: expected a table, found {phases!r}"[:200])
     return EngineStats(
-        drafted_row_steps=int(row.get("drafted_row_steps", 0)),
-        discarded_row_steps=int(row.get("discarded_row_steps", 0)),
-        accepted_by_depth=tuple(int(count) for count in row["accepted_by_depth"]),
-        seconds={str(phase): float(seconds) for phase, seconds in row["seconds"].items()},
-        **counts,
+        drafted_row_steps=count(row, "drafted_row_steps", 0),
+        discarded_row_steps=count(row, "discarded_row_steps", 0),
+        accepted_by_depth=tuple(whole(accepted, "accepted_by_depth") for accepted in row["accepted_by_depth"]),
+        seconds={str(phase): amount(phases, phase) for phase in phases},
+        **{name: count(row, name, 0 if name in optional else None) for name in _ENGINE_COUNTS},
     )
 
 

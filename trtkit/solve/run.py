@@ -42,7 +42,7 @@ from typing import Any
 from trtkit import __version__
 from trtkit.chat import Chat
 from trtkit.errors import EngineError, InputError, OutputError, UsageError
-from trtkit.files import digest_file, read_json, write_json, write_text
+from trtkit.files import digest_file, write_json, write_text
 from trtkit.log import logger
 from trtkit.recipe import ENGINE_FILE
 from trtkit.runtime.api import Engine
@@ -56,16 +56,13 @@ from trtkit.solve.observer import Observer
 from trtkit.solve.options import SolveOptions
 from trtkit.solve.problems import Problem, read_problems
 from trtkit.solve.records import Solution
+from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, SOLUTIONS_FILE, SUMMARY_FILE, read_head
 from trtkit.solve.sandbox import open_sandbox
 from trtkit.solve.solver import Solver
 from trtkit.solve.summary import Summary, Verdict, judge, solution_row, summarise
 
 __all__ = ["Outcome", "Places", "claim", "identity_of", "run_solve", "sigterm_as_interrupt", "write_results"]
 
-RUN_FILE = "run.json"
-JOURNAL_FILE = "journal.jsonl"
-SOLUTIONS_FILE = "solutions.jsonl"
-SUMMARY_FILE = "summary.json"
 _FREE = ("problems.path", "engine.path", "arguments.outstanding")
 """What a resumed run may have different: where things lie, and how full the batch is kept (memory may be scarcer)."""
 _ADDED = {
@@ -229,7 +226,7 @@ def claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
     if force_new:
         _remove(out / name for name in (RUN_FILE, SOLUTIONS_FILE, SUMMARY_FILE))
     elif path.exists() and journal.exists():
-        found = read_json(path, InputError)
+        found = read_head(out)
         wanted, there = _flat(identity), _ADDED | _flat(found)
         names = [name for name in {**there, **wanted} if name.split(".")[0] in identity]
         differences = [
@@ -244,7 +241,7 @@ def claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
                 offenders=differences,
                 hint="choose another directory with --out, or start over in this one with --force-new",
             )
-        changed = {k: v for k, v in versions.items() if found.get("versions", {}).get(k) != v}
+        changed = {k: v for k, v in versions.items() if (found.get("versions") or {}).get(k) != v}
         if changed:
             logger.warning("resuming a run that began with other versions; now: %s", json.dumps(changed))
         return

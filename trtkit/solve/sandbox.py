@@ -13,9 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from trtkit.closing import Closing
 from trtkit.errors import UnsupportedError, UsageError
 from trtkit.log import logger
 from trtkit.solve.sandbox_jail import LAYERS
@@ -67,7 +67,8 @@ class CallResult:
     """How a call ended.
 
     ``ok``; ``error`` (an exception, described in ``errors``); ``timeout``; ``cut`` (it printed more than is kept, and
-    was stopped); ``killed`` (a crash); ``broken`` (the sandbox could not run it); ``dropped``.
+    was stopped); ``killed`` (a crash, or it ended the interpreter); ``broken`` (the sandbox could not run it);
+    ``dropped``.
     """
 
     id: str
@@ -77,6 +78,8 @@ class CallResult:
     reason: str = ""
     seconds: float = 0.0
     """Of the block itself."""
+    started: bool = True
+    """False when it ended in an earlier block, before this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +106,7 @@ class Strength:
         return line + (f"; without {', '.join(lacking)}" if lacking else "")
 
 
-class Sandbox:
+class Sandbox(Closing):
     """Runs calls in processes of their own. ``submit`` and ``ready`` return at once.
 
     >>> with Sandbox() as sandbox:
@@ -191,14 +194,6 @@ class Sandbox:
         if link is not None:
             link.end()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _start(self) -> Link:
         if not sys.platform.startswith("linux"):
             raise UnsupportedError("code can be run on Linux only", hint="solve without --tools")
@@ -248,4 +243,5 @@ def _result(row: Mapping[str, Any]) -> CallResult:
         errors=row["errors"],
         reason=row["reason"],
         seconds=row["seconds"],
+        started=row["started"],
     )

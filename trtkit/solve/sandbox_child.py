@@ -29,7 +29,7 @@ from typing import IO, Any
 
 from trtkit.solve.sandbox_jail import LAYERS, Jail, readable_places
 from trtkit.solve.sandbox_probe import Findings, probe
-from trtkit.solve.sandbox_run import Pipes, keep
+from trtkit.solve.sandbox_run import ENDED, FAILED, Pipes, keep
 
 __all__ = ["main"]
 
@@ -58,6 +58,8 @@ class _Call:
     received: dict[str, bytearray] = field(default_factory=lambda: {"output": bytearray(), "errors": bytearray()})
     report: bytearray = field(default_factory=bytearray)
     locked: bool = False
+    started: bool = False
+    """The block in question ran, not only those before it."""
     stopped: str | None = None
     """Why it was stopped: ``timeout``, ``cut``, ``dropped``; None while it may run."""
 
@@ -179,6 +181,8 @@ class Server:
             if kind == "go" and call.locked and call.stopped is None:
                 call.began = time.monotonic()
                 call.deadline = call.began + self._seconds
+        elif kind == "go":
+            call.started = True
         elif kind == "report":
             call.report += piece
             if not call.locked and b'"locked"' in call.report:
@@ -217,7 +221,8 @@ class Server:
         del self._running[call.name]
         status, reason = _verdict(call)
         texts = {kind: bytes(data).decode("utf-8", "replace") for kind, data in call.received.items()}
-        return {"call": call.name, "status": status, "reason": reason, "seconds": seconds, **texts}
+        told = {"call": call.name, "status": status, "reason": reason, "seconds": seconds, "started": call.started}
+        return {**told, **texts}
 
 
 def _verdict(call: _Call) -> tuple[str, str]:
@@ -240,7 +245,9 @@ def _verdict(call: _Call) -> tuple[str, str]:
         return "timeout", ""
     if code < 0:
         return "killed", signal.Signals(-code).name
-    return ("error" if code else "ok"), ""
+    if code not in (ENDED, FAILED):
+        return "killed", f"it ended Python itself, with exit code {code}"
+    return ("ok" if code == ENDED else "error"), ""
 
 
 def _kill(keeper: int) -> None:

@@ -4,8 +4,8 @@
     jailed    first process of its process space: builds the file system, locks itself up, runs the code, exits
 
 The report is a pipe that the code never holds: ``{"locked": true}`` before the first block, the exit code at the end.
-A second pipe is closed when the block in question starts; blocks that are run again before it could close it too, which
-only starts their own clock. What the code prints goes into two more pipes.
+Into a second pipe goes a byte when the block in question starts, then it is closed; blocks that are run again before it
+could do that too, which only starts their own clock. What the code prints goes into two more pipes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from typing import Any, NoReturn
 from trtkit.solve import sandbox_jail
 from trtkit.solve.sandbox_jail import Jail
 
-__all__ = ["Pipes", "keep"]
+__all__ = ["ENDED", "FAILED", "Pipes", "keep"]
 
 _FILE, _EARLIER = "<code>", "<earlier>"
 _GO = 3
 """Number of the ``go`` pipe in the jailed process."""
+ENDED, FAILED = 86, 87
+"""Exit codes of a block that came to its end, or to an exception. Any other means that the code ended the interpreter
+itself (``os._exit``), and would do so again before every later block of its sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,25 +152,26 @@ def _only_these_files(pipes: Pipes) -> int:
 
 
 def _run(blocks: list[str]) -> NoReturn:
-    """Run the blocks in one namespace, as a notebook would, and exit: 0, or 1 after an exception."""
+    """Run the blocks in one namespace, as a notebook would, and exit: ``ENDED``, or ``FAILED`` after an exception."""
     module = types.ModuleType("__main__")
     server, sys.modules["__main__"] = sys.modules["__main__"], module  # the old one must live on: it is running
     _settle()
-    code = 0
+    code = ENDED
     try:
         with _Silence():
             for block in blocks[:-1]:
                 with contextlib.suppress(SystemExit):  # a block that said exit() ended itself, not those after it
                     _execute(block, module.__dict__, _EARLIER)
         with contextlib.suppress(OSError):
+            os.write(_GO, b"1")
             os.close(_GO)
         _execute(blocks[-1], module.__dict__, _FILE)
     except SystemExit as ending:
-        code = 1 if ending.code else 0
+        code = FAILED if ending.code else ENDED
         if isinstance(ending.code, str):
             _complain(ending.code)
     except BaseException as problem:
-        code = 1
+        code = FAILED
         _explain(problem, blocks[-1])
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BaseException):

@@ -21,10 +21,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from trtkit.chat import Chat, load_chat
+from trtkit.closing import Closing
 from trtkit.errors import InputError, UsageError
 from trtkit.files import append_jsonl, digest_file, read_json, write_json
 from trtkit.log import logger
@@ -36,7 +36,8 @@ from trtkit.solve.options import SolveOptions
 from trtkit.solve.policy import policy_named
 from trtkit.solve.problems import Problem, read_problems
 from trtkit.solve.records import Solution
-from trtkit.solve.run import JOURNAL_FILE, RUN_FILE, claim, identity_of, write_results
+from trtkit.solve.run import claim, identity_of, write_results
+from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE
 from trtkit.solve.sandbox import open_sandbox
 from trtkit.solve.solver import Solver
 from trtkit.solve.vote import Tally
@@ -50,7 +51,7 @@ PROBLEMS_FILE = "problems.jsonl"
 """In the run directory: what was asked, in that order."""
 
 
-class Session:
+class Session(Closing):
     """Answers one problem after the other; see :func:`open_session`. Use it as a context manager, or close it."""
 
     def __init__(
@@ -158,14 +159,6 @@ class Session:
                 problem_id=problem.id, tally=Tally(weighting=self._options.votes), attempts=(), tokens=0, seconds=0.0,
                 error=error, fallback=self._options.fallback,
             )  # fmt: skip
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_session(

@@ -79,10 +79,11 @@ def end_of_call(
     return None
 
 
-def reply(result: CallResult, options: SandboxOptions, *, calls_left: int, fresh_line: bool) -> str:
+def reply(result: CallResult, options: SandboxOptions, *, calls_left: int, fresh_line: bool, anew: bool = False) -> str:
     """What the row gets to read: the head of what the code printed, and what went wrong.
 
-    ``fresh_line`` says whether the model's text already ends with a line break. With no calls left the model is told.
+    ``fresh_line`` says whether the model's text already ends with a line break; ``anew``, that the code ran without the
+    names of the blocks before it. With no calls left the model is told.
     """
     shown = [_head(result.output, options.output_characters), _head(result.errors, options.output_characters)]
     if result.status == "cut" and not any(_CUT in part for part in shown):
@@ -90,9 +91,11 @@ def reply(result: CallResult, options: SandboxOptions, *, calls_left: int, fresh
     if result.status == "timeout":
         shown.append(f"TimeoutError: stopped after {options.seconds:g} seconds")
     elif result.status == "killed":
-        shown.append(f"the code crashed ({result.reason})")
+        shown.append(f"the code crashed ({result.reason}); what this block defined is lost")
     elif result.status in ("broken", "dropped"):
         shown.append("the code could not be run")
+    if anew:
+        shown.append("Python was started anew: what earlier blocks defined is lost")
     body = "".join(part + "\n" for part in shown if part)
     text = f"{'' if fresh_line else chr(10)}```output\n{_SPECIAL.sub('< ', body)}```\n"
     if calls_left <= 0:

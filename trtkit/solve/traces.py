@@ -6,14 +6,14 @@ Texts are read once and dropped; of each sample remain its box, its length and h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from trtkit.chat import THINK_END
 from trtkit.errors import InputError
-from trtkit.files import digest_file, read_json, read_jsonl
+from trtkit.files import digest_file
 from trtkit.log import logger
 from trtkit.runtime.api import FinishReason
 from trtkit.solve.answers import AnswerMode, extract_box
@@ -21,6 +21,7 @@ from trtkit.solve.ends import Ending, is_looping
 from trtkit.solve.journal import read_history
 from trtkit.solve.problems import read_problems
 from trtkit.solve.records import Attempt
+from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, mode_of, read_head, read_solution_golds
 
 __all__ = ["StopAt", "Trace", "TracedProblem", "Traces", "looks_like_journal", "merge", "read_run", "trace_of_text"]
 
@@ -112,6 +113,8 @@ def loops(text: str) -> bool:
 
 def looks_like_journal(path: Path) -> bool:
     """Whether the file holds the records of a run rather than rows of a trace file."""
+    if path.name == JOURNAL_FILE:
+        return True  # whatever its first line has come to
     try:
         with path.open(encoding="utf-8", errors="replace") as stream:
             first = next((line for line in stream if line.strip()), "")
@@ -128,9 +131,9 @@ def read_run(path: Path, *, stop_at: StopAt = "eos", problems: Path | None = Non
     from the ``solutions.jsonl`` of the run. Problems that were not finished are left out. Raises :class:`InputError`
     when none was.
     """
-    directory, journal = (path, path / "journal.jsonl") if path.is_dir() else (path.parent, path)
+    directory, journal = (path, path / JOURNAL_FILE) if path.is_dir() else (path.parent, path)
     if not journal.is_file():
-        raise InputError("no journal.jsonl here", where=str(path), hint="give a run directory of `trtkit solve`")
+        raise InputError(f"no {JOURNAL_FILE} here", where=str(path), hint="give a run directory of `trtkit solve`")
     history = read_history(journal)
     attempts = {name: those for name, those in history.attempts.items() if name in history.settled}
     if not attempts:
@@ -138,10 +141,9 @@ def read_run(path: Path, *, stop_at: StopAt = "eos", problems: Path | None = Non
     if len(attempts) < len(history.attempts):
         unfinished = len(history.attempts) - len(attempts)
         logger.warning("%s: %d unfinished problem(s) left out: their short samples came first", path, unfinished)
-    run = read_json(directory / "run.json", InputError) if (directory / "run.json").is_file() else {}
+    run = read_head(directory) if (directory / RUN_FILE).exists() else {}
     golds = _golds(directory, run, problems)
-    arguments = run.get("arguments", {})
-    if run and not arguments.get("full_vote", False):
+    if run and not (run.get("arguments") or {}).get("full_vote", False):
         logger.warning(
             "%s: this run used stop rules, so the samples it has are those that finished early, no fair draw; "
             "replay a run made with --full-vote",
@@ -155,8 +157,7 @@ def read_run(path: Path, *, stop_at: StopAt = "eos", problems: Path | None = Non
         )
         for problem_id, those in attempts.items()
     )
-    mode = arguments.get("mode")
-    return Traces(problems=found, mode=AnswerMode(kind=mode["kind"], modulus=mode["modulus"]) if mode else None)
+    return Traces(problems=found, mode=mode_of(run))
 
 
 def merge(parts: Sequence[Traces]) -> Traces:
@@ -207,12 +208,11 @@ def _of_attempt(attempt: Attempt, stop_at: StopAt) -> Trace:
 
 
 def _golds(directory: Path, run: Mapping[str, Any], problems: Path | None) -> dict[str, str]:
-    if problems is None and run:
-        named = Path(run["problems"]["path"])
-        if named.is_file() and digest_file(named) == run["problems"]["sha256"]:
+    described = run.get("problems") or {}
+    if problems is None and described.get("path"):
+        named = Path(described["path"])
+        if named.is_file() and digest_file(named) == described.get("sha256"):
             problems = named
     if problems is not None:
         return {problem.id: problem.answer for problem in read_problems(problems) if problem.answer is not None}
-    solutions = directory / "solutions.jsonl"
-    rows: Iterable[tuple[int, dict[str, Any]]] = read_jsonl(solutions) if solutions.is_file() else ()
-    return {str(row["id"]): str(row["gold"]) for _, row in rows if row.get("gold") is not None}
+    return {name: gold for name, gold in read_solution_golds(directory).items() if gold is not None}
