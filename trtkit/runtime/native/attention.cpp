@@ -2,6 +2,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "attention_dots.h"
 #include "attention_tiles.h"
 
 namespace {
@@ -82,12 +83,16 @@ void attend_head(const Work<E>& work, const Shape& shape, const E* const* querie
   attend_spans(work, shape, room, score_keys, blend_values);
 }
 
-// By the best kernel that fits.
+// By the best kernel that fits. ``after``: the work that comes next.
 template <typename E>
-void attend_best(const Work<E>& work, const Shape& shape, const E* const* queries, float scale, Room& room) {
+void attend_best(const Work<E>& work, [[maybe_unused]] const Work<E>& after, const Shape& shape, const E* const* queries,
+                 float scale, Room& room) {
   if constexpr (std::is_same_v<E, bf16>) {
 #ifdef TRTKIT_TILES
     if (tiles_attend(shape)) return attend_head_tiles(work, shape, queries, scale, room);
+#endif
+#ifdef TRTKIT_BF16_DOTS
+    if (dots_attend(shape)) return attend_head_dots(work, after, shape, queries, scale, room);
 #endif
   }
   attend_head(work, shape, queries, scale, room);
@@ -140,6 +145,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
       std::optional<trtkit::Configured> units;  // while this thread works
       if (std::is_same_v<E, bf16> && tiles_attend(shape)) units.emplace(std::initializer_list<int>{}, SIDE);
 #endif
+      Work<E> work = work_of(from);
       for (int64_t task = from; task < to; task++) {
         const int64_t row = task / kv_heads, head = task % kv_heads;
         for (int64_t n = 0; n < nodes; n++) {
@@ -149,7 +155,9 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
           for (int64_t g = 0; g < group; g++)
             queries[g * nodes + n] = query + token * q.stride(0) + (head * group + g) * dim;
         }
-        attend_best(work_of(task), shape, queries.data(), scale, room);
+        const Work<E> after = task + 1 < to ? work_of(task + 1) : work;
+        attend_best(work, after, shape, queries.data(), scale, room);
+        work = after;
         for (int64_t n = 0; n < nodes; n++) {
           for (int64_t g = 0; g < group; g++) {
             E* target = y + (row * nodes + n) * heads * dim + (head * group + g) * dim;
