@@ -2,6 +2,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "attention_dots.h"
 #include "attention_tiles.h"
 
 namespace {
@@ -57,64 +58,45 @@ inline void blend(const float* weights, const float* values, int64_t dim, float*
   for (; d < dim; d += W) blend_part<1>(weights, values + d, dim, result + d);
 }
 
-// Queries (group, nodes, D), scaled, of one row and KV head -> result of the same shape.
+// Q pointers to queries (group, nodes) of one row and KV head -> room.result.
 template <typename E>
-void attend_head(const Work<E>& work, const Shape& shape, const float* queries, float* result, std::vector<float>& room) {
+void attend_head(const Work<E>& work, const Shape& shape, const E* const* queries, float scale, Room& room) {
   const int64_t count = shape.group * shape.nodes, dim = shape.dim;
-  room.resize(count * (SPAN + 2) + dim * W);
-  float *scores = room.data(), *top = scores + count * SPAN, *mass = top + count, *turned = mass + count;  // later: the values
-  std::fill(result, result + count * dim, 0.0f);
-  std::fill(top, top + count, LOWEST);
-  std::fill(mass, mass + count, 0.0f);
-  for (int64_t start = 0; start < work.length; start += SPAN) {
-    const int64_t end = std::min(start + SPAN, work.length), whole = (end - start + W - 1) / W * W;
+  room.resize(count, dim), room.scratch.resize((count + W) * dim);
+  float *scaled = room.scratch, *turned = scaled + count * dim;  // 16 slots: keys, later values
+  for (int64_t q = 0; q < count; q++)
+    for (int64_t d = 0; d < dim; d += W) store(scaled + q * dim + d, load(queries[q] + d) * scale);
+  const auto score_keys = [&](int64_t start, int64_t end) {
     for (int64_t slot = start; slot < end; slot += W) {
-      const int64_t block = work.table[slot / shape.block], offset = slot % shape.block;
-      transpose(work.keys + (block * shape.block + offset) * dim, dim, turned);
-      score(queries, turned, count, dim, scores + (slot - start), SPAN);
+      transpose(work.at(work.keys, slot, shape), dim, turned);
+      score(scaled, turned, count, dim, room.lines + (slot - start), SPAN);
     }
-    for (int64_t q = 0; q < count; q++) {
-      const bool* dark = work.hidden + (q % shape.nodes) * work.slots + start;
-      const float keep = weigh(scores + q * SPAN, dark, end - start, whole, top + q, mass + q);
-      if (keep != 1.0f) {
-        for (int64_t d = 0; d < dim; d++) result[q * dim + d] *= keep;
-      }
-    }
+  };
+  const auto blend_values = [&](int64_t start, int64_t end) {
     for (int64_t slot = start; slot < end; slot += W) {
-      const int64_t block = work.table[slot / shape.block], offset = slot % shape.block;
-      const E* values = work.values + (block * shape.block + offset) * dim;
+      const E* values = work.at(work.values, slot, shape);
       for (int64_t i = 0; i < dim * W; i += W) store(turned + i, load(values + i));
-      for (int64_t q = 0; q < count; q++) blend(scores + q * SPAN + (slot - start), turned, dim, result + q * dim);
+      for (int64_t q = 0; q < count; q++)
+        blend(room.lines + q * SPAN + (slot - start), turned, dim, room.result + q * dim);
     }
-  }
-  for (int64_t q = 0; q < count; q++) {
-    const float scale = 1.0f / mass[q];
-    for (int64_t d = 0; d < dim; d++) result[q * dim + d] *= scale;
-  }
+  };
+  attend_spans(work, shape, room, score_keys, blend_values);
 }
 
-// The matrix units, where they fit: ``run`` says whether it has done the work.
-struct Tiles {
+// By the best kernel that fits. ``after``: the work that comes next.
+template <typename E>
+void attend_best(const Work<E>& work, [[maybe_unused]] const Work<E>& after, const Shape& shape, const E* const* queries,
+                 float scale, Room& room) {
+  if constexpr (std::is_same_v<E, bf16>) {
 #ifdef TRTKIT_TILES
-  std::optional<trtkit::Configured> shapes;
-  std::vector<const bf16*> queries;
-  TileRoom room;
-  Tiles(const Shape& shape, bool fits) {
-    if (fits && tiles_attend(shape)) shapes.emplace(std::initializer_list<int>{}, SIDE);
-  }
-  bool run(const Work<bf16>& work, const Shape& shape, const auto& source, float scale, float* result) {
-    if (!shapes) return false;
-    queries.clear();
-    for (int64_t g = 0; g < shape.group; g++)
-      for (int64_t n = 0; n < shape.nodes; n++) queries.push_back(source(g, n));
-    attend_head_tiles(work, shape, queries.data(), scale, result, room);
-    return true;
-  }
-#else
-  Tiles(const Shape&, bool) {}
+    if (tiles_attend(shape)) return attend_head_tiles(work, shape, queries, scale, room);
 #endif
-  bool run(const auto&...) { return false; }
-};
+#ifdef TRTKIT_BF16_DOTS
+    if (dots_attend(shape)) return attend_head_dots(work, after, shape, queries, scale, room);
+#endif
+  }
+  attend_head(work, shape, queries, scale, room);
+}
 
 inline int64_t seen(const bool* hidden, int64_t nodes, int64_t slots) {
   int64_t length = 0;
@@ -146,37 +128,40 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
     using E = decltype(tag);
     const E *query = q.data_ptr<E>(), *fresh_k = k.data_ptr<E>(), *fresh_v = v.data_ptr<E>();
     E *pool_k = keys.data_ptr<E>(), *pool_v = values.data_ptr<E>(), *y = out.data_ptr<E>();
-    const Shape shape{nodes, group, kv_heads, dim, block, table.numel() / rows, q.stride(0)};
+    const Shape shape{nodes, group, dim, block, table.numel() / rows};
     // A piece holds about 2^16 multiply-adds at least.
     const int64_t piece = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, group * nodes * width * dim * 2));
     at::parallel_for(0, rows * kv_heads, piece, [&](int64_t from, int64_t to) {
-      std::vector<float> room, work(2 * group * nodes * dim);
-      float *queries = work.data(), *result = queries + group * nodes * dim;
-      [[maybe_unused]] Tiles tiles(shape, std::is_same_v<E, bf16>);
+      Room room;
+      std::vector<const E*> queries(group * nodes);
+      const auto plane = [&](int64_t task) { return task % kv_heads * blocks * block * dim; };
+      const auto work_of = [&](int64_t task) {
+        const int64_t row = task / kv_heads;
+        const bool* mine = dark + row * nodes * width;
+        return Work<E>{pool_k + plane(task), pool_v + plane(task), listed + row * shape.blocks_per_row, mine,
+                       width, seen(mine, nodes, width)};
+      };
+#ifdef TRTKIT_TILES
+      std::optional<trtkit::Configured> units;  // while this thread works
+      if (std::is_same_v<E, bf16> && tiles_attend(shape)) units.emplace(std::initializer_list<int>{}, SIDE);
+#endif
+      Work<E> work = work_of(from);
       for (int64_t task = from; task < to; task++) {
-        const int64_t row = task / kv_heads, head = task % kv_heads, plane = head * blocks * block * dim;
+        const int64_t row = task / kv_heads, head = task % kv_heads;
         for (int64_t n = 0; n < nodes; n++) {
-          const int64_t token = row * nodes + n, at = plane + place[token] * dim;
+          const int64_t token = row * nodes + n, at = plane(task) + place[token] * dim;
           std::memcpy(pool_k + at, fresh_k + token * k.stride(0) + head * dim, dim * sizeof(E));
           std::memcpy(pool_v + at, fresh_v + token * v.stride(0) + head * dim, dim * sizeof(E));
-        }
-        const bool* mine = dark + row * nodes * width;
-        const Work<E> job{pool_k + plane, pool_v + plane, listed + row * shape.blocks_per_row, mine,
-                          width, seen(mine, nodes, width)};
-        const auto source = [&](int64_t g, int64_t n) {
-          return query + (row * nodes + n) * q.stride(0) + (head * group + g) * dim;
-        };
-        if (!tiles.run(job, shape, source, scale, result)) {
           for (int64_t g = 0; g < group; g++)
-            for (int64_t n = 0; n < nodes; n++)
-              for (int64_t d = 0; d < dim; d += W)
-                store(queries + (g * nodes + n) * dim + d, load(source(g, n) + d) * scale);
-          attend_head(job, shape, queries, result, room);
+            queries[g * nodes + n] = query + token * q.stride(0) + (head * group + g) * dim;
         }
+        const Work<E> after = task + 1 < to ? work_of(task + 1) : work;
+        attend_best(work, after, shape, queries.data(), scale, room);
+        work = after;
         for (int64_t n = 0; n < nodes; n++) {
           for (int64_t g = 0; g < group; g++) {
             E* target = y + (row * nodes + n) * heads * dim + (head * group + g) * dim;
-            const float* sums = result + (g * nodes + n) * dim;
+            const float* sums = room.result + (g * nodes + n) * dim;
             for (int64_t d = 0; d < dim; d += W) store(target + d, load(sums + d));
           }
         }

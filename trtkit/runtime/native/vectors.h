@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 namespace {  // a copy for each source: they may be compiled with different flags
 
@@ -75,10 +76,17 @@ inline float sum(vec x) {
   for (int i = 0; i < W; i++) out += x[i];
   return out;
 }
-inline float largest(vec x) {
-  float out = x[0];
-  for (int i = 1; i < W; i++) out = x[i] > out ? x[i] : out;
-  return out;
+template <int AT, int... I>
+inline auto lanes(auto x, std::integer_sequence<int, I...>) { return __builtin_shufflevector(x, x, (AT + I)...); }
+template <int N = W>
+inline float largest(auto x) {  // of N numbers
+  if constexpr (N == 2) {
+    return x[0] > x[1] ? x[0] : x[1];
+  } else {
+    constexpr auto half = std::make_integer_sequence<int, N / 2>();
+    const auto a = lanes<0>(x, half), b = lanes<N / 2>(x, half);
+    return largest<N / 2>(a > b ? a : b);
+  }
 }
 
 // Rows in a parallel piece: about 16k elements, so that small batches stay on one thread.
