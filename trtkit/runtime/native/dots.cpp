@@ -206,11 +206,6 @@ void take_panel(const Job& job, int64_t panel, uint8_t* room, __m512i* part, __m
   finish(job, panel, totals);
 }
 
-uint8_t* aligned(std::vector<uint8_t>& room, int64_t bytes) {
-  if (static_cast<int64_t>(room.size()) < bytes + LINE) room.resize(bytes + LINE);
-  return reinterpret_cast<uint8_t*>(padded(reinterpret_cast<int64_t>(room.data()), LINE));
-}
-
 template <class F>
 void run(const Job& job) {
   const int64_t work = PANEL * job.in * job.rows, grain = std::max<int64_t>(1, 262144 / work);
@@ -318,8 +313,6 @@ void multiply_as(Job job, Input in, int64_t tokens, uint16_t* y) {
     run<F>(job);
   }
 }
-
-enum Kind : int64_t { BF16 = 0, INT8 = 1, INT8_CODES = 2, FP8 = 3, INT4 = 4 };
 
 auto for_kind(int64_t kind, const auto& call) {
   switch (kind) {

@@ -157,11 +157,6 @@ void tall(const Job& job, int64_t panel, int64_t row) {
   finish(job, panel, totals, PANEL, row, rows);
 }
 
-uint8_t* aligned(std::vector<uint8_t>& room, int64_t bytes) {
-  if (static_cast<int64_t>(room.size()) < bytes + 64) room.resize(bytes + 64);
-  return reinterpret_cast<uint8_t*>(padded(reinterpret_cast<int64_t>(room.data()), 64));
-}
-
 template <class F>
 void run(const Job& job) {
   const int64_t work = UNIT * job.steps * F::K * job.rows, grain = std::max<int64_t>(1, 262144 / work);
@@ -222,8 +217,6 @@ void multiply_as(Job job, Input in, uint16_t* y) {
     run<F>(job);
   }
 }
-
-enum Kind : int64_t { BF16 = 0, INT8 = 1, INT8_CODES = 2, FP8 = 3, INT4 = 4 };
 
 auto for_kind(int64_t kind, const auto& call) {
   switch (kind) {

@@ -13,6 +13,7 @@
 
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "activations.h"
 #include "huge_pages.h"
@@ -21,6 +22,8 @@ namespace trtkit {
 
 constexpr int64_t PANEL = 2 * SIDE;  // outputs
 constexpr int64_t UNIT = 2 * PANEL;  // N is padded to a multiple
+
+enum Kind : int64_t { BF16 = 0, INT8 = 1, INT8_CODES = 2, FP8 = 3, INT4 = 4 };
 
 struct Bf16 {
   static constexpr int64_t K = 32, BYTES = TILE, LINES = 1;
@@ -71,6 +74,12 @@ inline void widen(const uint8_t* codes, int64_t lines, uint8_t* to) {
       (_mm512_store_si512(to + I * LINE, F::template line<I>(held)), ...);
     }(std::make_integer_sequence<int, F::LINES>{});
   }
+}
+
+// ``bytes`` of the room, from a line's beginning on.
+inline uint8_t* aligned(std::vector<uint8_t>& room, int64_t bytes) {
+  if (static_cast<int64_t>(room.size()) < bytes + LINE) room.resize(bytes + LINE);
+  return reinterpret_cast<uint8_t*>(padded(reinterpret_cast<int64_t>(room.data()), LINE));
 }
 
 // (N, K) as int16 (bits of bf16), int8 (codes of 8 or 4 bits) or uint8 (bits of e4m3) -> the bytes of all panels.
