@@ -296,7 +296,7 @@ def test_a_run_of_an_older_version_is_gone_on_with(places: Places) -> None:
             del about["arguments"][name]
     (places.out / "run.json").write_text(json.dumps(about))
     journal = places.out / "journal.jsonl"
-    new_fields = ("ending", "forced", "share", "used", "bank", "cancelled", "loading")
+    new_fields = ("ending", "forced", "share", "used", "bank", "cancelled", "loading", "counted")
     older = [{k: v for k, v in row.items() if k not in new_fields} for row in rows(journal) if row["kind"] != "stats"]
     journal.write_text("".join(json.dumps(row) + "\n" for row in older))
     before = answers(places)
@@ -304,6 +304,19 @@ def test_a_run_of_an_older_version_is_gone_on_with(places: Places) -> None:
     assert answers(places) == before
     with pytest.raises(UsageError, match="kill_loops: false in that run, true now"):
         run(places)
+
+
+def test_a_settled_problem_keeps_its_other_votes_when_one_was_damaged_on_the_disk(places: Places) -> None:
+    first = {verdict.solution.problem_id: verdict.solution for verdict in run(places).verdicts}
+    journal, before = places.out / "journal.jsonl", answers(places)
+    lines = journal.read_text().splitlines()
+    place = next(place for place, line in enumerate(lines) if '"attempt"' in line and '"box": "7"' in line)
+    damaged = json.loads(lines[place])["problem"]
+    lines[place] = lines[place][:-9]
+    journal.write_text("".join(line + "\n" for line in lines))
+    again = {verdict.solution.problem_id: verdict.solution for verdict in run(places).verdicts}
+    assert answers(places) == before
+    assert len(again[damaged].attempts) == len(first[damaged].attempts) - 1
 
 
 def test_past_the_limit_a_resumed_run_answers_without_an_engine(places: Places) -> None:
