@@ -131,6 +131,23 @@ def test_resuming_gives_what_an_unbroken_run_gives(places: Places, tmp_path: Pat
         assert solution.tokens >= sum(attempt.tokens for attempt in solution.attempts)
 
 
+@pytest.mark.parametrize("stop", ["agree(3)", "beta(0.8)"])
+def test_a_machine_with_other_rows_goes_on_in_the_order_of_the_first(places: Places, tmp_path: Path, stop: str) -> None:
+    """Which samples a rule sees must not change with the batch of the session that goes on."""
+
+    class Narrow(SlowEngine):
+        def __init__(self) -> None:
+            super().__init__(0.0)
+            self.max_rows = self._rows = 2
+
+    unbroken = Places(problems=places.problems, engine=places.engine, out=tmp_path / "unbroken")
+    run(unbroken, options_with(stop))
+    with pytest.raises(KeyboardInterrupt):
+        run_solve(places, lambda: Stopping(20), CHAT, options_with(stop))
+    run_solve(places, Narrow, CHAT, options_with(stop))
+    assert outcomes(places) == outcomes(unbroken)
+
+
 def assert_same_samples(places: Places, unbroken: Places) -> None:
     """Which samples were counted may differ, what a sample says may not; and none is there twice."""
     said = {}
@@ -239,6 +256,9 @@ def test_another_run_is_refused_with_every_difference(places: Places) -> None:
     outcome = run(places, SolveOptions(samples=4, outstanding=20, seed=1), force_new=True)
     assert outcome.summary.problems == 5
     assert len(rows(places.out / "solutions.jsonl")) == 5
+    attempts = read_history(places.out / "journal.jsonl").attempts
+    assert set(attempts) == {f"p{n}" for n in range(5)}, "nothing of the old run votes in the new one"
+    assert all(attempt.index < 4 for each in attempts.values() for attempt in each)
 
 
 def test_what_a_resumed_run_may_have_different(
