@@ -45,6 +45,24 @@ def test_the_published_setting() -> None:
     assert (budget.base_seconds, budget.draw_seconds, budget.reserve_seconds) == pytest.approx((350.0, 210.0, 180.0))
     half = TimeBudget.of(HOURS_5 / 2, 50)
     assert (half.base_seconds, half.draw_seconds) == pytest.approx((175.0, 105.0))
+    assert TimeBudget.of(360.0, 1).base_seconds == pytest.approx(350.0)
+
+
+def test_a_problem_draws_a_third_of_the_bank_and_keeps_its_share_while_it_does() -> None:
+    clock = Clock(TimeBudget.of(HOURS_5, 50), now=0.0, problems=50)
+    # 18000 - 180 s, of which 50 bases of 350 s are set aside: 320 are in the bank.
+    share = clock.open("first", 0.0)
+    assert share == pytest.approx(350.0 + 320.0 / 3)
+    for now in range(50, 451, 50):
+        clock.charge(50.0, {"first": 1})
+        assert clock.left_for("first", float(now)) == pytest.approx(share - now)
+
+
+def test_problems_opened_together_set_each_others_time_aside() -> None:
+    """1 000 s are left of 5 hours for ten problems of one batch: nobody gets more for being opened early or late."""
+    clock = Clock(TimeBudget.of(HOURS_5, 50), now=0.0, spent=HOURS_5 - 180.0 - 1000.0, problems=10)
+    assert [clock.open(str(number), 0.0) for number in range(10)] == pytest.approx([100.0] * 10)
+    assert [clock.left_for(str(number), 0.0) for number in range(10)] == pytest.approx([100.0] * 10)
 
 
 def test_unused_time_flows_into_the_bank_and_a_hard_problem_draws_it() -> None:
@@ -182,7 +200,9 @@ def test_a_predictor_scales_the_base_within_bounds() -> None:
         clock.close(name)
     assert shares["easy"] == pytest.approx(175.0, abs=210)
     assert shares["easy"] < shares["mean"] < shares["hard"]
-    assert Clock(TimeBudget.of(100.0, 2), now=0.0, problems=2, difficulty={"a": float("nan")}).weight("a") == 1.0
+    for nothing in (float("nan"), 0.0):
+        told = Clock(TimeBudget.of(100.0, 2), now=0.0, problems=2, difficulty={"a": nothing})
+        assert told.weight("a") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -199,6 +219,7 @@ def test_durations_that_are_none(text: str) -> None:
         parse_duration(text)
 
 
-def test_a_reserve_that_leaves_nothing_is_refused() -> None:
+@pytest.mark.parametrize("reserve", [10.0, -1.0])
+def test_a_reserve_that_leaves_nothing_or_is_none_is_refused(reserve: float) -> None:
     with pytest.raises(UsageError, match="does not fit"):
-        TimeBudget.of(10.0, 5, reserve_seconds=10.0)
+        TimeBudget.of(10.0, 5, reserve_seconds=reserve)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trtkit.errors import OutputError
+from trtkit.errors import InputError, OutputError
 from trtkit.runtime.api import EngineStats, FinishReason
 from trtkit.solve.ends import Ending
 from trtkit.solve.journal import Journal, read_history
@@ -166,6 +166,13 @@ def test_unwritable_places(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         Journal(tmp_path / "file" / "journal.jsonl")
+
+
+def test_a_journal_that_cannot_be_read_is_said_and_not_locked(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").mkdir()
+    for _ in range(2):
+        with pytest.raises(InputError, match="cannot be read"):
+            Journal(tmp_path / "journal.jsonl")
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:

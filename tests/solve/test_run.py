@@ -131,6 +131,23 @@ def test_resuming_gives_what_an_unbroken_run_gives(places: Places, tmp_path: Pat
         assert solution.tokens >= sum(attempt.tokens for attempt in solution.attempts)
 
 
+@pytest.mark.parametrize("stop", ["agree(3)", "beta(0.8)"])
+def test_a_machine_with_other_rows_goes_on_in_the_order_of_the_first(places: Places, tmp_path: Path, stop: str) -> None:
+    """Which samples a rule sees must not change with the batch of the session that goes on."""
+
+    class Narrow(SlowEngine):
+        def __init__(self) -> None:
+            super().__init__(0.0)
+            self.max_rows = self._rows = 2
+
+    unbroken = Places(problems=places.problems, engine=places.engine, out=tmp_path / "unbroken")
+    run(unbroken, options_with(stop))
+    with pytest.raises(KeyboardInterrupt):
+        run_solve(places, lambda: Stopping(20), CHAT, options_with(stop))
+    run_solve(places, Narrow, CHAT, options_with(stop))
+    assert outcomes(places) == outcomes(unbroken)
+
+
 def assert_same_samples(places: Places, unbroken: Places) -> None:
     """Which samples were counted may differ, what a sample says may not; and none is there twice."""
     said = {}
@@ -239,6 +256,9 @@ def test_another_run_is_refused_with_every_difference(places: Places) -> None:
     outcome = run(places, SolveOptions(samples=4, outstanding=20, seed=1), force_new=True)
     assert outcome.summary.problems == 5
     assert len(rows(places.out / "solutions.jsonl")) == 5
+    attempts = read_history(places.out / "journal.jsonl").attempts
+    assert set(attempts) == {f"p{n}" for n in range(5)}, "nothing of the old run votes in the new one"
+    assert all(attempt.index < 4 for each in attempts.values() for attempt in each)
 
 
 def test_what_a_resumed_run_may_have_different(
@@ -296,7 +316,7 @@ def test_a_run_of_an_older_version_is_gone_on_with(places: Places) -> None:
             del about["arguments"][name]
     (places.out / "run.json").write_text(json.dumps(about))
     journal = places.out / "journal.jsonl"
-    new_fields = ("ending", "forced", "share", "used", "bank", "cancelled", "loading")
+    new_fields = ("ending", "forced", "share", "used", "bank", "cancelled", "loading", "counted")
     older = [{k: v for k, v in row.items() if k not in new_fields} for row in rows(journal) if row["kind"] != "stats"]
     journal.write_text("".join(json.dumps(row) + "\n" for row in older))
     before = answers(places)
@@ -304,6 +324,19 @@ def test_a_run_of_an_older_version_is_gone_on_with(places: Places) -> None:
     assert answers(places) == before
     with pytest.raises(UsageError, match="kill_loops: false in that run, true now"):
         run(places)
+
+
+def test_a_settled_problem_keeps_its_other_votes_when_one_was_damaged_on_the_disk(places: Places) -> None:
+    first = {verdict.solution.problem_id: verdict.solution for verdict in run(places).verdicts}
+    journal, before = places.out / "journal.jsonl", answers(places)
+    lines = journal.read_text().splitlines()
+    place = next(place for place, line in enumerate(lines) if '"attempt"' in line and '"box": "7"' in line)
+    damaged = json.loads(lines[place])["problem"]
+    lines[place] = lines[place][:-9]
+    journal.write_text("".join(line + "\n" for line in lines))
+    again = {verdict.solution.problem_id: verdict.solution for verdict in run(places).verdicts}
+    assert answers(places) == before
+    assert len(again[damaged].attempts) == len(first[damaged].attempts) - 1
 
 
 def test_past_the_limit_a_resumed_run_answers_without_an_engine(places: Places) -> None:

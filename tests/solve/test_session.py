@@ -188,7 +188,9 @@ def test_the_directory_is_that_of_a_run_and_another_session_goes_on(world: World
         assert world.engines[-1].steps == steps
         session.ask("c", "problem c")
     assert [json.loads(line)["id"] for line in (out / PROBLEMS_FILE).read_text().splitlines()] == ["a", "b", "c"]
-    assert len((out / "solutions.jsonl").read_text().splitlines()) == 3
+    later = [json.loads(line) for line in (out / "solutions.jsonl").read_text().splitlines()]
+    assert len(later) == 3
+    assert later[:2] == rows, "what was settled stays as it was told, the clock's figures too"
     with pytest.raises(UsageError, match="different run"):
         world.session(4, out=out, time_limit=400.0, samples=5)
 

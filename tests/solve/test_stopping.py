@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from fractions import Fraction
 
 import pytest
@@ -188,6 +189,34 @@ def test_a_certificate_finds_a_clear_leader() -> None:
         stopped = stops_after(rule, letters, 64)
         found += stopped is not None
     assert found >= 36
+
+
+def gamblers(letters: str) -> list[float]:
+    """The wealth against every answer but the leader, known or not, when each of many gamblers stakes a fixed part of
+    what he has on whoever has led so far, and wins as much if the next answer is that one."""
+    stakes = [(i + 0.5) / 2000 for i in range(2000)]
+    purses = {rival: [1.0] * len(stakes) for rival in {*letters, "unseen"}}
+    leader, seen = None, Counter[str]()
+    for letter in letters:
+        for rival, purse in purses.items():
+            if leader is not None and rival != leader and letter in (leader, rival):
+                sign = 1 if letter == leader else -1
+                purses[rival] = [wealth * (1 + sign * stake) for wealth, stake in zip(purse, stakes, strict=True)]
+        seen[letter] += 1
+        if leader is None or seen[letter] > seen[leader]:
+            leader = letter
+    return [sum(purse) / len(stakes) for rival, purse in purses.items() if rival != leader]
+
+
+def test_a_certificate_is_what_the_gamblers_have_won() -> None:
+    draw, rule, certified = random.Random(4), parse_rule("certificate(0.3)"), 0
+    for _ in range(80):
+        letters = "".join(draw.choices("abc", [0.8, 0.15, 0.05], k=draw.randint(1, 20)))
+        poorest = min(gamblers(letters))
+        if abs(poorest * 0.3 - 1) > 1e-3:  # beyond what the mean over the stakes can tell
+            assert rule.holds(tally_of(letters), 50) == (poorest * 0.3 >= 1), letters
+            certified += poorest * 0.3 >= 1
+    assert 20 <= certified <= 60
 
 
 def test_unassailable_looks_at_the_weights() -> None:

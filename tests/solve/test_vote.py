@@ -103,6 +103,27 @@ def test_unassailable_is_exactly_what_no_completion_can_change(said: list[str | 
     assert UNASSAILABLE.holds(tally, outstanding) == safe
 
 
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.sampled_from(["1", "57", "x"]), st.sampled_from([-2.0, -0.5, -0.1, 0.0])), max_size=6),
+    st.integers(0, 3),
+    st.sampled_from(["majority", "confidence"]),
+    st.booleans(),
+)
+def test_unassailable_stays_right_when_answers_have_weights(
+    said: list[tuple[str, float]], outstanding: int, by: WeighBy, damp: bool
+) -> None:
+    """The rest as sure of itself as can be, on any answers."""
+    tally = weighted(Weighting(by=by, damp_guesses=damp), *((text, 10, sure) for text, sure in said))
+    if not UNASSAILABLE.holds(tally, outstanding):
+        return
+    for rest in itertools.combinations_with_replacement(["1", "57", "x", "new"], outstanding):
+        full = tally
+        for index, text in enumerate(rest, start=100):
+            full = full.add(answer(text), tokens=1, index=index, same=never, confidence=0.0)
+        assert winner(full) == winner(tally)
+
+
 def test_agree_looks_at_the_first_answers_only() -> None:
     rule = parse_rule("agree(3)")
     assert not rule.holds(tally_of("1", "1"), 5)
@@ -189,6 +210,18 @@ def test_guess_like_answers_are_damped() -> None:
     for text in ("21", "150", "1/2", "x"):
         assert winner(weighted(damped, (text, 10), ("57", 20))) == text
     assert winner(weighted(damped, ("0", 10), ("0", 11), ("57", 20))) == "0", "0 is an answer, only a cheap one"
+
+
+@pytest.mark.parametrize("by", ["majority", "finish", "length", "confidence"])
+def test_damping_is_all_that_tells_guesses_from_other_answers(by: WeighBy) -> None:
+    samples = [("a", 50, -0.3), ("b", 0, -0.4), ("a", 90, -0.1), ("c", 30, -0.2)]
+    spelled = {"a": "20", "b": "300", "c": "1/2"}
+    plain = weighted(Weighting(by=by), *samples).weights
+    guesses = [(spelled[text], tokens, sure) for text, tokens, sure in samples]
+    assert weighted(Weighting(by=by), *guesses).weights == plain
+    assert weighted(Weighting(by=by, damp_guesses=True), *guesses).weights == pytest.approx(
+        (0.6 * plain[0], 0.6 * plain[1], plain[2])
+    )
 
 
 @pytest.mark.parametrize("by", ["majority", "finish", "length", "confidence"])
