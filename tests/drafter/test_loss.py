@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from drafter import loss
 from drafter.config import DrafterConfig
 from drafter.loss import DraftBatch, Objective, draft_loss
 from drafter.model import Drafter
@@ -28,10 +29,11 @@ def _batch(lengths: list[int], prompt: int) -> DraftBatch:
 
 def _by_hand(
     head: Drafter, batch: DraftBatch, depths: int, objective: Objective, lm_head: torch.Tensor
-) -> tuple[list[torch.Tensor], list[int]]:
-    losses, counts = [], []
+) -> tuple[list[torch.Tensor], list[int], list[list[float]]]:
+    """By depth: mean loss, predictions, and the shares whose 1 or 5 most likely tokens hold the right one."""
+    losses, counts, shares = [], [], []
     for depth in range(1, depths + 1):
-        terms = []
+        terms, hits = [], [0, 0]
         for anchor in range(len(batch.tokens) - depth - 1):
             goal = anchor + depth + 1
             if batch.segment[goal] != batch.segment[anchor] or not batch.scored[goal]:
@@ -39,6 +41,8 @@ def _by_hand(
             state, logits = torch.zeros(HIDDEN), torch.zeros(VOCAB)
             for j in range(1, depth + 1):
                 logits, state = head.step(batch.hidden[anchor], state, batch.embeddings[anchor + j])
+            for place, size in enumerate((1, 5)):
+                hits[place] += int(batch.tokens[goal]) in logits.topk(size).indices.tolist()
             log_probs = logits.log_softmax(0)
             if objective == "ce":
                 terms.append(-log_probs[batch.tokens[goal]])
@@ -47,13 +51,19 @@ def _by_hand(
                 terms.append(-(teacher * log_probs).sum())
         losses.append(torch.stack(terms).mean())
         counts.append(len(terms))
-    return losses, counts
+        shares.append([hit / len(terms) for hit in hits])
+    return losses, counts, shares
 
 
 @pytest.mark.parametrize("objective", ["ce", "kd"])
 @pytest.mark.parametrize("rnn", [True, False])
-@pytest.mark.parametrize("chunk", [4, 1024])
-def test_loss_and_gradients_match_the_unrolled_step(objective: Objective, rnn: bool, chunk: int) -> None:
+@pytest.mark.parametrize(("chunk", "logits", "block"), [(4, 1 << 19, 2048), (1024, 1 << 19, 2048), (1024, 50, 3)])
+def test_loss_and_gradients_match_the_unrolled_step(
+    objective: Objective, rnn: bool, chunk: int, logits: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the work is cut: in ``chunk`` predictions, ``logits`` numbers, ``block`` rows of the output layer."""
+    monkeypatch.setattr(loss, "_IN_CACHE", logits)
+    monkeypatch.setattr(loss, "_VOCAB_BLOCK", block)
     head = Drafter(DrafterConfig(hidden_size=HIDDEN, vocab_size=VOCAB, exit_dim=8, rnn=rnn))
     lm_head = torch.randn(VOCAB, HIDDEN)
     batch = _batch([9, 4, 7], prompt=2)
@@ -64,15 +74,30 @@ def test_loss_and_gradients_match_the_unrolled_step(objective: Objective, rnn: b
     gradients = {name: parameter.grad / ours.weight for name, parameter in head.named_parameters()}
 
     head.zero_grad(set_to_none=True)
-    losses, counts = _by_hand(head, batch, 3, objective, lm_head)
+    losses, counts, hits = _by_hand(head, batch, 3, objective, lm_head)
     shares = torch.tensor(weights) * torch.tensor(counts)
     total = (torch.stack(losses) * shares).sum() / shares.sum()
     total.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(ours.total, total)
     torch.testing.assert_close(ours.by_depth, torch.stack(losses).detach())
     assert ours.count.tolist() == counts
+    torch.testing.assert_close(torch.stack([ours.top1, ours.top5], dim=1), torch.tensor(hits))
     for name, parameter in head.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_arithmetic_in_bfloat16_keeps_gradients_in_float32() -> None:
+    head = Drafter(DrafterConfig(hidden_size=HIDDEN, vocab_size=VOCAB, exit_dim=8))
+    batch, found = _batch([40, 20], prompt=2), []
+    for reduced in (False, True):
+        head.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+            result = draft_loss(head, batch, depth_weights=[1.0, 0.5], backward=True)
+        found.append([result.total, *(parameter.grad for parameter in head.parameters())])
+    for exact, rough in zip(*found, strict=True):
+        assert rough.dtype == torch.float32
+        assert not torch.equal(rough, exact)
+        assert (rough - exact).norm() < 0.02 * exact.norm()
 
 
 def _gradients(head: Drafter, batches: list[DraftBatch]) -> dict[str, torch.Tensor]:

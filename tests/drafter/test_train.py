@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from drafter.config import DrafterConfig
-from drafter.data import Sample, pack, split_by_problem, windows
-from drafter.loss import DraftBatch
+from drafter.data import Sample, Window, pack, split_by_problem, windows
+from drafter.loss import DraftBatch, Objective
 from drafter.model import Drafter
 from drafter.train import NonFiniteLossError, TrainConfig, learning_rate, train
 
@@ -137,6 +137,37 @@ def test_parts_of_different_sizes_make_the_update_of_one_batch_with_all_their_wi
         assert found["top1"] == pytest.approx(expected["top1"])
 
 
+@pytest.mark.parametrize("objective", ["ce", "kd"])
+def test_a_run_is_adamw_on_the_mean_over_all_predictions(objective: Objective, tmp_path: Path) -> None:
+    """Plain autograd on the unrolled head, with every setting that the loop has to pass on."""
+    config = TrainConfig(updates=5, parts=2, peak_rate=1e-2, weight_decay=0.3, clip=0.05, depth_weights=(1.0, 0.4),
+                         objective=objective)  # fmt: skip
+    lm_head = torch.randn(13, 8)
+    ours, theirs = _head(), _head()
+    train(ours, _batch, config, tmp_path, lm_head=lm_head)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.3)
+    for update in range(5):
+        optimizer.param_groups[0]["lr"] = learning_rate(config, update)
+        terms, weights = [], []
+        for batch in (_batch(update, part) for part in range(2)):
+            for depth, weight in ((1, 1.0), (2, 0.4)):
+                anchors = (torch.arange(4)[:, None] * 10 + torch.arange(9 - depth)).flatten()
+                state, logits = torch.zeros(len(anchors), 8), torch.zeros(0)
+                for step in range(1, depth + 1):
+                    logits, state = theirs.step(batch.hidden[anchors], state, batch.embeddings[anchors + step])
+                wanted: torch.Tensor = batch.tokens[anchors + depth + 1]
+                if objective == "kd":
+                    wanted = (batch.hidden[anchors + depth] @ lm_head.T).softmax(dim=1)
+                terms.append(weight * torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+                weights.append(weight * len(anchors))
+        optimizer.zero_grad()
+        (torch.stack(terms).sum() / sum(weights)).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
+        optimizer.step()
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
+
+
 def test_a_run_that_died_before_its_first_state_starts_with_empty_metrics(tmp_path: Path) -> None:
     def dies(update: int, part: int) -> DraftBatch:
         if update == 3:
@@ -185,6 +216,16 @@ def test_solutions_of_a_problem_stay_on_one_side() -> None:
     assert {s.problem for s in kept}.isdisjoint({s.problem for s in held_out})
     assert len(kept) + len(held_out) == 200
     assert 0 < len(held_out) < 100
+    many = [Sample(problem=f"p{i}", tokens=(1,), prompt=1) for i in range(2000)]
+    assert len(split_by_problem(many, 0.2)[1]) == pytest.approx(400, abs=60)
+    assert split_by_problem(many, 0.0) == (many, [])
+
+
+def test_a_window_that_costs_too_much_stands_alone() -> None:
+    made = [Window(sample=Sample(problem="p", tokens=(1,) * cost, prompt=1), start=0, end=cost)
+            for cost in (9, 10, 3, 7, 7, 4)]  # fmt: skip
+    assert [[window.cost for window in group] for group in pack(made, 8)] == [[9], [10], [3], [7], [7], [4]]
+    assert [[window.cost for window in group] for group in pack(made, 10)] == [[9], [10], [3, 7], [7], [4]]
 
 
 def test_windows_cover_the_ends_of_a_completion_as_often_as_its_middle() -> None:

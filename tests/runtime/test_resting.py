@@ -146,3 +146,13 @@ def test_what_cannot_rest_or_go_on_is_refused(model: DecoderModel) -> None:
     assert [o.finish for o in outputs if o.request_id == "a"] == [FinishReason.CANCELLED], (
         "its end was not reported yet"
     )
+
+
+def test_a_request_that_went_on_has_another_end_to_report(model: DecoderModel) -> None:
+    (prompt,) = random_prompts(3, [10], vocab=VOCAB)
+    engine = _engine(model)
+    run_all(engine, [_held("a", prompt, max_tokens=2)])
+    engine.extend("a", (1,), max_tokens=9)
+    engine.step()
+    engine.cancel("a")
+    assert [(output.request_id, output.finish) for output in engine.step()] == [("a", FinishReason.CANCELLED)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import copy
+import itertools
+import random
+from dataclasses import replace
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtkit.runtime.api import Request, SamplingParams
 from trtkit.runtime.blocks import BlockAllocator
-from trtkit.runtime.scheduler import Row, Scheduler
+from trtkit.runtime.scheduler import Row, Schedule, Scheduler
 
 
 def _request(name: str, prompt: tuple[int, ...], max_tokens: int) -> Request:
@@ -78,6 +83,110 @@ def test_everyone_finishes_and_every_block_comes_back(
     assert scheduler.allocator.free == pool
 
 
+class _Slots:
+    """What a device would find in the slots of the blocks: for each the tokens up to the one that was computed there,
+    which is what keys and values depend on."""
+
+    def __init__(self, block_size: int) -> None:
+        self._size = block_size
+        self._kept: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def compute(self, blocks: list[int], start: int, tokens: list[int]) -> None:
+        for place in range(start, len(tokens)):
+            self._kept[blocks[place // self._size], place % self._size] = tuple(tokens[: place + 1])
+
+    def run(self, plan: Schedule) -> None:
+        for prefix in plan.prefills:
+            self.compute(prefix.blocks, 0, list(prefix.tokens))
+        before = dict(self._kept)
+        for source, target in plan.copies:
+            for offset in range(self._size):
+                self._kept[target, offset] = before.get((source, offset), ())
+        for row in plan.recomputes:
+            self.compute(row.blocks, row.cached, row.tokens[:-1])
+            row.cached = len(row.tokens) - 1
+
+    def check(self, row: Row) -> None:
+        for place in range(row.cached):
+            found = self._kept[row.blocks[place // self._size], place % self._size]
+            assert found == tuple(row.tokens[: place + 1]), f"position {place} of request {row.request.id}"
+
+
+@settings(max_examples=50)
+@given(
+    max_rows=st.integers(1, 4), block_size=st.sampled_from([1, 2, 4]), nodes=st.sampled_from([1, 4]),
+    spare=st.integers(0, 6), draw=st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_every_row_finds_its_own_tokens_in_its_blocks(
+    max_rows: int, block_size: int, nodes: int, spare: int, draw: random.Random
+) -> None:
+    """Requests that come, rest, go on with other tokens and are cancelled, in little more memory than one takes."""
+    longest = 22
+    pool = Scheduler(BlockAllocator(0), block_size=block_size, max_rows=1).blocks_needed(longest + nodes) + spare
+    scheduler, slots = Scheduler(BlockAllocator(pool), block_size=block_size, max_rows=max_rows), _Slots(block_size)
+    prompts = [tuple(range(length)) for length in (1, 4, 9)] + [(0, 1, 2, 3, 7, 7, 7)]
+    alive: list[str] = []
+    rows: dict[str, Row] = {}
+    fresh = itertools.count(100)
+
+    def submit(name: str) -> None:
+        prompt = draw.choice(prompts)
+        scheduler.submit(replace(_request(name, prompt, draw.randint(1, longest - len(prompt))), hold=True))
+        alive.append(name)
+
+    for number in range(50):
+        action = draw.choice(["submit", "submit", "rest", "resume", "cancel", "step", "step", "step"])
+        resting = [row for name in alive if (row := scheduler.resting(name)) is not None]
+        if action == "submit":
+            submit(str(number))
+        elif action == "rest" and (able := [name for name in alive if scheduler.can_rest(name)]):
+            scheduler.rest(draw.choice(able))
+        elif action == "resume" and resting:
+            row = draw.choice(resting)
+            kept = len(row.tokens) - draw.randint(0, row.generated)
+            added = [next(fresh) for _ in range(draw.randint(0, min(5, longest - 1 - kept)))] if kept < longest else []
+            if kept + len(added) < longest:
+                limit = draw.randint(kept + len(added) + 1, longest)
+                scheduler.resume(row.request.id, added, drop=len(row.tokens) - kept, limit=limit)
+        elif action == "cancel" and alive:
+            name = draw.choice(alive)
+            scheduler.finish(name)
+            alive.remove(name)
+            rows.pop(name, None)
+        if not scheduler.has_work:
+            continue
+        plan = scheduler.schedule(nodes)
+        names = [int(row.request.id.partition("+")[0]) for row in plan.rows]
+        assert names == sorted(names), "oldest first"
+        assert 0 < len({row.slot for row in plan.rows}) == len(plan.rows) <= max_rows
+        slots.run(plan)
+        reach = nodes
+        if draw.random() < 0.2:  # the next step is to be launched before this one is read
+            waits = False
+            if draw.random() < 0.5:
+                submit(f"{number}+")
+                waits = len(copy.deepcopy(scheduler).schedule(nodes).rows) > len(plan.rows)
+            if scheduler.look_ahead(2 * nodes, nodes):
+                assert not waits, "somebody else's turn"
+                reach = 2 * nodes
+        _check_blocks(scheduler, reach)
+        for row in plan.rows:
+            rows[row.request.id] = row
+            slots.check(row)
+            assert row.cached == len(row.tokens) - 1
+            drafted = [next(fresh) for _ in range(reach)]
+            slots.compute(row.blocks, row.cached, row.tokens + drafted[:-1])  # of which a part is accepted
+            row.tokens += drafted[: draw.randint(1, min(nodes, row.limit - len(row.tokens)))]
+            row.cached = len(row.tokens) - 1
+            if len(row.tokens) == row.limit:
+                scheduler.rest(row.request.id)
+        for row in rows.values():
+            slots.check(row)
+    for name in alive:
+        scheduler.finish(name)
+    assert scheduler.allocator.free == pool
+
+
 def test_equal_prompts_are_prefilled_once_and_share_blocks() -> None:
     scheduler = Scheduler(BlockAllocator(64), block_size=4, max_rows=8)
     for i in range(5):
@@ -114,6 +223,25 @@ def test_the_youngest_row_is_preempted_and_comes_back() -> None:
     assert any(preempted for preempted, _ in seen)
     assert all("0" in ids for preempted, ids in seen if preempted), "the oldest row always proceeds"
     assert not scheduler.has_work
+
+
+def test_blocks_that_nobody_runs_in_are_taken_before_a_row_is_preempted() -> None:
+    scheduler = Scheduler(BlockAllocator(9), block_size=2, max_rows=4)
+    scheduler.submit(_request("old", (1, 2, 3), 20))
+    scheduler.submit(_request("young", (4, 5, 6), 20))
+    scheduler.submit(replace(_request("resting", (7, 8, 9), 20), hold=True))
+    for _ in range(2):
+        for row in scheduler.schedule(nodes=1).rows:
+            _advance(row)
+    scheduler.rest("resting")
+    for _ in range(3):  # to eight tokens each: four of the nine blocks
+        plan = scheduler.schedule(nodes=1)
+        assert (plan.preempted, [row.request.id for row in plan.rows]) == (0, ["old", "young"])
+        for row in plan.rows:
+            _advance(row)
+    rested = scheduler.resting("resting")
+    assert rested is not None
+    assert rested.blocks == []
 
 
 def test_cancelling_frees_waiting_and_running_rows() -> None:

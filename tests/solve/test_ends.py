@@ -123,6 +123,18 @@ def test_a_sample_that_is_made_to_answer(single: bool) -> None:
     assert stream.generated == len("hm, 6 times 7 is") + len("42}"), "what we wrote is not counted as generated"
 
 
+def test_a_box_in_the_thought_is_not_taken_for_the_forced_answer() -> None:
+    ends, stream = rules(mode=AnswerMode(kind="integer")), Stream()
+    ends.add(stream, b"in general it is \\boxed{x+1}, so here", FinishReason.LENGTH)
+    assert ends.answer(stream) is None
+    ends.close(stream, Ending.DEADLINE)
+    assert ends.add(stream, b"4", None) is None
+    assert ends.add(stream, b"2}", None) is not None
+    answer = ends.answer(stream)
+    assert answer is not None
+    assert answer.key == "42"
+
+
 def test_a_thought_that_is_over_is_not_ended_again() -> None:
     ends, stream = rules(at_think=False), Stream()
     chat = FakeChat()

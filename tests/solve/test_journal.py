@@ -90,11 +90,18 @@ def test_what_came_later_is_read_back_and_may_be_missing(tmp_path: Path) -> None
         'null, "seconds": 1.0, "clock": 1.0}\n'
         '{"kind": "solution", "problem": "p", "answer": null, "votes": [], "tokens": 5, "seconds": 1.0, '
         '"stopped_early": null, "error": null, "clock": 1.0}\n'
+        '{"kind": "stats", "steps": 3, "prompt_tokens": 1, "prefill_tokens": 1, "new_tokens": 7, "row_steps": 5, '
+        '"preemptions": 0, "peak_rows": 1, "kv_blocks": 9, "kv_blocks_free": 9, "accepted_by_depth": [2, 1], '
+        '"seconds": {"verify": 0.5}, "clock": 1.0}\n'
     )
     history = read_history(path)
     assert (history.attempts["p"][0].ending, history.attempts["p"][0].forced) == (None, False)
     assert (history.settled["p"].share_seconds, history.settled["p"].cancelled) == (None, 0)
-    assert (history.loading_seconds, history.engines, history.seconds) == (0.0, (), 1.0)
+    assert (history.settled["p"].stopped_early, history.settled["p"].error) == (None, None)
+    assert [(engine.steps, engine.drafted_row_steps, engine.discarded_row_steps) for engine in history.engines] == [
+        (3, 0, 0)
+    ]
+    assert (history.loading_seconds, history.seconds) == (0.0, 1.0)
 
 
 def test_time_adds_up_over_sessions(tmp_path: Path) -> None:

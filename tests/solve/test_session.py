@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,12 @@ class World:
         self.engines.append(Engine(self.script))
         return self.engines[-1]
 
-    def session(self, problems: int, *, out: Path | None = None, **options: Any) -> Session:
+    def session(self, problems: int, *, out: Path | None = None, began: float | None = None, **options: Any) -> Session:
         limit = options.get("time_limit")
         chosen = {} if limit is None else dict(policy_named("competition", time_limit=limit))
         return Session(
             self.engine, CHAT, SolveOptions(**{"samples": 4, **chosen, **options}),
-            problems=problems, engine=self.directory, out=out, clock=lambda: self.now,
+            problems=problems, engine=self.directory, out=out, began=began, clock=lambda: self.now,
         )  # fmt: skip
 
 
@@ -130,6 +131,7 @@ def test_an_engine_that_fails_costs_one_problem(world: World, caplog: pytest.Log
         world.breaks = set()
         assert session.answer("c", "problem c") == "7"
         assert session.ask("b", "problem b") is broken
+        assert [engine.closed for engine in world.engines] == [True, False], "two would not fit on the device"
     assert len(world.engines) == 2
     assert "problem b" in caplog.text
 
@@ -157,6 +159,32 @@ def test_votes_that_were_counted_before_the_failure_decide(world: World, monkeyp
         assert solution.answer is not None
         assert (solution.answer.key, solution.tally.finished) == ("7", 2)
         assert solution.error is not None
+
+
+def test_a_disk_that_is_full_for_a_while_costs_one_problem_its_last_votes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.script = lambda request: endless(request) if request.id in ("b/2", "b/3", "b/4") else right(request)
+    journal, aside = tmp_path / "run" / "journal.jsonl", tmp_path / "aside"
+    with world.session(3, out=tmp_path / "run", time_limit=500.0, samples=5) as session:
+        assert session.answer("a", "problem a") == "7"
+        engine = world.engines[-1]
+        step = engine.step
+
+        def fill_later() -> list[StepOutput]:
+            if engine.steps == 60:
+                journal.rename(aside)
+                journal.mkdir()  # nothing can be appended to it
+            return step()
+
+        monkeypatch.setattr(engine, "step", fill_later)
+        broken = session.ask("b", "problem b")
+        assert "cannot be written" in str(broken.error)
+        assert (broken.answer and broken.answer.key, broken.tally.finished) == ("7", 2)
+        journal.rmdir()
+        aside.rename(journal)
+        assert session.answer("c", "problem c") == "7"
+        assert list(session.solutions) == ["a", "b", "c"]
 
 
 def test_an_engine_that_cannot_be_opened_again_still_gives_the_default(world: World) -> None:
@@ -195,6 +223,46 @@ def test_the_directory_is_that_of_a_run_and_another_session_goes_on(world: World
         world.session(4, out=out, time_limit=400.0, samples=5)
 
 
+def test_a_session_that_starts_again_deals_the_time_out_as_if_it_had_not_stopped(world: World, tmp_path: Path) -> None:
+    world.script, shares = endless, []
+    for number, restarts in enumerate((False, True)):
+        out = tmp_path / f"run{number}"
+        session = world.session(5, out=out, time_limit=400.0)
+        for name in "ab":
+            session.ask(name, f"problem {name}")
+        if restarts:
+            session.close()
+            session = world.session(5, out=out, time_limit=400.0)
+        shares.append(session.ask("c", "problem c").share_seconds)
+        session.close()
+    assert shares[0] == pytest.approx(shares[1], abs=0.01)
+
+
+def test_time_before_the_session_counts(world: World) -> None:
+    """Of 400 s, 4 are the reserve and 100 are gone: 74 for each of four problems, and an empty bank."""
+    with world.session(4, began=world.now - 100.0, time_limit=400.0) as session:
+        assert session.ask("a", "problem a").share_seconds == pytest.approx(74.0)
+    with pytest.raises(UsageError, match="0 problems"):
+        world.session(0)
+
+
+def test_a_session_that_died_within_a_problem_asks_it_again(world: World, tmp_path: Path) -> None:
+    def interrupted(request: Request) -> Sequence[int]:
+        if request.id.startswith("b/"):
+            raise KeyboardInterrupt
+        return right(request)
+
+    world.script = interrupted
+    with world.session(3, out=tmp_path / "run") as session:
+        session.ask("a", "problem a")
+        with pytest.raises(KeyboardInterrupt):
+            session.ask("b", "problem b")
+    world.script = right
+    with world.session(3, out=tmp_path / "run") as session:
+        assert list(session.solutions) == ["a"]
+        assert session.answer("b", "problem b") == "7"
+
+
 def test_a_session_is_opened_on_an_engine_directory(tmp_path: Path) -> None:
     directory = tiny_engine_dir(tmp_path, "qwen2")
     save_chat_files(directory)
@@ -207,11 +275,23 @@ def test_a_session_is_opened_on_an_engine_directory(tmp_path: Path) -> None:
     ) as session:
         assert session.answer("a", "What is 1 + 1?") == "0", "random weights: the policy's default answer"
         assert len(session.ask("a", "What is 1 + 1?").attempts) == 2
-    with open_session(directory, problems=1, opening=opening, samples=2, max_tokens=4, force_close=False) as session:
+    out = tmp_path / "run"
+    with open_session(
+        directory, problems=1, opening=opening, samples=2, max_tokens=4, force_close=False, out=out
+    ) as session:
         assert session.answer("a", "What is 1 + 1?") is None, "no limit, no policy"
+    assert len((out / "solutions.jsonl").read_text().splitlines()) == 1
+    with open_session(directory, problems=1, time_limit=60, opening=opening, began=time.monotonic() - 70) as session:
+        assert session.ask("a", "What is 1 + 1?").stopped_early == "time limit", "it began before the engine was opened"
+    with pytest.raises(UsageError, match="works under a clock"):
+        open_session(directory, problems=1, policy="competition")
 
 
-def test_closing_twice_is_fine(world: World) -> None:
-    session = world.session(1)
+def test_closing_twice_is_fine(world: World, tmp_path: Path) -> None:
+    session = world.session(1, out=tmp_path / "run")
+    session.ask("a", "problem a")
+    steps = world.engines[-1].steps
     session.close()
     session.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert [line["steps"] for line in lines if line["kind"] == "stats"] == [steps]

@@ -211,6 +211,25 @@ def test_steps_that_take_longer_than_a_share_overrun_by_one_step(grader: Grader)
     assert all(solution.answer is not None for solution in found)
 
 
+def test_closing_takes_a_few_steps_however_short_they_are(grader: Grader) -> None:
+    engine = TimedEngine(endless, rows=4, step_seconds=0.1)
+    [solution] = solve(grader, engine, 1, time_limit=100.0, stop=(), kill_loops=False)
+    assert {attempt.box for attempt in solution.attempts} == {"7"}
+    assert 96.0 <= (solution.used_seconds or 0.0) <= 99.0
+
+
+def test_samples_that_are_answering_already_are_let_finish(grader: Grader) -> None:
+    """Made to answer for their length after 30 s, 12 s before the deadline's closing begins; they need 23 s for it."""
+
+    def deliberate(request: Request) -> Sequence[int]:
+        return CHAT.encode(" " * 20 + "7}") if asked_to_answer(request) else b"hm " * 1000
+
+    engine = TimedEngine(deliberate, rows=4)
+    [solution] = solve(grader, engine, 1, time_limit=60.0, max_tokens=30, stop=())
+    assert [(attempt.box, attempt.ending) for attempt in solution.attempts] == [("7", Ending.LENGTH)] * 4
+    assert len(engine.extended) == 4
+
+
 def test_stop_rules_work_on_forced_answers_too(grader: Grader) -> None:
     def slower_and_slower(request: Request) -> Sequence[int]:
         number = int(request.id.rpartition("/")[2])

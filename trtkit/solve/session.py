@@ -73,7 +73,7 @@ class Session(Closing):
         self._failed = self._closed = False
         self._turn = threading.Lock()
         with contextlib.ExitStack() as stack:
-            self._journal = None if out is None else stack.enter_context(Journal(out / JOURNAL_FILE))
+            self._journal = None if out is None else stack.enter_context(Journal(out / JOURNAL_FILE, clock=clock))
             if out is not None:
                 claim(out, identity_of(engine, options), force_new=False)
                 self._asked = _asked_before(out)
@@ -155,7 +155,8 @@ class Session(Closing):
             return self._solver.give_up(problem, error)
         except Exception as failure:
             logger.error("problem %s: %s: %s", problem.id, type(failure).__name__, failure)
-            return Solution(
+            settled = self._solver.solutions.get(problem.id)
+            return settled or Solution(
                 problem_id=problem.id, tally=Tally(weighting=self._options.votes), attempts=(), tokens=0, seconds=0.0,
                 error=error, fallback=self._options.fallback,
             )  # fmt: skip

@@ -390,8 +390,9 @@ class Solver:
             contest.used_seconds = self._bank.close(contest.problem.id)
             contest.bank_seconds = self._bank.bank(now)
         solution = contest.solution(self._options, now, stopped, error)
-        if self._journal is not None:
-            self._journal.record([], [solution])
+        # Before it is written: where that fails, a session goes on with other problems.
         self._solutions[solution.problem_id] = solution
         del self._contests[solution.problem_id]
+        if self._journal is not None:
+            self._journal.record([], [solution])
         self._observer.solved(contest.problem, solution)
