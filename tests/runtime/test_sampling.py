@@ -104,6 +104,19 @@ def test_cuts_are_those_of_a_sort(logits: list[float], top_k: int, top_p: float,
     assert max(cut) == LARGEST_WEIGHT
 
 
+def test_cuts_reach_far_into_a_wide_flat_distribution() -> None:
+    """Rows that need a few, some hundreds and nearly all of 5000 tokens that are about equally likely."""
+    cuts = [
+        SamplingParams(top_p=0.001), SamplingParams(top_p=0.3), SamplingParams(top_p=0.98), SamplingParams(top_k=300),
+        SamplingParams(top_k=2048), SamplingParams(top_k=4999, top_p=0.99), SamplingParams(),
+    ]  # fmt: skip
+    logits = (torch.randn(5000) * 0.1).expand(len(cuts), -1)
+    *found, whole = sampling_weights(logits, sampling_rows(cuts, [0] * len(cuts), CPU)).tolist()
+    for params, weights in zip(cuts, found, strict=False):
+        alone = sampling_weights(logits[:1], sampling_rows([params], [0], CPU))
+        assert alone[0].tolist() == weights == keep(whole, params)
+
+
 def test_a_row_does_not_see_its_neighbours() -> None:
     """Mixed parameters in one batch give each row what it would get alone."""
     logits = torch.randn(len(PARAMS), 300) * 2

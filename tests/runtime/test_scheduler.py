@@ -187,6 +187,18 @@ def test_every_row_finds_its_own_tokens_in_its_blocks(
     assert scheduler.allocator.free == pool
 
 
+def test_a_request_alone_gets_to_its_end_in_the_blocks_that_it_is_said_to_need() -> None:
+    for length, block_size, nodes in itertools.product(range(1, 9), (1, 2, 3, 4), (1, 4)):
+        pool = Scheduler(BlockAllocator(0), block_size=block_size, max_rows=1).blocks_needed(length + 9 + nodes)
+        scheduler = Scheduler(BlockAllocator(pool), block_size=block_size, max_rows=1)
+        scheduler.submit(_request("alone", tuple(range(length)), 9))
+        for _ in range(9):
+            plan = scheduler.schedule(nodes)
+            assert (len(plan.rows), plan.preempted) == (1, 0), (length, block_size, nodes)
+            _check_blocks(scheduler, nodes)
+            _advance(plan.rows[0])
+
+
 def test_equal_prompts_are_prefilled_once_and_share_blocks() -> None:
     scheduler = Scheduler(BlockAllocator(64), block_size=4, max_rows=8)
     for i in range(5):

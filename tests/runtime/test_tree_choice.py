@@ -96,6 +96,24 @@ def test_it_follows_when_the_machine_changes() -> None:
     assert after[None] > 3500
 
 
+def test_an_option_that_becomes_faster_is_noticed() -> None:
+    """A little slower than none for a while, then twice as fast."""
+    chooser = TreeChooser((None, CHAIN))
+    tokens = _tokens(CHAIN)
+    before, _ = _run(chooser, 1, 1000, cost=lambda rows, option: 1e-3 * (1.15 * tokens if option else 1.0))
+    after, _ = _run(chooser, 1, 3000, cost=lambda rows, option: 1e-3 * (0.5 * tokens if option else 1.0))
+    assert before[CHAIN] < 100
+    assert after[CHAIN] > 1000
+
+
+def test_what_was_learned_serves_a_run_with_fewer_options() -> None:
+    first, again = TreeChooser(), TreeChooser((None, CHAIN))
+    _run(first, 4, 500)
+    again.recall(first.learned())
+    assert again.tokens(CHAIN) == pytest.approx(first.tokens(CHAIN))
+    assert again.rate(4, CHAIN) == pytest.approx(first.rate(4, CHAIN))
+
+
 def test_a_short_chain_learns_from_a_long_one() -> None:
     chooser = TreeChooser()
     for _ in range(50):

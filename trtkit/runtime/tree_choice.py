@@ -155,7 +155,7 @@ class TreeChooser:
         return 1.0 if option is None else 1.0 + sum(self._acceptance[option.beams].shares(option.length))
 
     def rate(self, rows: int, option: TreeShape | None) -> float:
-        """Estimated tokens per second and row; 0 before the first measurement."""
+        """Estimated tokens per second, of all rows; 0 before the first measurement."""
         times = self._times(_bucket(rows), option)
         return self.tokens(option) / median(times) if times else 0.0
 
