@@ -66,7 +66,8 @@ BF16 = "avx512_bf16 avx512_vnni avx512vbmi avx512_vbmi2"
 @pytest.mark.parametrize(
     ("flags", "vectors", "said"),
     [(f"{BF16} amx_tile amx_bf16 amx_int8", "AVX512", "(AMX)"), (BF16, "AVX512", "(AVX512 with BF16)"),
-     ("avx512f avx512_vnni", "AVX512", "(AVX512)"), ("avx2", "AVX2", "(AVX2)"), ("sse2", "DEFAULT", "plain torch")],
+     ("avx512f avx512_vnni", "AVX512", "(AVX512 with VNNI)"), ("avx512f", "AVX512", "(AVX512)"),
+     ("avx2", "AVX2", "(AVX2)"), ("sse2", "DEFAULT", "plain torch")],
 )  # fmt: skip
 def test_which_kernels_a_cpu_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, vectors: str, said: str

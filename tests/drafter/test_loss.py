@@ -77,7 +77,7 @@ def test_loss_and_gradients_match_the_unrolled_step(
     losses, counts, hits = _by_hand(head, batch, 3, objective, lm_head)
     shares = torch.tensor(weights) * torch.tensor(counts)
     total = (torch.stack(losses) * shares).sum() / shares.sum()
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     torch.testing.assert_close(ours.total, total)
     torch.testing.assert_close(ours.by_depth, torch.stack(losses).detach())
     assert ours.count.tolist() == counts

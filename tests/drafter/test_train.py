@@ -161,7 +161,7 @@ def test_a_run_is_adamw_on_the_mean_over_all_predictions(objective: Objective, c
                 terms.append(weight * torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
                 weights.append(weight * len(anchors))
         optimizer.zero_grad()
-        (torch.stack(terms).sum() / sum(weights)).backward()  # type: ignore[no-untyped-call]
+        (torch.stack(terms).sum() / sum(weights)).backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
         optimizer.step()
     for name, weight in theirs.state_dict().items():

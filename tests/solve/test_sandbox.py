@@ -33,7 +33,7 @@ class World:
     def untouched(self) -> bool:
         for reach in (self.tcp.accept, lambda: self.udp.recv(9)):
             with contextlib.suppress(BlockingIOError):
-                reach()  # type: ignore[no-untyped-call]
+                reach()
                 return False
         file = self.directory / "journal.jsonl"
         same = file.read_text() == "secret" and file.stat().st_mode & 0o777 == 0o600

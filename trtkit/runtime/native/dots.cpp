@@ -223,7 +223,7 @@ void run(const Job& job) {
 
 struct Input {
   const c10::BFloat16* x;
-  int64_t width;
+  int64_t rows, width;
   const float* pre;
   Rounding rounding;
   float inverse;
@@ -254,9 +254,11 @@ void lay_row(const Job& job, const Input& in, const c10::BFloat16* x, float* lin
     } else {
       const __m512i bits = to_bf16(low, high);
       _mm512_storeu_si512(words, bits);
-      if (F::OFFSET != 0.0f && in.pre != nullptr) {  // rounded
-        _mm512_storeu_ps(line + k, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16)));
-        _mm512_storeu_ps(line + k + 16, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16)));
+      if (F::OFFSET != 0.0f && in.pre != nullptr) {  // the sums are of the rounded numbers
+        const auto put = [&](__m256i half, int64_t at) {
+          _mm512_storeu_si512(line + k + at, _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+        };
+        put(_mm512_castsi512_si256(bits), 0), put(_mm512_extracti64x4_epi64(bits, 1), 16);
       }
     }
   }
@@ -293,12 +295,12 @@ void lay(const Job& job, const Input& in, uint8_t* x, int32_t* own) {
 // ---- operators ------------------------------------------------------------------------------------------------------
 
 template <class F>
-void multiply_as(Job job, Input in, int64_t tokens, uint16_t* y) {
+void multiply_as(Job job, Input in, uint16_t* y) {
   job.in = padded(in.width, F::K), job.bytes = job.in / F::K * 2 * F::BYTES;
   TORCH_CHECK(job.in % job.groups == 0 && job.in / job.groups % F::K == 0, "trtkit_cpu: groups of no whole tiles");
   job.group = job.in / job.groups;
   // As many rows at a time as half of a second-level cache holds.
-  const int64_t row_bytes = job.in / line_inputs<F> * DWORD;
+  const int64_t row_bytes = job.in / line_inputs<F> * DWORD, tokens = in.rows;
   const int64_t most = std::max<int64_t>(8 * MOST, (int64_t{1} << 19) / row_bytes / MOST * MOST);
   static thread_local std::vector<uint8_t> memory;
   static thread_local std::vector<int32_t> own;
@@ -338,30 +340,17 @@ bool dots_ready(int64_t kind) {
 Tensor linear_dots(
     const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& pre_scale, int64_t kind, int64_t out, int64_t rounding, double inverse) {
-  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kBFloat16, "trtkit_cpu: bfloat16 (T, K) only");
-  Tensor y = at::empty({x.size(0), out}, x.options());
-  Job job{};
-  job.codes = codes.data_ptr<uint8_t>();
-  job.scale = scale.data_ptr<float>();
-  job.bias = bias ? bias->data_ptr<float>() : nullptr;
-  job.out = out, job.panels = scale.size(1) / PANEL, job.groups = scale.size(0);
-  const Input in{
-      x.data_ptr<c10::BFloat16>(), x.size(1), pre_scale ? pre_scale->data_ptr<float>() : nullptr,
-      static_cast<Rounding>(rounding), static_cast<float>(inverse)};
-  for_kind(kind, [&](auto format) {
-    using F = decltype(format);
-    TORCH_CHECK(
-        codes.numel() == job.panels * 2 * (padded(in.width, F::K) / F::K) * F::BYTES,
-        "trtkit_cpu: codes of another shape");
-    multiply_as<F>(job, in, x.size(0), reinterpret_cast<uint16_t*>(y.data_ptr<c10::BFloat16>()));
-  });
-  return y;
+  const auto multiply = [&](const Job& job, const Input& in, uint16_t* y) {
+    for_kind(kind, [&](auto format) {
+      check_codes<decltype(format)>(codes, job.panels, in.width);
+      multiply_as<decltype(format)>(job, in, y);
+    });
+  };
+  return product<Job, Input>(x, codes, scale, bias, pre_scale, out, rounding, inverse, multiply);
 }
 
 // (N, K) as int16 (bits of bf16), int8 (codes of 8 or 4 bits) or uint8 (bits of e4m3) -> the panels' bytes.
 Tensor pack_dots(const Tensor& weight, int64_t kind) {
-  TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2);
-  TORCH_CHECK(weight.element_size() == (kind == BF16 ? 2 : 1), "trtkit_cpu: weights of another type");
   return for_kind(kind, [&](auto format) { return pack_panels<decltype(format)>(weight); });
 }
 

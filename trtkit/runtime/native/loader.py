@@ -98,7 +98,8 @@ def kernels_here() -> str | None:
         return None
     if flags >= _MATRIX_UNITS:
         return "C++ kernels on matrix units (AMX)"
-    return f"C++ kernels ({vectors}{' with BF16' if flags >= _BF16_DOTS else ''})"
+    dots = " with BF16" if flags >= _BF16_DOTS else " with VNNI" if "avx512_vnni" in flags else ""
+    return f"C++ kernels ({vectors}{dots})"
 
 
 def _sources() -> list[Path]:

@@ -232,32 +232,18 @@ auto for_kind(int64_t kind, const auto& call) {
 Tensor linear_tiles(
     const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& pre_scale, int64_t kind, int64_t out, int64_t rounding, double inverse) {
-  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kBFloat16, "trtkit_cpu: bfloat16 (T, K) only");
-  Tensor y = at::empty({x.size(0), out}, x.options());
-  Job job{};
-  job.codes = codes.data_ptr<uint8_t>();
-  job.scale = scale.data_ptr<float>();
-  job.bias = bias ? bias->data_ptr<float>() : nullptr;
-  job.out = out, job.panels = scale.size(1) / PANEL, job.groups = scale.size(0);
-  Input in{};
-  in.x = x.data_ptr<c10::BFloat16>(), in.rows = x.size(0), in.width = x.size(1);
-  in.pre = pre_scale ? pre_scale->data_ptr<float>() : nullptr;
-  in.rounding = static_cast<Rounding>(rounding), in.inverse = static_cast<float>(inverse);
-  for_kind(kind, [&](auto format) {
-    using F = decltype(format);
-    TORCH_CHECK(
-        codes.numel() == job.panels * 2 * (padded(in.width, F::K) / F::K) * F::BYTES,
-        "trtkit_cpu: codes of another shape");
-    multiply_as<F>(job, in, reinterpret_cast<uint16_t*>(y.data_ptr<c10::BFloat16>()));
-  });
-  return y;
+  const auto multiply = [&](const Job& job, const Input& in, uint16_t* y) {
+    for_kind(kind, [&](auto format) {
+      check_codes<decltype(format)>(codes, job.panels, in.width);
+      multiply_as<decltype(format)>(job, in, y);
+    });
+  };
+  return product<Job, Input>(x, codes, scale, bias, pre_scale, out, rounding, inverse, multiply);
 }
 
 // (N, K) as int16 (bits of bf16), int8 (codes of 8 or 4 bits) or uint8 (bits of e4m3) -> the tiles' bytes.
 Tensor pack_tiles(const Tensor& weight, int64_t kind) {
   TORCH_CHECK(tiles_ready(), "trtkit_cpu: the system gives no tile registers");
-  TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2);
-  TORCH_CHECK(weight.element_size() == (kind == BF16 ? 2 : 1), "trtkit_cpu: weights of another type");
   return for_kind(kind, [&](auto format) { return pack_panels<decltype(format)>(weight); });
 }
 

@@ -10,8 +10,11 @@
 
 #ifdef TRTKIT_DOTS
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <cstring>
+#include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -82,10 +85,39 @@ inline uint8_t* aligned(std::vector<uint8_t>& room, int64_t bytes) {
   return reinterpret_cast<uint8_t*>(padded(reinterpret_cast<int64_t>(room.data()), LINE));
 }
 
+// What an operator is called with, into a job and its input: both have more, which ``multiply`` (job, input, y) adds.
+template <class Job, class Input>
+at::Tensor product(
+    const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& pre_scale, int64_t out, int64_t rounding, double inverse, const auto& multiply) {
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kBFloat16, "trtkit_cpu: bfloat16 (T, K) only");
+  at::Tensor y = at::empty({x.size(0), out}, x.options());
+  Job job{};
+  job.codes = codes.data_ptr<uint8_t>();
+  job.scale = scale.data_ptr<float>();
+  job.bias = bias ? bias->data_ptr<float>() : nullptr;
+  job.out = out, job.panels = scale.size(1) / PANEL, job.groups = scale.size(0);
+  Input in{};
+  in.x = x.data_ptr<c10::BFloat16>(), in.rows = x.size(0), in.width = x.size(1);
+  in.pre = pre_scale ? pre_scale->data_ptr<float>() : nullptr;
+  in.rounding = static_cast<Rounding>(rounding), in.inverse = static_cast<float>(inverse);
+  multiply(job, in, reinterpret_cast<uint16_t*>(y.data_ptr<c10::BFloat16>()));
+  return y;
+}
+
+template <class F>
+inline void check_codes(const at::Tensor& codes, int64_t panels, int64_t width) {
+  TORCH_CHECK(
+      codes.numel() == panels * 2 * (padded(width, F::K) / F::K) * F::BYTES, "trtkit_cpu: codes of another shape");
+}
+
 // (N, K) as int16 (bits of bf16), int8 (codes of 8 or 4 bits) or uint8 (bits of e4m3) -> the bytes of all panels.
 template <class F>
 at::Tensor pack_panels(const at::Tensor& weight) {
-  const int64_t out = weight.size(0), in = weight.size(1), size = weight.element_size();
+  constexpr int64_t size = std::is_same_v<F, Bf16> ? 2 : 1;
+  TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2);
+  TORCH_CHECK(weight.element_size() == size, "trtkit_cpu: weights of another type");
+  const int64_t out = weight.size(0), in = weight.size(1);
   const int64_t sides = padded(out, UNIT) / SIDE, steps = padded(in, F::K) / F::K;
   const uint8_t* from = static_cast<const uint8_t*>(weight.data_ptr());
   at::Tensor codes = huge_bytes(sides * steps * F::BYTES);
