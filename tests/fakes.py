@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import Self
 
 from trtkit.chat import THINK_END, PromptVariant
+from trtkit.closing import Closing
 from trtkit.errors import RequestError
 from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
 
@@ -39,7 +38,7 @@ class FakeChat:
         return b"".join(special.get(token) or bytes([token]) for token in tokens).decode("utf-8", "replace")
 
 
-class FakeEngine:
+class FakeEngine(Closing):
     """Emits what ``script(request)`` says: ``burst`` tokens per step and row, ``rows`` requests at a time."""
 
     def __init__(
@@ -126,11 +125,3 @@ class FakeEngine:
 
     def close(self) -> None:
         self.closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

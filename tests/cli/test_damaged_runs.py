@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from tests.report.run_dirs import attempt, solution, write_run
+from tests.solve.scripted import places_in
 from tests.solve.scripted import run as solve
-from tests.solve.scripted import write_engine, write_problems
 from trtkit.cli.app import run
 from trtkit.errors import TrtkitError
-from trtkit.solve.run import Places
 
 STATS = {
     "kind": "stats", "steps": 5, "prompt_tokens": 1, "prefill_tokens": 1, "new_tokens": 20, "row_steps": 9,
@@ -164,10 +163,7 @@ def test_a_summary_or_solutions_of_wrong_types(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("changes", [{"lanes": "x"}, {"lanes": [3]}, {"loading": "x"}])
 def test_going_on_with_a_session_line_of_wrong_types(tmp_path: Path, changes: dict[str, Any]) -> None:
-    places = Places(
-        problems=write_problems(tmp_path / "problems.jsonl", 2), engine=write_engine(tmp_path / "engine"),
-        out=tmp_path / "out",
-    )  # fmt: skip
+    places = places_in(tmp_path, 2)
     solve(places)
     path = places.out / "journal.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -178,10 +174,7 @@ def test_going_on_with_a_session_line_of_wrong_types(tmp_path: Path, changes: di
 
 @pytest.mark.parametrize("damage", [{"arguments": "x"}, {"versions": 3}, {"problems": [1]}])
 def test_going_on_with_a_damaged_run_file(tmp_path: Path, damage: dict[str, Any]) -> None:
-    places = Places(
-        problems=write_problems(tmp_path / "problems.jsonl", 2), engine=write_engine(tmp_path / "engine"),
-        out=tmp_path / "out",
-    )  # fmt: skip
+    places = places_in(tmp_path, 2)
     solve(places)
     path = places.out / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))

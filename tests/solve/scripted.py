@@ -71,6 +71,30 @@ def run(places: Places, options: SolveOptions | None = None, *, seconds_per_step
     return run_solve(places, lambda: SlowEngine(seconds_per_step), CHAT, options, **more)
 
 
+def places_in(directory: Path, problems: int) -> Places:
+    """Problems and an engine in that directory, to be run into its ``run``."""
+    return Places(
+        problems=write_problems(directory / "problems.jsonl", problems), engine=write_engine(directory / "engine"),
+        out=directory / "run",
+    )  # fmt: skip
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def answers(places: Places) -> list[tuple[str, str | None]]:
+    return [(row["id"], row["answer"]) for row in rows(places.out / "solutions.jsonl")]
+
+
+def outcomes(places: Places) -> list[dict[str, Any]]:
+    """The solutions without what counts time and unfinished work."""
+    return [
+        {name: value for name, value in row.items() if name not in ("tokens", "seconds")}
+        for row in rows(places.out / "solutions.jsonl")
+    ]
+
+
 if __name__ == "__main__":
     problems, engine, out, seconds, stop = sys.argv[1:]
     run(

@@ -81,7 +81,6 @@ class Scheduler:
     def __init__(self, allocator: BlockAllocator, *, block_size: int, max_rows: int) -> None:
         self.allocator = allocator
         self.block_size = block_size
-        self.max_rows = max_rows
         self.running: list[Row] = []
         self._waiting: deque[Row] = deque()
         self._resting: dict[str, Row] = {}

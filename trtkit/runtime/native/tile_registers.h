@@ -11,6 +11,20 @@
 
 namespace trtkit {
 
+// As the CPU reads them: palette 1, from the start, then bytes of a row and rows of each tile.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, none[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+}  // namespace trtkit
+
+#ifdef TRTKIT_TILE_UNIT
+#include TRTKIT_TILE_UNIT  // in software, for tests
+#else
+namespace trtkit {
+
 // Whether this process may use them: Linux gives them on request.
 inline bool tiles_ready() {
   constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -18,19 +32,22 @@ inline bool tiles_ready() {
   return given;
 }
 
+inline void configure(const TileShapes& shapes) { asm volatile("ldtilecfg %0" : : "m"(shapes)); }
+inline void release() { _tile_release(); }
+
+}  // namespace trtkit
+#endif
+
+namespace trtkit {
+
 // Tiles of 16 rows of 64 bytes, but for those named, which have ``rows``; for the life of the object.
 struct Configured {
-  struct alignas(64) Layout {
-    uint8_t palette = 1, start = 0, none[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
   Configured(std::initializer_list<int> tiles, int64_t rows) {
-    Layout layout;
-    for (const int tile : tiles) layout.rows[tile] = static_cast<uint8_t>(rows);
-    asm volatile("ldtilecfg %0" : : "m"(layout));
+    TileShapes shapes;
+    for (const int tile : tiles) shapes.rows[tile] = static_cast<uint8_t>(rows);
+    configure(shapes);
   }
-  ~Configured() { _tile_release(); }
+  ~Configured() { release(); }
   Configured(const Configured&) = delete;
 };
 
