@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 
 from trtkit.errors import ConfigError, InputError, OutputError
-from trtkit.files import read_json, read_jsonl, staged_dir
+from trtkit.files import append_jsonl, read_json, read_jsonl, staged_dir
 
 
 @pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000], ids=["digits", "depth"])
@@ -48,3 +49,17 @@ def test_a_file_is_no_place_for_a_directory_and_that_is_said_before_the_work(tmp
         worked = True
     assert not worked
     assert target.read_text() == "mine"
+
+
+def test_rows_are_appended_all_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, [{"a": 1}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, hard))  # a disk with 100 bytes left
+    try:
+        with pytest.raises(OutputError, match="cannot be written"):
+            append_jsonl(path, [{"b": "x" * 20}, {"c": "y" * 200}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    append_jsonl(path, [{"d": 2}, {"e": 3}])
+    assert [row for _, row in read_jsonl(path)] == [{"a": 1}, {"d": 2}, {"e": 3}]

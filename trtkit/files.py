@@ -151,12 +151,21 @@ def write_toml(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows in one write and sync it to the disk: what was appended survives ``kill -9``."""
-    payload = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with _writing(path), path.open("a", encoding="utf-8") as stream:
-        stream.write(payload)
-        stream.flush()
-        os.fsync(stream.fileno())
+    """Append rows and sync them to the disk: what was appended survives ``kill -9``.
+
+    All of them or, with :class:`OutputError`, none: part of a row would spoil the next one.
+    """
+    left = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with _writing(path), path.open("ab", buffering=0) as stream:
+        size = stream.tell()
+        try:
+            while left:
+                left = left[stream.write(left) :]
+            os.fsync(stream.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                stream.truncate(size)
+            raise
 
 
 def digest_file(path: Path) -> str:

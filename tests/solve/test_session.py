@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -161,30 +163,45 @@ def test_votes_that_were_counted_before_the_failure_decide(world: World, monkeyp
         assert solution.error is not None
 
 
-def test_a_disk_that_is_full_for_a_while_costs_one_problem_its_last_votes(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["journal.jsonl", PROBLEMS_FILE])
+def test_a_disk_that_is_full_for_a_while_costs_nothing(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    world.script = lambda request: endless(request) if request.id in ("b/2", "b/3", "b/4") else right(request)
-    journal, aside = tmp_path / "run" / "journal.jsonl", tmp_path / "aside"
-    with world.session(3, out=tmp_path / "run", time_limit=500.0, samples=5) as session:
-        assert session.answer("a", "problem a") == "7"
-        engine = world.engines[-1]
-        step = engine.step
+    out = tmp_path / "run"
+    full, aside = out / name, tmp_path / "aside"
+    with world.session(4, out=out, samples=5) as session:
+        session.ask("a", "problem a")
+        full.rename(aside)
+        full.mkdir()  # nothing can be appended to it
+        for problem in "bc":
+            solution = session.ask(problem, f"problem {problem}")
+            assert (solution.error, solution.tally.finished) == (None, 5)
+        assert caplog.text.count("cannot be written") > 0
+        full.rmdir()
+        aside.rename(full)
+        session.ask("d", "problem d")
+    (run,) = read_runs([out])
+    assert [(result.id, result.text) for result in run.results] == [(name, f"problem {name}") for name in "abcd"]
+    with world.session(4, out=out, samples=5) as again:
+        assert {name: len(solution.attempts) for name, solution in again.solutions.items()} == dict.fromkeys("abcd", 5)
 
-        def fill_later() -> list[StepOutput]:
-            if engine.steps == 60:
-                journal.rename(aside)
-                journal.mkdir()  # nothing can be appended to it
-            return step()
 
-        monkeypatch.setattr(engine, "step", fill_later)
-        broken = session.ask("b", "problem b")
-        assert "cannot be written" in str(broken.error)
-        assert (broken.answer and broken.answer.key, broken.tally.finished) == ("7", 2)
-        journal.rmdir()
-        aside.rename(journal)
-        assert session.answer("c", "problem c") == "7"
-        assert list(session.solutions) == ["a", "b", "c"]
+def test_a_disk_that_stays_full_costs_the_files_only(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with world.session(2, out=tmp_path / "run") as session:
+        session.ask("a", "problem a")
+        monkeypatch.setattr(os, "fsync", full)
+        assert session.answer("b", "problem b") == "7"
+        assert list(session.solutions) == ["a", "b"]
+    assert [engine.closed for engine in world.engines] == [True]
+    assert "No space left" in caplog.text
+    monkeypatch.undo()
+    with world.session(2, out=tmp_path / "run") as again:
+        assert list(again.solutions) == ["a"], "and what was written is whole"
 
 
 def test_an_engine_that_cannot_be_opened_again_still_gives_the_default(world: World) -> None:

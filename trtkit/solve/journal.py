@@ -18,7 +18,7 @@ from typing import IO
 
 from trtkit.closing import Closing
 from trtkit.errors import InputError, OutputError
-from trtkit.files import append_jsonl
+from trtkit.files import JsonObject, append_jsonl
 from trtkit.log import logger
 from trtkit.runtime.api import EngineStats
 from trtkit.solve.journal_rows import (
@@ -68,10 +68,15 @@ class Journal(Closing):
     Raises :class:`OutputError` when another process has it open or it cannot be written.
     """
 
-    def __init__(self, path: Path, *, fresh: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
-        """``fresh`` throws away what is there."""
+    def __init__(
+        self, path: Path, *, fresh: bool = False, patient: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``fresh`` throws away what is there. A ``patient`` journal that cannot be written keeps its rows, with a
+        warning, and writes them with the next ones."""
         self._path = path
         self._clock = clock
+        self._patient = patient
+        self._unwritten: list[JsonObject] = []
         self._began: float | None = None
         self._loading = 0.0
         self._lock = _lock(path)
@@ -92,8 +97,8 @@ class Journal(Closing):
         _mend(self._path)
         self._began, self._loading = self._clock(), loading_seconds
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        row = {"kind": "session", "started": started, "loading": round(loading_seconds, 3)}
-        append_jsonl(self._path, [row if lanes is None else {**row, "lanes": lanes}])
+        row: JsonObject = {"kind": "session", "started": started, "loading": round(loading_seconds, 3)}
+        self._append([row if lanes is None else {**row, "lanes": lanes}])
 
     @property
     def seconds(self) -> float:
@@ -106,17 +111,30 @@ class Journal(Closing):
         return self.history.loading_seconds + self._loading
 
     def record(self, attempts: Sequence[Attempt], solutions: Sequence[Solution]) -> None:
-        """Append what just finished, on the disk when this returns. Raises :class:`OutputError`."""
+        """Append what just finished, on the disk when this returns. Raises :class:`OutputError`, unless patient."""
         clock = round(self._elapsed(), 3)
         rows = [{**attempt_row(attempt), "clock": clock} for attempt in attempts]
         rows += [{**solution_row(solution), "clock": clock} for solution in solutions]
         if rows:
-            append_jsonl(self._path, rows)
+            self._append(rows)
 
     def record_engine(self, stats: EngineStats) -> None:
-        """Append the engine's counters, when nothing more is to come from it. Raises :class:`OutputError`."""
+        """Append the engine's counters, when nothing more is to come from it. Raises as :meth:`record`."""
         self.engine = stats
-        append_jsonl(self._path, [{**engine_row(stats), "clock": round(self._elapsed(), 3)}])
+        self._append([{**engine_row(stats), "clock": round(self._elapsed(), 3)}])
+
+    def _append(self, rows: Sequence[JsonObject]) -> None:
+        unwritten = [*self._unwritten, *rows]
+        try:
+            append_jsonl(self._path, unwritten)
+        except OutputError as problem:
+            if not self._patient:
+                raise
+            if not self._unwritten:
+                logger.warning("%s: %s; goes on without, and tries again", self._path, problem.message)
+            self._unwritten = unwritten
+        else:
+            self._unwritten = []
 
     def _elapsed(self) -> float:
         return 0.0 if self._began is None else self._clock() - self._began

@@ -8,7 +8,7 @@
 The engine is opened at once and stays open. The number of problems is what the clock deals the time out by; the
 problems themselves, their order and the pauses between them are not known before. Where a time limit is set, what comes
 after it is answered at once. When the engine fails, a problem is answered with the votes that it has, and the engine is
-opened anew for the next one.
+opened anew for the next one. A disk that cannot be written costs no answer, only what another session would know.
 
 In the run directory lies what ``trtkit solve`` leaves, for ``report``, ``revote`` and for a session that has to start
 again: what was asked and answered before is answered from there, and the time spent counts.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtkit.chat import Chat, load_chat
 from trtkit.closing import Closing
-from trtkit.errors import InputError, UsageError
+from trtkit.errors import InputError, OutputError, TrtkitError, UsageError
 from trtkit.files import append_jsonl, digest_file, read_json, write_json
 from trtkit.log import logger
 from trtkit.runtime.api import Engine
@@ -73,8 +73,10 @@ class Session(Closing):
         self._failed = self._closed = False
         self._turn = threading.Lock()
         with contextlib.ExitStack() as stack:
-            self._journal = None if out is None else stack.enter_context(Journal(out / JOURNAL_FILE, clock=clock))
+            self._journal = None
             if out is not None:
+                journal = Journal(out / JOURNAL_FILE, patient=True, clock=clock)
+                self._journal = stack.enter_context(journal)
                 claim(out, identity_of(engine, options), force_new=False)
                 self._asked = _asked_before(out)
             self._noted = set(self._asked)
@@ -100,7 +102,7 @@ class Session(Closing):
                 raise UsageError(f"problem {name!r} was asked with another text", hint="give every problem its own id")
             try:
                 self._go_on()
-                self._note(problem)
+                self._note()
                 return self._solver.ask(problem)
             except Exception as failure:
                 logger.error("problem %s: %s: %s", name, type(failure).__name__, failure)
@@ -119,7 +121,10 @@ class Session(Closing):
         return {name: solved[name] for name in self._asked if name in solved}
 
     def close(self) -> None:
-        """Write ``solutions.jsonl`` and ``summary.json``, and close the engine. Closing twice is fine."""
+        """Write ``solutions.jsonl`` and ``summary.json``, and close the engine. Closing twice is fine.
+
+        Files that cannot be written are an error in the log and no exception: the answers are given.
+        """
         with self._turn:
             if self._closed:
                 return
@@ -127,7 +132,11 @@ class Session(Closing):
             with self._resources:
                 self._solver.end()
                 if self._out is not None and self._journal is not None:
-                    self._write(self._out, self._journal)
+                    self._note()
+                    try:
+                        self._write(self._out, self._journal)
+                    except (TrtkitError, OSError) as failure:
+                        logger.error("%s", failure)
 
     def _write(self, out: Path, journal: Journal) -> None:
         write_results(out, list(self._asked.values()), self._solver.solutions, self._options, journal, self._grader)
@@ -145,10 +154,18 @@ class Session(Closing):
         self._solver.go_on_with(self._engine.enter_context(self._open_engine()))
         self._failed = False
 
-    def _note(self, problem: Problem) -> None:
-        if self._out is not None and problem.id not in self._noted:
-            append_jsonl(self._out / PROBLEMS_FILE, [{"id": problem.id, "problem": problem.text}])
-            self._noted.add(problem.id)
+    def _note(self) -> None:
+        """Write down what was asked, as far as it is not."""
+        missing = [problem for name, problem in self._asked.items() if name not in self._noted]
+        if self._out is None or not missing:
+            return
+        rows = [{"id": problem.id, "problem": problem.text} for problem in missing]
+        try:
+            append_jsonl(self._out / PROBLEMS_FILE, rows)
+        except OutputError as failure:
+            logger.warning("%s: %s; goes on without, and tries again", self._out / PROBLEMS_FILE, failure.message)
+        else:
+            self._noted |= {problem.id for problem in missing}
 
     def _rescued(self, problem: Problem, error: str) -> Solution:
         try:
