@@ -36,6 +36,43 @@ def test_both_spellings_and_kinds_of_values(tmp_path: Path) -> None:
     ]
 
 
+def test_a_table_is_read_like_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "reference.csv"
+    path.write_bytes(
+        "\ufeffid, problem ,answer,level\r\n"
+        'a,"Let $x,y$ be\n""two"" numbers.",042,1\r\n\r\n7,1+1?,,\r\nc,"last, without an end",-1'.encode()
+    )
+    assert read_problems(path) == [
+        Problem(id="a", text='Let $x,y$ be\n"two" numbers.', answer="042"),
+        Problem(id="7", text="1+1?"),
+        Problem(id="c", text="last, without an end", answer="-1"),
+    ]
+    path.write_text('question\n"x\ny"\n\nz\n')
+    assert [(problem.id, problem.text) for problem in read_problems(path)] == [("2", "x\ny"), ("5", "z")]
+
+
+def test_every_offender_of_a_table_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "reference.CSV"
+    path.write_text('id,problem\na,"two\nlines"\nb,let x, y be\n\na,again\nc,\n,d\ne,"never ends\n')
+    with pytest.raises(InputError, match="wrong with the problems") as caught:
+        read_problems(path)
+    assert [offender.removeprefix(f"{path}:") for offender in caught.value.offenders] == [
+        "4: more values than columns (a comma outside quotes?)",
+        "9: not valid CSV from here on: unexpected end of data",
+        "6: id 'a' was already used in line 2",
+        "7: no problem (or question) field",
+        "8: no id",
+    ]
+    path.write_text("id,text\na,x\n")
+    with pytest.raises(InputError) as caught:
+        read_problems(path)
+    assert "no column is named problem or question: 'id', 'text'" in caught.value.offenders[0]
+    path.write_text("")
+    with pytest.raises(InputError, match="holds no problem") as caught:
+        read_problems(path)
+    assert "id,problem,answer" in str(caught.value.hint)
+
+
 def test_without_any_id_the_line_is_the_id(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", {"problem": "x"}, "", {"problem": "y"})
     assert [problem.id for problem in read_problems(path)] == ["1", "3"]

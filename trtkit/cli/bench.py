@@ -30,7 +30,7 @@ def command(
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Timed tokens per row.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", help="The median of this many counts.")] = 3,
     problems: Annotated[
-        Path | None, typer.Option("--problems", help="JSONL whose prompts to use; default: random tokens.")
+        Path | None, typer.Option("--problems", help="JSONL or CSV whose prompts to use; default: random tokens.")
     ] = None,
     tree: Tree = "auto",
     drafter: Annotated[

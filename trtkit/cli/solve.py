@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def command(
     context: typer.Context,
-    problems: Annotated[Path, typer.Argument(help="JSONL: id, problem, and the answer if it is known.")],
+    problems: Annotated[Path, typer.Argument(help="JSONL or CSV: id, problem, and the answer if it is known.")],
     engine: Annotated[
         Path | None, typer.Option("--engine", help="Engine directory; default: the latest in engines/built.")
     ] = None,

@@ -1,7 +1,9 @@
-"""``Problem`` rows from a JSON-lines file, with every offending line reported at once."""
+"""``Problem`` rows from a JSON-lines or CSV file, with every offending line reported at once."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ __all__ = ["Problem", "read_problems"]
 _TEXT_FIELDS = ("problem", "question")
 _ANSWER_FIELDS = ("answer", "expected_answer")
 _EXAMPLE = 'every line must be one JSON object, e.g. {"id": "1", "problem": "...", "answer": "42"}'
+_HEADER = "the first line names the columns, e.g. id,problem,answer; text with commas, quotes or line ends is quoted"
 _ONE_ID = "give every problem an id of its own, or none of them any: then they are numbered by line"
 _SHOWN = 20
 
@@ -33,7 +36,7 @@ class Problem:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """The problems in a JSON-lines file, in file order.
+    """The problems in a file, in its order: JSON lines or, where the name ends in ``.csv``, CSV with a header.
 
     The text is ``problem`` or ``question``, the optional gold answer ``answer`` or ``expected_answer``
     (string or number), the ``id`` a string or an integer. A file where no row has an id is numbered by
@@ -43,7 +46,9 @@ def read_problems(path: Path) -> list[Problem]:
         raise InputError("no such file", where=str(path), hint=_example_file())
     offenders: list[str] = []
     twice = 0
-    rows = _rows(path, offenders)
+    table = path.suffix.lower() == ".csv"
+    rows = (_table if table else _rows)(path, offenders)
+    example = _HEADER if table else _EXAMPLE
     numbered = not any("id" in row for _, row in rows)
     problems: list[Problem] = []
     first_line: dict[str, int] = {}
@@ -63,10 +68,10 @@ def read_problems(path: Path) -> list[Problem]:
             shown.append(f"... and {len(offenders) - _SHOWN} more")
         message = f"{len(offenders)} thing(s) wrong with the problems"
         raise InputError(
-            message, where=str(path), offenders=shown, hint=_ONE_ID if twice == len(offenders) else _EXAMPLE
+            message, where=str(path), offenders=shown, hint=_ONE_ID if twice == len(offenders) else example
         )
     if not problems:
-        raise InputError("holds no problem", where=str(path), hint=_EXAMPLE)
+        raise InputError("holds no problem", where=str(path), hint=example)
     return problems
 
 
@@ -98,6 +103,28 @@ def _rows(path: Path, offenders: list[str]) -> list[tuple[int, dict[str, Any]]]:
                 rows.append((line, value))
             else:
                 offenders.append(f"{path}:{line}: expected a JSON object, found {type(value).__name__}")
+    return rows
+
+
+def _table(path: Path, offenders: list[str]) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a CSV file with the lines they begin in; values are text, and empty ones are none."""
+    reader = csv.DictReader(io.StringIO(read_text(path, InputError), newline=""), strict=True)
+    rows: list[tuple[int, dict[str, Any]]] = []
+    try:
+        names = reader.fieldnames or ()
+        if names and not {name.strip() for name in names} & {*_TEXT_FIELDS}:
+            offenders.append(f"{path}:1: no column is named problem or question: {', '.join(map(_short, names))}")
+            return []
+        while (row := next(reader, None)) is not None:
+            # The reader leaves out blank lines: the row's own lines are as many as its values have line ends.
+            ends = sum(value.count("\n") for value in row.values() if isinstance(value, str))
+            line = reader.line_num - ends
+            if None in row:
+                offenders.append(f"{path}:{line}: more values than columns (a comma outside quotes?)")
+                continue
+            rows.append((line, {name.strip(): value for name, value in row.items() if value and value.strip()}))
+    except csv.Error as problem:
+        offenders.append(f"{path}:{reader.line_num + 1}: not valid CSV from here on: {problem}")
     return rows
 
 
