@@ -185,7 +185,7 @@ def _points(directory: Path, batch: int, options: BenchOptions, machine: Machine
 
 def _timed(directory: Path, batch: int, options: BenchOptions, speculative: bool) -> list[_Timing]:
     opening = OpenOptions(
-        device=options.device, threads=options.threads, rows=batch, speculative=speculative,
+        device=options.device, threads=options.threads or torch.get_num_threads(), rows=batch, speculative=speculative,
         tree=options.tree if speculative else None, drafter=options.drafter if speculative else None,
         head=options.head, output_layer=options.output_layer,
     )  # fmt: skip

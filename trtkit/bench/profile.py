@@ -55,9 +55,9 @@ class StepProfile:
 def profile_engine(directory: Path, batch: int, options: BenchOptions) -> StepProfile:
     """Profile steps of a full batch. With a draft head its tree is ``options.tree``, or 1x3."""
     opening = OpenOptions(
-        device=options.device, threads=options.threads, rows=batch, speculative=options.speculative,
-        tree=options.tree if has_head(directory, options) else None, drafter=options.drafter, head=options.head,
-        output_layer=options.output_layer,
+        device=options.device, threads=options.threads or torch.get_num_threads(), rows=batch,
+        speculative=options.speculative, tree=options.tree if has_head(directory, options) else None,
+        drafter=options.drafter, head=options.head, output_layer=options.output_layer,
     )  # fmt: skip
     prompts = prompts_of(directory, read_model_spec(directory).vocab, options)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])

@@ -12,6 +12,7 @@ from drafter.config import TreeShape
 from trtkit.errors import RequestError, UsageError
 
 __all__ = [
+    "ChosenThreads",
     "Device",
     "Json",
     "Model",
@@ -33,6 +34,9 @@ Model: TypeAlias = Annotated[
 ]
 Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: one per core.")]
+ChosenThreads: TypeAlias = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; default: up to one per core, whatever is fastest.")
+]
 OutputLayer: TypeAlias = Annotated[
     str | None, typer.Option("--output-layer", help="lm_head in this run: model (16 bit) or int8; default: as built.")
 ]

@@ -10,10 +10,10 @@ import typer
 
 from trtkit.cli.engines import chosen_engine
 from trtkit.cli.options import (
+    ChosenThreads,
     Device,
     Json,
     OutputLayer,
-    Threads,
     Tree,
     drafting_named,
     out_of_range_is_usage,
@@ -127,7 +127,7 @@ def command(
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Most rows in flight.")] = None,
     tree: Tree = "auto",
     device: Device = "auto",
-    threads: Threads = None,
+    threads: ChosenThreads = None,
     output_layer: OutputLayer = None,
     save_text: Annotated[bool, typer.Option("--save-text", help="Keep each sample's text.")] = False,
     save_confidence: Annotated[

@@ -23,6 +23,7 @@ from trtkit.runtime.blocks import blocks_for
 from trtkit.runtime.draft_head import HeadOptions, measured_acceptance, open_head, with_kernels
 from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.thread_choice import ThreadChooser
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
 from trtkit.runtime.tree_memory import memory_file
@@ -46,6 +47,7 @@ class OpenOptions:
     dtype: str | None = None
     """Compute dtype; None takes the checkpoint's. float16 checkpoints compute in float32 on a CPU."""
     threads: int | None = None
+    """CPU threads; None: up to one per core, as many as are the fastest while the engine runs."""
     rows: int | None = None
     """Largest in-flight batch; None takes the engine's own limit."""
     kv_memory_fraction: float | None = None
@@ -111,7 +113,9 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
         expected = measured_acceptance(options.drafter or directory / DRAFTER_DIR)
         drafting = Drafting(head=head, trees=trees, memory=memory, expected=expected)
     limits = _limits(manifest, checkpoint.spec, options, model, total_tokens=total, reach=reach)
-    return TorchEngine(model, limits, drafting)
+    threads = torch.get_num_threads()
+    adapts = device.type == "cpu" and options.threads is None and threads > 1
+    return TorchEngine(model, limits, drafting, ThreadChooser(threads) if adapts else None)
 
 
 def _head(directory: Path, model: DecoderModel, options: OpenOptions) -> Drafter:

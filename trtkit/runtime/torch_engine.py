@@ -29,6 +29,7 @@ from drafter.config import TreeShape
 from drafter.model import Drafter
 from trtkit.closing import Closing
 from trtkit.errors import CapacityError, RequestError
+from trtkit.log import logger
 from trtkit.runtime import decode
 from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
 from trtkit.runtime.blocks import BlockAllocator
@@ -41,6 +42,7 @@ from trtkit.runtime.prefill import Stretch, prefill
 from trtkit.runtime.processors import switch_rows
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row, Schedule, Scheduler
+from trtkit.runtime.thread_choice import ThreadChooser
 from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
 from trtkit.runtime.tree_memory import recall, remember
 from trtkit.scheme import KvDtype
@@ -86,8 +88,13 @@ class TorchEngine(Closing):
     ``model`` must know positions up to ``limits.total_tokens`` plus the length of a draft.
     """
 
-    def __init__(self, model: DecoderModel, limits: TorchLimits, drafting: Drafting | None = None) -> None:
+    def __init__(
+        self, model: DecoderModel, limits: TorchLimits, drafting: Drafting | None = None,
+        threads: ThreadChooser | None = None,
+    ) -> None:  # fmt: skip
+        """``threads`` chooses how many CPU threads a step takes; None leaves the process's number as it is."""
         self._model = model
+        self._threads = threads
         self._limits = limits
         self._drafting = drafting
         self._chooser = TreeChooser((None,) if drafting is None else drafting.trees)
@@ -224,6 +231,8 @@ class TorchEngine(Closing):
             self._discard_flight()
         if self._flight is not None:
             return outputs + self._collect(self._flight)
+        if self._threads is not None and torch.get_num_threads() != self._threads.threads:
+            torch.set_num_threads(self._threads.threads)
         rows = self._schedule()
         shape = self._chooser.choose(len(rows))
         if self._graphs is None or any(row.request.sampling.switch is not None for row in rows):
@@ -288,11 +297,21 @@ class TorchEngine(Closing):
         now = time.perf_counter()
         if timed and len(live) == len(rows):
             # Launched ahead, it began when the one before it was done.
-            self._chooser.observe(len(rows), shape, seconds=now - max(began, self._booked), accepted=accepted)
+            self._learn(len(rows), shape, now - max(began, self._booked), accepted)
         self._booked = now
         self._counters.step(len(live), accepted, drafted=shape is not None)
         self._counters.discarded_row_steps += len(rows) - len(live)
         return outputs
+
+    def _learn(self, rows: int, shape: TreeShape | None, seconds: float, accepted: Sequence[int]) -> None:
+        threads = self._threads
+        if threads is None or not threads.looks:
+            self._chooser.observe(rows, shape, seconds=seconds, accepted=accepted)
+        if threads is not None:
+            before = threads.count
+            threads.observe(rows, shape, seconds)
+            if threads.count != before:
+                logger.debug("steps are faster with %d threads than with %d", threads.count, before)
 
     def _emit(self, rows: Sequence[Row], shape: TreeShape | None) -> tuple[list[list[int]], list[list[float]]]:
         """Draft, verify, accept, one after the other. For each row the number of emitted tokens and the tokens drawn on
@@ -363,6 +382,8 @@ class TorchEngine(Closing):
         if self._memory is not None:
             remember(self._memory, self._chooser)
             self._memory = None
+        if self._threads is not None:
+            torch.set_num_threads(self._threads.counts[-1])
         self._discard_flight()
         del self._graphs, self._stepper, self._model, self._drafting
         if torch.cuda.is_available():

@@ -1,0 +1,140 @@
+"""How many CPU threads a step takes: measured, not assumed. Pure Python.
+
+The threads of a step wait for each other some hundred times. While another process has one of the cores, each wait may
+last until the system gives that core back, and a step on all cores takes ten times as long as one on fewer. And a small
+model gains nothing from many cores. So now and then a few steps run with fewer threads, or with more, in turns with
+steps as before, and the faster number stays. The tokens do not depend on it, only their speed does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+
+from drafter.config import TreeShape
+
+__all__ = ["ThreadChooser"]
+
+_ROUNDS = 3
+"""Steps of either number that are compared; before them one warms up whatever is kept for each number of threads."""
+_BETTER = 0.92
+"""The share of a step's time that another number has to stay below."""
+_CLEAR = 3.0
+"""A look ends early when one number takes so many times the other's."""
+_SLOW, _SLOW_STEPS = 2.5, 4
+"""So many times slower than before, for so many steps: something has happened, so a look is due."""
+_DRIFT = 1.02
+"""Growth per step of what counts as usual: contexts grow."""
+_SOON_SECONDS, _LONGEST_SECONDS = 0.25, 15.0
+"""Time of steps between looks: doubled by each look that changed nothing."""
+_FAR = 4
+"""Numbers that are so many times larger or smaller are not looked at."""
+_ALIKE = 0.15
+"""By how much the rows of steps that are compared may differ."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Look:
+    """A few steps with another number of threads, in turns with the one so far."""
+
+    place: int
+    rows: int
+    shape: TreeShape | None
+    other: bool = True
+    """Whether the next step has the other number."""
+    warm: bool = False
+    unlike: int = 0
+    times: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
+
+    def alike(self, rows: int, shape: TreeShape | None) -> bool:
+        return shape == self.shape and abs(rows - self.rows) <= _ALIKE * self.rows
+
+    def add(self, seconds: float) -> None:
+        if self.warm:
+            self.times[self.other].append(seconds)
+        self.warm, self.other = True, not self.other
+
+    @property
+    def over(self) -> bool:
+        before, others = self.times[False], self.times[True]
+        clear = before and others and min(others) > _CLEAR * min(before)
+        # What would change something has to be seen twice.
+        clear = clear or (len(before) > 1 < len(others) and min(before) > _CLEAR * min(others))
+        return clear or len(others) == _ROUNDS == len(before)
+
+    @property
+    def pays(self) -> bool:
+        return median(self.times[True]) < _BETTER * median(self.times[False])
+
+
+class ThreadChooser:
+    """Chooses for each step, and learns from what the step took. Begins with the most."""
+
+    def __init__(self, most: int) -> None:
+        halves = {most >> times for times in range(most.bit_length())}
+        self.counts = sorted({*halves, most * 3 // 4, max(1, most - 1)} - {0})
+        self._place = len(self.counts) - 1
+        self._turn = 0
+        self._pause = self._left = _SOON_SECONDS
+        self._look: _Look | None = None
+        self._usual: dict[tuple[int, TreeShape | None], float] = {}
+        self._slow = 0
+
+    @property
+    def count(self) -> int:
+        """The number that was the fastest."""
+        return self.counts[self._place]
+
+    @property
+    def threads(self) -> int:
+        """For the next step."""
+        look = self._look
+        return self.counts[look.place if look is not None and look.other else self._place]
+
+    @property
+    def looks(self) -> bool:
+        """Whether numbers are being compared: the times of such steps say little about anything else."""
+        return self._look is not None
+
+    def observe(self, rows: int, shape: TreeShape | None, seconds: float) -> None:
+        """A step of ``rows`` rows with that draft tree took ``seconds`` on ``threads``."""
+        if self._look is not None:
+            self._compare(self._look, rows, shape, seconds)
+            return
+        key = rows, shape
+        usual = self._usual.get(key, seconds)
+        self._usual[key] = min(seconds, _DRIFT * usual)
+        self._slow = self._slow + 1 if seconds > _SLOW * usual else 0
+        self._left -= seconds
+        if self._slow == _SLOW_STEPS:
+            self._pause, self._left, self._turn = _SOON_SECONDS, 0.0, 0
+        if self._left <= 0 and (others := self._others()):
+            self._look = _Look(place=others[self._turn % len(others)], rows=rows, shape=shape)
+
+    def _others(self) -> list[int]:
+        """What is looked at in turn: near numbers first, and fewer before more."""
+        near = [
+            place for place, count in enumerate(self.counts)
+            if place != self._place and count <= _FAR * self.count and self.count <= _FAR * count
+        ]  # fmt: skip
+        return sorted(near, key=lambda place: (abs(place - self._place), place))
+
+    def _compare(self, look: _Look, rows: int, shape: TreeShape | None, seconds: float) -> None:
+        if look.alike(rows, shape):
+            look.add(seconds)
+        else:
+            look.unlike += 1
+        if look.unlike > 2 * _ROUNDS:
+            self._look, self._left = None, self._pause
+        elif look.over:
+            self._look = None
+            self._settle(look)
+
+    def _settle(self, look: _Look) -> None:
+        if look.pays:  # and perhaps the next number does, too
+            self._place, self._pause, self._turn = look.place, _SOON_SECONDS, 0
+        else:
+            self._pause, self._turn = min(2 * self._pause, _LONGEST_SECONDS), self._turn + 1
+        self._left = self._pause
+        self._usual.clear()
+        self._slow = 0
