@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +117,13 @@ def test_an_unknown_device_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyP
 def test_without_cuda_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert detect() == cpu_profile()
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="asks Linux")
+def test_a_computers_memory_is_its_own() -> None:
+    found = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    assert cpu_profile().memory_bytes == pytest.approx(int(found[1]) * 1024, rel=0.01)
 
 
 def test_the_table_needs_no_torch() -> None:

@@ -253,7 +253,7 @@ def test_what_a_build_refuses_does_not_fit_and_nothing_else(tmp_path: Path) -> N
                 intermediate=intermediate, vocab=vocab)
         for layers, hidden, heads, kv_heads, head_dim, intermediate, vocab in (
             (28, 1536, 12, 2, 128, 8960, 151936), (28, 3584, 28, 4, 128, 18944, 152064),
-            (28, 1024, 16, 8, 128, 3072, 151936), (2, 192, 6, 3, 32, 500, 333),
+            (28, 1024, 16, 8, 128, 3072, 151936), (2, 192, 6, 3, 32, 500, 333), (2, 512, 8, 1, 32, 1024, 512),
         )
     ]  # fmt: skip
     small.append(replace(small[0], rope=replace(small[0].rope, kind="yarn", factor=4.0, truncate=False)))

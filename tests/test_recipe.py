@@ -170,6 +170,9 @@ def test_files_are_read_back_equal(tmp_path: Path) -> None:
                                   checkpoint_digest={"a": "b"}, created="2026-01-01T00:00:00Z")  # fmt: skip
         write_manifest(tmp_path, manifest)
         assert read_manifest(tmp_path) == manifest
+    data = json.loads((tmp_path / "engine.json").read_text())
+    (tmp_path / "engine.json").write_text(json.dumps({**data, "quality": None, "flags": None}))
+    assert read_manifest(tmp_path) == manifest, "as other writers leave a field empty"
 
 
 @pytest.mark.parametrize(
