@@ -89,6 +89,8 @@ def test_a_row_is_the_chat_turn_that_the_model_will_see(tmp_path: Path, place: P
 
 def test_long_rows_are_cut(tmp_path: Path, chat: Chat) -> None:
     path = save_problems(tmp_path / "text.jsonl")
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write("".join(json.dumps({"text": f"What is {n} +, at length?" * 9}) + "\n" for n in range(8)))
     whole, cut = read(path, chat), read(path, chat, tokens=100)
     for one, other in zip(whole.calibration + whole.held_out, cut.calibration + cut.held_out, strict=True):
         assert len(one.tokens) > 100

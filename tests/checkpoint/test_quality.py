@@ -27,14 +27,17 @@ from trtkit.quant.calibrate import LayerwiseCalibrator
 from trtkit.quant.tensor import dequantize
 from trtkit.scheme import SCHEMES
 
-# None of them calibrated, so some values lie beyond the scales; questions are not judged.
+FEW = [TextRow(tokens=ROWS[0].tokens[:6])]
+"""So little text to calibrate on that much of what follows lies beyond the scales."""
 JUDGES = [TextRow(tokens=tuple((31 * i * n + 7 * n) % 320 for i in range(40)), prompt_tokens=9 * n) for n in range(5)]
 
 
-def built(source: HfCheckpoint, out: Path, precision: str, kv_dtype: Any) -> UnifiedCheckpoint:
+def built(
+    source: HfCheckpoint, out: Path, precision: str, kv_dtype: Any, rows: list[TextRow] = ROWS
+) -> UnifiedCheckpoint:
     scheme = dataclasses.replace(SCHEMES[precision], kv_dtype=kv_dtype)
     out.mkdir()
-    calibrator = LayerwiseCalibrator(source.spec, scheme, ROWS, source.shards.tensor(EMBEDDING))
+    calibrator = LayerwiseCalibrator(source.spec, scheme, rows, source.shards.tensor(EMBEDDING))
     convert(source, out, scheme, calibrator, pre_scale=precision in ("int8-sq", "int4"))
     return open_unified(out)
 
@@ -101,7 +104,7 @@ def test_the_report_is_what_transformers_makes_of_the_rounded_model(
     monkeypatch.setattr("trtkit.checkpoint.quality._POSITIONS", 11)
     monkeypatch.setattr("trtkit.checkpoint.quality._VOCAB_BLOCK", 100)
     source = open_source(save_tiny(tmp_path / "source"))
-    checkpoint = built(source, tmp_path / "out", precision, kv_dtype)
+    checkpoint = built(source, tmp_path / "out", precision, kv_dtype, FEW)
     quality = measure_quality(source, checkpoint, JUDGES)
     expected, targets = log_probabilities(tiny_model("qwen2"), JUDGES)
     found, _ = log_probabilities(with_roundings(checkpoint, monkeypatch), JUDGES)
