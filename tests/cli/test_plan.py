@@ -41,6 +41,9 @@ def test_more_devices_than_a_model_can_be_split_over(capsys: pytest.CaptureFixtu
     # int4 takes four of eight, where other precisions take all.
     assert run(["plan", "--gpu", "l4x8", "-p", "int4"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "next: trtkit plan --model fast-math-r1-14b --gpu l4x4"
+    # Two cards would hold int4 at that length, but it was not asked for.
+    assert run(["plan", "--gpu", "l4x3", "-p", "bf16", "--length", "131072"]) == 0
+    assert "larger GPU" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
