@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +15,10 @@ from trtkit.gpu import GPUS, cpu_profile, detect, profile_named
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "count"), [("l4", "l4", 1), ("L4x4", "l4", 4), ("4xL4", "l4", 4), ("RTX 4090", "rtx4090", 1)]
-)
+    ("name", "kind", "count"),
+    [("l4", "l4", 1), ("L4x4", "l4", 4), ("4xL4", "l4", 4), ("RTX 4090", "rtx4090", 1), ("3 x RTX 4090", "rtx4090", 3),
+     ("h100-pcie x5", "h100-pcie", 5), ("l4x1", "l4", 1), ("16xA100", "a100", 16)],
+)  # fmt: skip
 def test_names_as_people_write_them(name: str, kind: str, count: int) -> None:
     profile = profile_named(name)
     assert (profile.kind, profile.count) == (kind, count)
@@ -22,6 +27,12 @@ def test_names_as_people_write_them(name: str, kind: str, count: int) -> None:
 def test_unknown_names_get_the_nearest_one() -> None:
     with pytest.raises(UsageError, match="did you mean 'h100'"):
         profile_named("h10")
+
+
+@pytest.mark.parametrize("name", ["l4x0", "l4x", "xl4", "cpux2", "2xcpu", "l4x2x2", "2xl4x2"])
+def test_numbers_of_devices_that_make_no_sense(name: str) -> None:
+    with pytest.raises(UsageError, match="unknown GPU"):
+        profile_named(name)
 
 
 def test_every_profile_is_plausible() -> None:
@@ -52,6 +63,26 @@ def test_detect_names_the_device(monkeypatch: pytest.MonkeyPatch, device: str, c
     found = detect()
     assert found.name == expected
     assert found.memory_bytes == 23_000_000_000
+
+
+@pytest.mark.parametrize("device", ["NVIDIA L4", "NVIDIA GeForce RTX 4090", "NVIDIA H100 PCIe"])
+@pytest.mark.parametrize("count", range(1, 17))
+def test_what_is_detected_has_a_name_that_can_be_given(
+    monkeypatch: pytest.MonkeyPatch, device: str, count: int
+) -> None:
+    """A recipe keeps the name only, and `plan` prints it for `build --gpu`."""
+    fake_cuda(monkeypatch, device, count)
+    found = detect()
+    named = profile_named(found.name)
+    assert named == replace(found, memory_bytes=named.memory_bytes)
+    assert (named.count, named.kind) == (count, found.kind)
+    assert profile_named(named.kind).count == 1
+
+
+def test_only_devices_like_the_first_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda(monkeypatch, "NVIDIA L4", 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("NVIDIA L4", "Tesla T4", "NVIDIA L4")[index])
+    assert detect().name == "l4x2"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +117,13 @@ def test_an_unknown_device_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyP
 def test_without_cuda_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert detect() == cpu_profile()
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="asks Linux")
+def test_a_computers_memory_is_its_own() -> None:
+    found = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    assert cpu_profile().memory_bytes == pytest.approx(int(found[1]) * 1024, rel=0.01)
 
 
 def test_the_table_needs_no_torch() -> None:

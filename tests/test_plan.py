@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from trtkit.plan.published import PUBLISHED, Comparison, compare
 from trtkit.plan.speed import LINK_BANDWIDTH, READ_SHARE, step_cost
 from trtkit.recipe import Recipe
 from trtkit.runtime import load
+from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.scheme import SCHEMES, KvDtype, OutputLayer, scheme_named
 
 WORK = Workload(batch=12, length=16384)
@@ -170,9 +172,48 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert "rows at full length" in row(rows, "fp8").reason
 
 
+@pytest.mark.parametrize("gpu", ["t4", "l4", "l4x2", "l4x4", "rtx4090", "a100-40gb", "h100", "cpu"])
+@pytest.mark.parametrize(("length", "layers"), [(512, 48), (16384, 48), (16384, 96), (131072, 48), (131072, 400)])
+def test_every_way_out_is_one_and_none_is_missing(gpu: str, length: int, layers: int) -> None:
+    spec, profile, work = replace(spec_of(), layers=layers), profile_named(gpu), Workload(length=length)
+    rows = plan_rows(spec, profile, work)
+
+    def fits(found: PlanRow, where: str, tokens: int) -> bool:
+        there = plan_rows(spec, profile_named(where), Workload(length=tokens))
+        return row(there, found.precision, found.drafter).fits
+
+    for found in rows:
+        if "; fits: " not in found.reason:
+            assert found.fits or "GB usable" not in found.reason
+            continue
+        said = found.reason.split("; fits: ")[1]
+        expected = []
+        if found.drafter and row(rows, found.precision).fits:
+            expected.append(f"{found.precision} without drafter")
+        others = [other.precision for other in rows if other.drafter == found.drafter and other.fits]
+        if others:
+            expected.append(f"{' or '.join(others)} here")
+        larger = [f"{profile.kind}x{n}" for n in (2, 4, 8) if n > profile.count and not profile.is_cpu]
+        if works := [name for name in larger if fits(found, name, length)]:
+            expected.append(f"{found.precision} on {works[0]}")
+        shorter = re.search(r"at length (\d+)$", said)
+        if shorter:
+            tokens = int(shorter[1])
+            assert 1024 <= tokens < length
+            assert fits(found, gpu, tokens)
+            assert tokens < 8192 or not fits(found, gpu, tokens + 256), "the longest"
+            expected.append(f"{found.precision} at length {tokens}")
+        else:
+            # Below 8k the planner's answer is careful: a shorter prompt needs less room for activations as well.
+            assert not fits(found, gpu, 8192)
+        assert said == (", or ".join(expected) or "nothing on this GPU; use a larger one or a smaller model")
+
+
 def test_no_fp8_before_ada() -> None:
     a100 = profile_named("a100")
-    assert "8.9" in row(plan_rows(spec_of(), a100, WORK), "fp8").reason
+    refused = row(plan_rows(spec_of(), a100, WORK), "fp8")
+    assert "8.9" in refused.reason
+    assert (refused.max_rows, refused.tokens_per_second) == (0, None), "although there would be room"
     with pytest.raises(UnsupportedError, match="int8") as caught:
         check_precision(scheme_named("fp8"), a100)
     assert "compute capability 8.9" in str(caught.value)
@@ -212,7 +253,7 @@ def test_what_a_build_refuses_does_not_fit_and_nothing_else(tmp_path: Path) -> N
                 intermediate=intermediate, vocab=vocab)
         for layers, hidden, heads, kv_heads, head_dim, intermediate, vocab in (
             (28, 1536, 12, 2, 128, 8960, 151936), (28, 3584, 28, 4, 128, 18944, 152064),
-            (28, 1024, 16, 8, 128, 3072, 151936), (2, 192, 6, 3, 32, 500, 333),
+            (28, 1024, 16, 8, 128, 3072, 151936), (2, 192, 6, 3, 32, 500, 333), (2, 512, 8, 1, 32, 1024, 512),
         )
     ]  # fmt: skip
     small.append(replace(small[0], rope=replace(small[0].rope, kind="yarn", factor=4.0, truncate=False)))
@@ -249,6 +290,29 @@ def test_on_a_cpu_as_many_rows_fit_as_the_runtime_has_room_for(
         return
     with load.open_engine(directory, load.OpenOptions(device="cpu")) as engine:
         assert engine.stats().kv_blocks * 16 // work.length == rows
+
+
+@pytest.mark.parametrize("kv_dtype", get_args(KvDtype))
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bfloat16"), (torch.float32, "float32")])
+def test_a_tokens_keys_and_values_take_what_the_runtime_takes(dtype: torch.dtype, name: Any, kv_dtype: KvDtype) -> None:
+    spec = replace(spec_of(), dtype=name)
+    plan = memory_plan(spec, scheme_named("bf16"), profile_named("cpu"), Workload(kv_dtype=kv_dtype))
+    assert plan.kv_bytes_per_token * 16 == kv_block_bytes(spec, kv_dtype, dtype, 16)
+
+
+def test_keys_and_values_are_split_by_heads_and_repeated_where_there_are_too_few() -> None:
+    spec = replace(spec_of(), layers=10, kv_heads=2, head_dim=128)
+    per_head = 2 * 10 * 128 * 2  # keys and values of all layers, 16 bit
+    for gpu, heads in (("l4", 2), ("l4x2", 1), ("l4x4", 1), ("l4x8", 1)):
+        assert memory_plan(spec, scheme_named("fp8"), profile_named(gpu), WORK).kv_bytes_per_token == heads * per_head
+
+
+def test_on_a_cpu_a_quarter_of_what_weights_and_draft_head_leave_is_for_keys_and_values() -> None:
+    spec, computer = spec_of(), replace(profile_named("cpu"), memory_bytes=64 << 30)
+    head = default_draft(spec)
+    for draft, bytes_of_head in ((None, 0), (head, 2 * head.head.parameters)):
+        plan = memory_plan(spec, scheme_named("bf16"), computer, WORK, draft)
+        assert plan.kv_bytes == pytest.approx(((64 << 30) - 2 * spec.parameters - bytes_of_head) / 4, rel=1e-6)
 
 
 def test_in_float32_a_cpu_keeps_every_weight_in_four_bytes_and_a_gpu_builds_16_bits() -> None:

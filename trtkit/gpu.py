@@ -46,7 +46,7 @@ class GpuProfile:
     @property
     def kind(self) -> str:
         """The name of one device: ``l4`` for ``l4x4``."""
-        return re.sub(r"x[0-9]$", "", self.name)
+        return self.name.removesuffix(f"x{self.count}")
 
     @property
     def is_cpu(self) -> bool:
@@ -105,21 +105,25 @@ _CPU = GpuProfile(
 GPUS: dict[str, GpuProfile] = {
     profile.name: profile for single in _SINGLE for profile in (single, *(single.times(count) for count in (2, 4, 8)))
 } | {"cpu": _CPU}
+"""One device of each kind, and the counts that machines are sold with; ``profile_named`` takes every count."""
+_COUNT = r"([1-9][0-9]?)"
 
 
 def profile_named(name: str) -> GpuProfile:
-    """The set-up called ``name`` (``l4``, ``l4x4``, ``h100x2``, ``cpu``); :class:`UsageError` with the nearest name."""
+    """The set-up called ``name`` (``l4``, ``l4x4``, ``3xh100``, ``cpu``); :class:`UsageError` with the nearest name."""
     key = _plain(name)
-    if match := re.fullmatch(r"([2-8])x(\w+)", key):
-        key = f"{match.group(2)}x{match.group(1)}"
     known = {_plain(listed): profile for listed, profile in GPUS.items()}
-    if key not in known:
-        singles = [single.name for single in _SINGLE]
-        raise UsageError(
-            f"unknown GPU {name!r}{nearest(key, GPUS)}",
-            hint=f"one of: {', '.join(singles)}, each also x2, x4 or x8 (l4x4); cpu; auto",
-        )
-    return known[key]
+    if key in known:
+        return known[key]
+    several = {_plain(single.name): single for single in _SINGLE}
+    for pattern, kind, count in ((rf"(.+)x{_COUNT}", 1, 2), (rf"{_COUNT}x(.+)", 2, 1)):
+        match = re.fullmatch(pattern, key)
+        if match and match.group(kind) in several:
+            return known[match.group(kind)].times(int(match.group(count)))
+    raise UsageError(
+        f"unknown GPU {name!r}{nearest(key, GPUS)}",
+        hint=f"one of: {', '.join(single.name for single in _SINGLE)}, several of them as l4x4 or 4xl4; cpu; auto",
+    )
 
 
 def _plain(name: str) -> str:

@@ -166,7 +166,9 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
     fields = _Fields(config, where)
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
-    head_dim = fields.integer("head_dim") if config.get("head_dim") is not None else hidden // max(heads, 1)
+    # Qwen3 without the key has heads of 128, whatever its width: transformers' default for this family alone.
+    usual = 128 if family == "qwen3" and "head_dim" not in config else hidden // max(heads, 1)
+    head_dim = fields.integer("head_dim", default=usual)
     kv_heads = fields.integer("num_key_value_heads", default=heads if family == "llama" else None)
     max_positions = fields.integer("max_position_embeddings")
     spec = ModelSpec(

@@ -211,7 +211,7 @@ def write_manifest(directory: Path, manifest: EngineManifest, name: str = ENGINE
 
 def _versioned(data: JsonObject, kind: type[T], *, where: str, error: type[TrtkitError]) -> T:
     version = data.pop("version", None)
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise error(f"no usable format version (found {version!r})", where=where)
     if version > FORMAT_VERSION:
         raise error(
@@ -256,12 +256,15 @@ def _from_data(data: Any, kind: Any, path: str, offenders: list[str]) -> Any:
             offenders.append(f"{path}: expected a list")
             return ()
         inner = [args[0]] * len(data) if args[-1] is Ellipsis else args
-        return tuple(_from_data(item, arg, path, offenders) for item, arg in zip(data, inner, strict=False))
+        if len(data) != len(inner):
+            offenders.append(f"{path}: expected {len(inner)} values, found {len(data)}")
+            return ()
+        return tuple(_from_data(item, arg, path, offenders) for item, arg in zip(data, inner, strict=True))
     if origin is not None:  # Mapping[str, ...]
         if not isinstance(data, dict):
             offenders.append(f"{path}: expected a table")
             return {}
-        return dict(data)
+        return {key: _from_data(item, args[1], f"{path}.{key}", offenders) for key, item in data.items()}
     accepted = (int, float) if kind is float else kind
     if not isinstance(data, accepted) or (isinstance(data, bool) and kind is not bool):
         offenders.append(f"{path}: expected {kind.__name__}, found {data!r}")

@@ -12,6 +12,7 @@ import pytest
 from trtkit.bundled import practice_dir
 from trtkit.cli.app import run
 from trtkit.cli.engines import stem
+from trtkit.gpu import profile_named
 from trtkit.training.run import HeadReport
 
 PROBLEM = json.dumps({"id": "1", "problem": "What is 2 + 3?", "answer": "5"})
@@ -66,6 +67,15 @@ def test_an_output_layer_that_cannot_be_is_refused(tmp_path: Path, capsys: pytes
     assert run([*compiled, "--output-layer", "int8"]) == 2
     assert "--output-layer int8: a compiled engine keeps lm_head in 16 bits" in capsys.readouterr().err
     assert run(compiled) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpu_auto_is_this_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trtkit.cli.build.detect", lambda: profile_named("t4x3"))
+    assert run(["build", "-p", "fp8", "--gpu", "auto", "--out", str(tmp_path / "engine")]) == 1
+    assert "fp8 needs compute capability 8.9, 3x T4 has 7.5" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,8 @@ PROBLEMS = [
     {"id": "1", "problem": "What is 2 + 3?", "answer": "5"},
     {"id": "2", "problem": "What is 7 - 4?", "answer": "3"},
 ]
-FEW = ["--calibration-rows", "8", "--max-total-tokens", "512", "--batch", "8"]
+SMALL = ["--max-total-tokens", "512", "--batch", "8"]
+FEW = ["--calibration-rows", "8", *SMALL]
 GPU = ["--backend", "tensorrt-llm", "--gpu", "l4x2"]
 
 
@@ -80,7 +81,7 @@ def test_print_command_builds_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_greedy_engines_are_told_from_others(host: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, head = save_model(tmp_path / "model"), save_head(tmp_path / "head")
-    drafted = ["--model", str(model), "--drafter", str(head), "--tree", "1x2", *FEW]
+    drafted = ["--model", str(model), "--drafter", str(head), "--tree", "1x2", *SMALL]
     engine = tmp_path / "engine"
     assert run(["--quiet", "build", "-p", "bf16", "--backend", "tensorrt-llm", "--gpu", "l4", "--greedy", *drafted,
                 "--out", str(engine)]) == 0  # fmt: skip

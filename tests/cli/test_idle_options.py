@@ -42,6 +42,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("build -p int8 --int4-method awq", "--int4-method: only with --precision int4"),
         ("build -p fp8 --smooth-alpha 0.5", "--smooth-alpha: only with --precision int8-sq"),
         ("build -p int8 --calibrator trtkit", "--calibrator: nothing of int8 is calibrated"),
+        ("build -p int4 --int4-method rtn --calibrator modelopt", "--calibrator: nothing of plain int4 is calibrated"),
+        ("build -p bf16 --calibration PROBLEMS", "--calibration: bf16 is the original"),
+        ("build -p bf16 --output-layer model --max-kl 0.1", "--max-kl: bf16 is the original"),
+        ("build -p bf16 --calibration-rows 8", "--calibration-rows: bf16 is the original"),
         ("build -p fp8 --backend tensorrt-llm --gpu l4 --print-command --workers 1", "--workers: nothing is compiled"),
         ("bench --model practice", "--model: only with --suite"),
         ("bench --problems PROBLEMS --prompt-tokens 64", "--prompt-tokens: not with --problems"),
@@ -71,6 +75,15 @@ def test_what_would_be_ignored_is_refused(
     assert "hint:" in error
     assert not (out / "journal.jsonl").exists()
     assert not (out / "engine.json").exists()
+
+
+@pytest.mark.parametrize("changes", ["--output-layer int8", "--kv-dtype fp8", "--kv-dtype int8 --calibrator trtkit"])
+def test_bf16_weights_are_judged_where_something_else_changes(
+    changes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--quiet", "build", "-p", "bf16", *changes.split(), "--out", str(tmp_path / "out")]
+    assert run([*line, "--calibration-rows", "8", "--max-kl", "1e-12"]) == 1
+    assert "exceeds --max-kl" in capsys.readouterr().err
 
 
 def test_a_prompt_that_promises_code_is_pointed_out(

@@ -30,6 +30,22 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "larger GPU" in lines[-2]
 
 
+def test_more_devices_than_a_model_can_be_split_over(capsys: pytest.CaptureFixture[str]) -> None:
+    """What `--gpu auto` finds on a machine with three or five cards: the next line plans for fewer, as it was asked."""
+    assert run(["plan", "--gpu", "l4x3", "--length", "8192", "--batch", "4", "--kv-dtype", "fp8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("40 attention heads cannot be split over 3 devices" in line for line in lines)
+    assert lines[-1].endswith("--gpu l4x2 --length 8192 --batch 4 --kv-dtype fp8")
+    assert run(shlex.split(lines[-1].removeprefix("next: trtkit "))) == 0
+    assert "--gpu l4x2 --backend tensorrt-llm --kv-dtype fp8" in capsys.readouterr().out.splitlines()[-1]
+    # int4 takes four of eight, where other precisions take all.
+    assert run(["plan", "--gpu", "l4x8", "-p", "int4"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "next: trtkit plan --model fast-math-r1-14b --gpu l4x4"
+    # Two cards would hold int4 at that length, but it was not asked for.
+    assert run(["plan", "--gpu", "l4x3", "-p", "bf16", "--length", "131072"]) == 0
+    assert "larger GPU" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--model", str(save_tiny(tmp_path)), "--gpu", "cpu", "--length", "512", "--json"]) == 0
     assert all(row["fits"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"])

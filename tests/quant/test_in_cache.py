@@ -35,7 +35,7 @@ def same(found: QuantTensor, expected: QuantTensor) -> None:
     assert found.scale.equal(expected.scale)
 
 
-@pytest.fixture(params=[256, 256 * 6, 1 << 18], ids=["pairs of rows", "blocks", "whole"])
+@pytest.fixture(params=[256, 256 * 7, 1 << 18], ids=["pairs of rows", "blocks", "whole"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every size of the blocks."""
     monkeypatch.setattr("trtkit.quant.in_cache._BLOCK_VALUES", request.param)

@@ -57,6 +57,12 @@ def test_int8_rounds_halves_away_from_zero() -> None:
 
 
 def test_w8a16_makes_codes_with_the_unrounded_scale_and_stores_the_rounded_one() -> None:
+    small = weights(16, 64, 3).half() * 2e-3
+    scale = quantize_int8(small, steps=128).scale
+    assert scale is not None
+    # In float16 small scales are subnormal numbers, and lose digits.
+    assert torch.equal(scale, (small.float().abs().amax(dim=1) / 128).half().float())
+    assert not torch.equal(scale, small.float().abs().amax(dim=1) / 128)
     weight = weights(16, 64, 3).bfloat16()
     found = quantize_int8(weight, steps=128)
     exact = weight.float().abs().amax(dim=1) / 128

@@ -38,7 +38,7 @@ from trtkit.log import Progress, logger
 from trtkit.model_spec import ModelSpec
 from trtkit.quant.calibrate import Calibrator, LayerScales
 from trtkit.quant.group import quantize_group
-from trtkit.quant.tensor import FP8_MAX, LinearWeights, dense
+from trtkit.quant.tensor import FP8_MAX, TINY, LinearWeights, dense
 from trtkit.scheme import QuantScheme
 
 __all__ = ["COMPANIONS", "check_alignment", "convert"]
@@ -202,12 +202,14 @@ def _linear_tensors(name: str, linear: LinearWeights) -> Iterator[tuple[str, Ten
 
 
 def _kv_scales(scheme: QuantScheme, scales: LayerScales) -> tuple[float, float]:
-    """fp8: amax / 448 but at least 1, as ModelOpt does: e4m3 loses nothing at small magnitudes. int8: amax / 127."""
+    """fp8: amax / 448 but at least 1, as ModelOpt does: e4m3 loses nothing at small magnitudes. int8: amax / 127, and 1
+    where all values are 0, as a v_proj of zeros makes them: nothing may be divided by 0."""
     if scales.kv_amax is None:
         return 1.0, 1.0
     if scheme.kv_dtype == "fp8":
         return max(scales.kv_amax[0] / FP8_MAX, 1.0), max(scales.kv_amax[1] / FP8_MAX, 1.0)
-    return scales.kv_amax[0] / 127, scales.kv_amax[1] / 127
+    key, value = (amax / 127 if amax / 127 >= TINY else 1.0 for amax in scales.kv_amax)
+    return key, value
 
 
 def _companions(source: HfCheckpoint, out: Path, scheme: QuantScheme, pre_scale: bool) -> dict[str, str]:

@@ -59,6 +59,8 @@ def measure_quality(
 
     Raises :class:`InputError` when the rows hold nothing to predict.
     """
+    if all(len(row.tokens) <= max(row.prompt_tokens, 1) for row in rows):
+        raise InputError("the held-out text has no answer tokens", hint="give longer rows, or more of them")
     device = device or torch.device("cpu")
     batches = pack_rows(rows, device)
     embedding = source.shards.tensor(EMBEDDING)
@@ -76,8 +78,6 @@ def measure_quality(
         coded = int8_matrix(head.data, steps=128)
         errors.append(("lm_head", _blockwise_error(head, coded)))
     sums = _compare(source, batches, pairs, (head, coded))
-    if not sums.tokens:
-        raise InputError("the held-out text has no answer tokens", hint="give longer rows, or more of them")
     return Quality(
         tokens=sums.tokens,
         kl_mean=max(sums.kl / sums.tokens, 0.0),

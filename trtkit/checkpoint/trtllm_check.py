@@ -47,7 +47,7 @@ def check_trtllm(spec: ModelSpec, scheme: QuantScheme, options: TrtllmOptions) -
             f"TensorRT-LLM cannot hold this model ({scheme.name}, tensor parallel {options.tensor_parallel}, "
             f"pipeline parallel {options.pipeline_parallel})",
             offenders=wrong,
-            hint="choose another tensor parallel size or precision, or --backend torch",
+            hint="choose another number of GPUs (`build --gpu l4x2`, `export --tp 2`) or precision, or --backend torch",
         )
 
 

@@ -33,7 +33,8 @@ def command(
         Path | None, typer.Option("--out", help="Where to write the result; default: engines/built/MODEL-PRECISION.")
     ] = None,
     gpu: Annotated[
-        str, typer.Option("--gpu", help="GPU that will run it (l4, l4x4, h100, ...); checked and recorded.")
+        str,
+        typer.Option("--gpu", help="GPU that will run it (l4, l4x4, ...; auto: this machine's); checked and recorded."),
     ] = "cpu",
     backend: Annotated[
         str,
@@ -94,11 +95,15 @@ def command(
     """
     compiled, drafter = backend == "tensorrt-llm", drafter_named(drafter)
     _check_names(precision, backend, kv_dtype, int4_method, output_layer, calibrator)
-    calibrated = scheme_named(precision).calibrated or kv_dtype == "int8"
+    plainly = precision == "int4" and int4_method == "rtn"
+    calibrated = (scheme_named(precision).calibrated and not plainly) or kv_dtype == "int8"
+    original = precision == "bf16" and kv_dtype == "model" and output_layer != "int8"
     refuse_idle(context, [
         (precision != "int4", ("--int4-method",), "only with --precision int4"),
         (precision != "int8-sq", ("--smooth-alpha",), "only with --precision int8-sq"),
-        (not calibrated, ("--calibrator",), f"nothing of {precision} is calibrated"),
+        (not calibrated, ("--calibrator",), f"nothing of {'plain ' * plainly}{precision} is calibrated"),
+        (original, ("--calibration", "--calibration-rows", "--max-kl"),
+         "bf16 is the original, with nothing to calibrate or to judge"),
         (compiled and (prepare_only or print_command), ("--workers",), "nothing is compiled here"),
     ])  # fmt: skip
     elsewhere = {"--greedy": greedy, "--prepare-only": prepare_only, "--print-command": print_command}
@@ -108,7 +113,7 @@ def command(
         raise UsageError("--greedy: only with --drafter", hint="a plain engine takes any temperature per request")
     if tree is not None and drafter is None:
         raise UsageError("--tree: only with --drafter", hint="name the draft head, e.g. --drafter practice")
-    profile = profile_named(gpu)
+    profile = detect() if gpu == "auto" else profile_named(gpu)
     if compiled and profile.is_cpu and not (prepare_only or print_command):
         profile = detect()
     check_precision(scheme_named(precision), profile)

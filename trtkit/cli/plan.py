@@ -106,10 +106,24 @@ def _workload(spec: ModelSpec, batch: int, length: int | None, kv_dtype: str) ->
 def _advice(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, rows: list[PlanRow]) -> str:
     best = max((r for r in rows if r.fits), key=lambda r: (r.tokens_per_second or 0, r.precision), default=None)
     if best is None:
-        return "choose a larger GPU (--gpu) or a shorter --length"
+        return _fewer_devices(model, spec, gpu, work, rows) or "choose a larger GPU (--gpu) or a shorter --length"
     safe = [r for r in rows if r.fits and r.precision != "int4" and r.drafter is None]
     chosen = max(safe, key=lambda r: (r.tokens_per_second or 0, r.precision == "fp8"), default=best)
     return _build_line(_recipe(model, spec, gpu, work, chosen))
+
+
+def _fewer_devices(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, rows: list[PlanRow]) -> str | None:
+    """The plan for as many of the devices as a line that was asked for can be split over, where all are too many."""
+    asked = {(row.precision, row.drafter) for row in rows}
+    for count in range(gpu.count - 1, 0, -1):
+        fewer = profile_named(f"{gpu.kind}x{count}")
+        if any(row.fits and (row.precision, row.drafter) in asked for row in plan_rows(spec, fewer, work)):
+            usual = _workload(spec, Workload().batch, None, "model")
+            given = {"--length": (work.length, usual.length), "--batch": (work.batch, usual.batch),
+                     "--kv-dtype": (work.kv_dtype, usual.kv_dtype)}  # fmt: skip
+            more = [f" {name} {value}" for name, (value, default) in given.items() if value != default]
+            return f"trtkit plan --model {quoted(model)} --gpu {fewer.name}{''.join(more)}"
+    return None
 
 
 def _recipe(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, row: PlanRow) -> Recipe:
