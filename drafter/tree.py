@@ -59,10 +59,10 @@ def build_tree(root: Tensor, beams: Tensor, *, fixed: bool = False) -> TokenTree
     count = 1 + (width * length if fixed else int(flat.sum(dim=1).max()))
 
     def scatter(values: Tensor, fill: int) -> Tensor:
-        out = torch.full((rows, count + 1), fill, dtype=torch.int64, device=device)
-        # Repeated prefixes go to a waste column beyond the last node.
-        target = torch.where(own, node, count).reshape(rows, -1)
-        return out.scatter_(1, target, values.reshape(rows, -1))[:, :count].contiguous()
+        out = torch.full((rows, count), fill, dtype=torch.int64, device=device)
+        # Repeated prefixes go to the root's column, which is written last.
+        target = torch.where(own, node, 0).reshape(rows, -1)
+        return out.scatter_(1, target, values.reshape(rows, -1))
 
     tokens, parent = scatter(beams, 0), scatter(above, -1)
     depth = scatter(torch.arange(1, length + 1, device=device).expand(rows, width, length), 0)

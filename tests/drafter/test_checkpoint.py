@@ -74,3 +74,29 @@ def test_everything_wrong_is_listed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "exit_dim": "wide", "beams": 3}))
     with pytest.raises(DrafterError, match="exit_dim: expected int, found 'wide'; beams: unknown key"):
         load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "[" * 100_000])
+def test_a_configuration_that_is_no_object_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(DrafterError, match=r"config\.json: .*configuration"):
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    save_drafter(_head(), tmp_path, dtype=torch.float32)
+    weights, old = tmp_path / "model.safetensors", tmp_path / "model.pt"
+    weights.write_bytes(weights.read_bytes()[:40])
+    with pytest.raises(DrafterError, match="cannot be read"):
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+    weights.unlink()
+    with pytest.raises(DrafterError, match=r"no model\.safetensors"):
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+    # Empty, something else, a checkpoint around the state_dict, a whole module.
+    for damage in (b"", b"a page of a web server", {"state_dict": _head().state_dict()}, _head()):
+        if isinstance(damage, bytes):
+            old.write_bytes(damage)
+        else:
+            torch.save(damage, old)
+        with pytest.raises(DrafterError, match=r"model\.pt: damaged, or not a dictionary of tensors"):
+            load_drafter(tmp_path, dtype=torch.float32, device=CPU)

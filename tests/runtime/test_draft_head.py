@@ -101,6 +101,9 @@ def test_what_cannot_be_trimmed_says_so(directory: Path, tmp_path: Path) -> None
     spec = read_model_spec(directory)
     with pytest.raises(UsageError, match=TOKEN_ORDER_FILE):
         open_head(head, spec, HeadOptions(vocabulary=10), device=CPU, dtype=torch.float32)
-    save_file({"by_frequency": torch.zeros(320, dtype=torch.int32)}, head / TOKEN_ORDER_FILE)
-    with pytest.raises(EngineError, match="every one of 320 tokens"):
-        open_head(head, spec, HeadOptions(vocabulary=10), device=CPU, dtype=torch.float32)
+    for order in ({"by_frequency": torch.zeros(320, dtype=torch.int32)}, {"by_age": torch.arange(320)}, None):
+        save_file(order or {}, head / TOKEN_ORDER_FILE)
+        if order is None:
+            (head / TOKEN_ORDER_FILE).write_bytes(b"{}")
+        with pytest.raises(EngineError, match="every one of 320 tokens"):
+            open_head(head, spec, HeadOptions(vocabulary=10), device=CPU, dtype=torch.float32)
