@@ -11,6 +11,8 @@ import torch
 from tests.engines import random_prompts, request
 from tests.tiny import YARN, save_tiny, tiny_model
 from trtkit.checkpoint.unified import open_unified
+from trtkit.decoder import inverse_frequencies
+from trtkit.model_spec import read_model_spec
 from trtkit.runtime import decode
 from trtkit.runtime.blocks import BlockAllocator
 from trtkit.runtime.kv_cache import KvCache
@@ -71,6 +73,31 @@ def test_logits_match_transformers(tmp_path: Path, family: str, changes: dict[st
     for split in (1, 16, 17, 100):
         ours = decode_logits(tmp_path, tokens[:split], tokens[split : split + 20], torch.float32)
         torch.testing.assert_close(ours, wanted[split - 1 : split + 20], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"factor": 0.5},
+        {"attention_factor": 1.3},
+        {"truncate": False},
+        {"beta_fast": 8.0, "beta_slow": 0.25},
+        {"beta_fast": 4.0, "beta_slow": 4.0, "truncate": False},
+        {"original_max_position_embeddings": 4, "beta_slow": 2.0},
+        {"original_max_position_embeddings": 10_000_000},
+    ],
+    ids=str,
+)
+def test_the_options_of_yarn_are_those_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = tiny_model(num_hidden_layers=1, rope_scaling={**YARN, **changes}).config
+    config.save_pretrained(tmp_path)
+    wanted, wanted_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    spec = read_model_spec(tmp_path)
+    speeds, factor = inverse_frequencies(spec.rope, spec.head_dim)
+    torch.testing.assert_close(speeds, wanted, rtol=1e-6, atol=0)
+    assert factor == pytest.approx(wanted_factor)
 
 
 def test_prefill_in_passes_equals_prefill_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
