@@ -147,7 +147,7 @@ def _open_trtllm(directory: Path, manifest: EngineManifest, options: OpenOptions
     from trtkit.runtime.trtllm_engine import ExecutorOptions, open_compiled
 
     tree, wrong = manifest.recipe.tree, []
-    if not options.device.startswith(("auto", "cuda")) or ":" in options.device:
+    if options.device not in ("auto", "cuda"):
         wrong.append(f"device {options.device}: it runs on the first {manifest.recipe.tensor_parallel} GPU(s)")
     if options.dtype is not None:
         wrong.append(f"dtype {options.dtype}: it computes in what it was built with")
