@@ -91,6 +91,24 @@ def test_keys_and_values_take_their_share_of_the_free_memory(
         _opened(directory, kv_memory_fraction=share)
 
 
+def test_files_that_the_system_keeps_in_memory_leave_room(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a build nearly all memory may hold the checkpoint's pages, which count as used and are free to take."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 24684084 kB\nMemFree: 1 kB\nMemAvailable: 21294804 kB\nCached: 21294803 kB\n")
+    monkeypatch.setattr(load, "_MEMINFO", meminfo)
+    with _opened(directory) as engine:
+        assert engine.stats().kv_blocks == LIMITS.batch * 6
+    meminfo.write_text("MemTotal: 24684084 kB\nMemFree: 20000000 kB\nMemAvailable: 1 kB\n")
+    with pytest.raises(CapacityError, match="one request of 64 tokens"):
+        _opened(directory)
+    for path in (tmp_path / "none", tmp_path / "other"):  # no such file, or an old kernel's
+        (tmp_path / "other").write_text("MemTotal: 24684084 kB\n")
+        monkeypatch.setattr(load, "_MEMINFO", path)
+        _opened(directory).close()
+
+
 def test_what_cannot_be_opened_like_that_is_refused(directory: Path, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"tree": WIDE}, "a draft tree 4x6, but no draft head"),
