@@ -18,7 +18,7 @@ from trtkit.checkpoint.trtllm import write_trtllm_checkpoint
 from trtkit.checkpoint.trtllm_reader import merged_drafter, open_checkpoint, open_trtllm
 from trtkit.checkpoint.unified import open_unified
 from trtkit.describe import TRTLLM, describe
-from trtkit.errors import CheckpointError, ConfigError, UnsupportedError, UsageError
+from trtkit.errors import CheckpointError, ConfigError, EngineError, UnsupportedError, UsageError
 from trtkit.recipe import EngineManifest, Limits, Recipe, write_manifest
 from trtkit.runtime.draft_head import HeadOptions
 from trtkit.runtime.load import OpenOptions, open_engine
@@ -87,6 +87,8 @@ def test_a_bare_checkpoint_with_a_head_opens_and_drafts(
     with pytest.raises(UsageError, match="which tokens are frequent"):
         open_engine(tmp_path / "out", OpenOptions(device="cpu", head=HeadOptions(vocabulary=64)))
     assert found == _greedy(_engine_dir(directory, tmp_path / "engine", "int8"), prompts)
+    with pytest.raises(EngineError, match=r"config\.json"):
+        open_engine(tmp_path / "out", OpenOptions(device="cpu", drafter=tmp_path))  # the one that is named, not its own
     head = merged_drafter(tmp_path / "out", dtype=torch.bfloat16, device=torch.device("cpu"))
     assert head is not None
     stored = load_file(head_dirs["rnn+proj"] / "model.safetensors")
