@@ -15,7 +15,7 @@ from trtkit.build.draft_head import add_head, check_head
 from trtkit.chat import load_chat
 from trtkit.errors import CheckpointError
 from trtkit.model_spec import read_model_spec
-from trtkit.recipe import DRAFTER_DIR, TOKEN_ORDER_FILE
+from trtkit.recipe import DRAFTER_DIR, TOKEN_ORDER_FILE, TRAINING_FILE
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "renamed", "another size"])
@@ -41,14 +41,14 @@ def test_weights_that_no_engine_could_draft_with_are_found_before_the_build(tmp_
         check_head(head, spec, chat)
 
 
-def test_an_engine_gets_the_order_of_tokens_with_its_head(tmp_path: Path) -> None:
-    """Without it a run could not draft a smaller vocabulary."""
+def test_an_engine_gets_what_training_left_beside_the_weights(tmp_path: Path) -> None:
+    """The order of tokens, to draft a smaller vocabulary, and the acceptance, to begin with a good tree."""
     head = save_head(tmp_path / "head")
     save_file({"by_frequency": torch.arange(320, dtype=torch.int32)}, head / TOKEN_ORDER_FILE)
+    (head / TRAINING_FILE).write_text("{}")
     (head / "metrics.jsonl").write_text("{}\n")
     digests = add_head(head, tmp_path)
     copied = {path.name: path.read_bytes() for path in (tmp_path / DRAFTER_DIR).iterdir()}
-    assert copied == {
-        name: (head / name).read_bytes() for name in ("config.json", "model.safetensors", TOKEN_ORDER_FILE)
-    }
+    names = ("config.json", "model.safetensors", TOKEN_ORDER_FILE, TRAINING_FILE)
+    assert copied == {name: (head / name).read_bytes() for name in names}
     assert digests.keys() == {f"{DRAFTER_DIR}/{name}" for name in copied}

@@ -14,6 +14,7 @@ from drafter.checkpoint import save_drafter
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all, tiny_engine_dir
+from tests.runtime.test_output_layer import rounded_head
 from trtkit.errors import EngineError, UsageError
 from trtkit.model_spec import read_model_spec
 from trtkit.recipe import DRAFTER_DIR, TOKEN_ORDER_FILE
@@ -88,6 +89,18 @@ def test_kernels_change_the_speed_and_not_the_logits(precision: str) -> None:
     torch.testing.assert_close(next_state, expected_state)
     spread = float(expected.float().std())
     assert float((logits - expected).abs().max()) < (0.02 if precision == "model" else 0.06) * spread * 4
+
+
+@torch.no_grad()
+def test_int8_rounds_the_output_layer_and_nothing_else() -> None:
+    head = Drafter(DrafterConfig(hidden_size=64, vocab_size=96, exit_dim=32)).requires_grad_(False)
+    context, state, embedding = torch.randn(3, 5, 64)
+    exact, wanted_state = head.step(context, state, embedding)
+    wanted = head.features(context, wanted_state) @ rounded_head(head.output.weight).T
+    found, found_state = with_kernels(head, "int8", device=CPU, dtype=torch.float32).step(context, state, embedding)
+    torch.testing.assert_close(found_state, wanted_state)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert (wanted - exact).abs().max() > 1e-3, "the test could not tell them apart"
 
 
 def test_what_cannot_be_trimmed_says_so(directory: Path, tmp_path: Path) -> None:
