@@ -40,11 +40,11 @@ def follow(tree: TokenTree, picks: Tensor) -> AcceptedPath:
     row = torch.arange(rows, device=picks.device)
     node = torch.zeros(rows, dtype=torch.int64, device=picks.device)
     length = torch.ones_like(node)
-    alive = torch.ones_like(node, dtype=torch.bool)
     nodes, tokens = [node], [picks[row, node]]
     for _ in range(tree.levels):
+        # A row at its end stays there: its node has had no such child before.
         child = (tree.parent == node[:, None]) & (tree.tokens == tokens[-1][:, None])
-        alive = alive & child.any(dim=1)
+        alive = child.any(dim=1)
         node = torch.where(alive, child.int().argmax(dim=1), node)
         length = length + alive
         nodes.append(node)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +30,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "DrafterError",
     "canonical_name",
+    "check_shapes",
     "load_drafter",
     "public_names",
     "read_config",
@@ -83,8 +84,10 @@ def read_config(directory: Path) -> DrafterConfig:
     path = directory / CONFIG_FILE
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise DrafterError(f"{path}: cannot be read as a draft head's configuration: {problem}") from None
+    if not isinstance(data, dict):
+        raise DrafterError(f"{path}: not a draft head's configuration: expected a JSON object")
     wanted = {"hidden_size": int, "vocab_size": int, "exit_dim": int, "num_draft_layers": int, "rnn": bool}
     wrong = [f"{name}: expected {kind.__name__}, found {data.get(name)!r}" for name, kind in wanted.items()
              if type(data.get(name)) is not kind]  # fmt: skip
@@ -101,40 +104,72 @@ def load_drafter(directory: Path, *, dtype: torch.dtype, device: torch.device) -
     """Read a head, in eval mode. Raises :class:`DrafterError` listing missing, extra and misshapen tensors."""
     config = read_config(directory)
     tensors = {canonical_name(name): tensor for name, tensor in _read_tensors(directory).items()}
-    with torch.device("meta"):
-        drafter = Drafter(config)
-    shapes = {name: tuple(value.shape) for name, value in drafter.state_dict().items()}
-    names = public_names(config)
-    wrong = [f"{public}: missing" for public in names.values() if public not in tensors]
-    wrong += [f"{name}: not part of such a head" for name in tensors if name not in names.values()]
-    wrong += [
-        f"{public}: shape {tuple(tensors[public].shape)}, expected {shapes[name]}"
-        for name, public in names.items()
-        if public in tensors and tuple(tensors[public].shape) != shapes[name]
-    ]
+    drafter = _without_weights(config)
+    wrong = _misfits(drafter, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     wrong += [
         f"{name}: not finite in {dtype}".replace("torch.", "")
         for name, tensor in tensors.items()
         if not bool(tensor.to(dtype).isfinite().all())
     ]
-    if wrong:
-        raise DrafterError(f"{directory}: the weights do not fit the configuration: {'; '.join(wrong)}")
-    state = {name: tensors[public].to(device=device, dtype=dtype) for name, public in names.items()}
+    _refuse(directory, wrong)
+    state = {name: tensors[public].to(device=device, dtype=dtype) for name, public in public_names(config).items()}
     drafter.load_state_dict(state, assign=True)
     return drafter.requires_grad_(False).eval()
 
 
+def check_shapes(directory: Path) -> None:
+    """Whether the tensors of ``model.safetensors`` are those of the configuration, from its header alone.
+
+    Raises :class:`DrafterError` as :func:`load_drafter`.
+    """
+    path = directory / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored: list[str] = file.keys()
+            shapes = {canonical_name(name): tuple(file.get_slice(name).get_shape()) for name in stored}
+    except (OSError, SafetensorError) as problem:
+        raise DrafterError(f"{directory}: the weights cannot be read: {problem}") from None
+    _refuse(directory, _misfits(_without_weights(read_config(directory)), shapes))
+
+
+def _without_weights(config: DrafterConfig) -> Drafter:
+    with torch.device("meta"):
+        return Drafter(config)
+
+
+def _misfits(drafter: Drafter, found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    names = public_names(drafter.config)
+    wanted = {names[name]: tuple(value.shape) for name, value in drafter.state_dict().items()}
+    wrong = [f"{public}: missing" for public in names.values() if public not in found]
+    wrong += [f"{name}: not part of such a head" for name in found if name not in wanted]
+    wrong += [
+        f"{public}: shape {found[public]}, expected {shape}"
+        for public, shape in wanted.items()
+        if public in found and found[public] != shape
+    ]
+    return wrong
+
+
+def _refuse(directory: Path, wrong: list[str]) -> None:
+    if wrong:
+        raise DrafterError(f"{directory}: the weights do not fit the configuration: {'; '.join(wrong)}")
+
+
 def _read_tensors(directory: Path) -> Mapping[str, Tensor]:
     path, old = directory / WEIGHTS_FILE, directory / "model.pt"
+    if not path.is_file() and not old.is_file():
+        raise DrafterError(f"{directory}: no {WEIGHTS_FILE} (nor model.pt)")
     try:
         if path.is_file():
             return load_file(path)
-        if old.is_file():
-            state: dict[str, Tensor] = torch.load(old, map_location="cpu", weights_only=True)
-            return state
-    except (OSError, SafetensorError, RuntimeError) as problem:
+        state: Any = torch.load(old, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError) as problem:
         raise DrafterError(f"{directory}: the weights cannot be read: {problem}") from None
-    raise DrafterError(f"{directory}: no {WEIGHTS_FILE} (nor model.pt)")
+    except Exception:  # what a damaged pickle raises depends on the byte that it breaks at
+        state = None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise DrafterError(f"{old}: damaged, or not a dictionary of tensors as state_dict() makes it")
+    return {str(name): tensor for name, tensor in state.items()}
 
 
 def canonical_name(name: str) -> str:

@@ -59,16 +59,13 @@ def build_tree(root: Tensor, beams: Tensor, *, fixed: bool = False) -> TokenTree
     count = 1 + (width * length if fixed else int(flat.sum(dim=1).max()))
 
     def scatter(values: Tensor, fill: int) -> Tensor:
-        out = torch.full((rows, count + 1), fill, dtype=torch.int64, device=device)
-        # Repeated prefixes go to a waste column beyond the last node.
-        target = torch.where(own, node, count).reshape(rows, -1)
-        return out.scatter_(1, target, values.reshape(rows, -1))[:, :count].contiguous()
+        # Beams that share a node write the same there.
+        out = torch.full((rows, count), fill, dtype=torch.int64, device=device)
+        return out.scatter_(1, node.reshape(rows, -1), values.reshape(rows, -1))
 
     tokens, parent = scatter(beams, 0), scatter(above, -1)
     depth = scatter(torch.arange(1, length + 1, device=device).expand(rows, width, length), 0)
     tokens[:, 0] = root
-    parent[:, 0].fill_(-1)
-    depth[:, 0].fill_(0)
     return TokenTree(tokens=tokens, parent=parent, depth=depth, mask=_ancestors(parent, length), levels=length)
 
 

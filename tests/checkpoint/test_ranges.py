@@ -21,11 +21,13 @@ from trtkit.checkpoint.hf import EMBEDDING, check_finite, narrow, open_source
 from trtkit.checkpoint.shards import Shards, open_shards
 from trtkit.checkpoint.trtllm import write_trtllm_checkpoint
 from trtkit.checkpoint.trtllm_config import TrtllmOptions
+from trtkit.checkpoint.unified import open_unified
 from trtkit.checkpoint.unified_export import write_unified_hf
 from trtkit.errors import CheckpointError
 from trtkit.files import staged_dir
 from trtkit.quant.calibrate import DataFree
 from trtkit.runtime.load import OpenOptions, open_engine
+from trtkit.runtime.model import DecoderModel
 from trtkit.scheme import SCHEMES
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -121,6 +123,15 @@ def test_an_engine_that_float16_cannot_run(tmp_path: Path, name: str) -> None:
     open_engine(directory, OpenOptions(device="cpu")).close()
     with pytest.raises(CheckpointError, match="float16 cannot represent"):
         open_engine(directory, OpenOptions(device="cpu", dtype="float16"))
+
+
+def test_int4_codes_whose_product_with_their_scale_float16_cannot_hold(native: Native, tmp_path: Path) -> None:
+    directory = tmp_path / "engine"
+    shutil.copytree(native("qwen2", "int4-rtn"), directory)
+    overwrite(directory, 6e4, UP + "_scale")
+    DecoderModel(open_unified(directory), device=torch.device("cpu"), dtype=torch.bfloat16, max_tokens=8)
+    with pytest.raises(CheckpointError, match="float16 cannot represent"):
+        DecoderModel(open_unified(directory), device=torch.device("cpu"), dtype=torch.float16, max_tokens=8)
 
 
 def test_a_draft_head_that_float16_cannot_run(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from drafter.config import TreeShape
 from tests.checkpoint.conftest import Native
 from tests.checkpoint.test_trtllm import KINDS, options
 from tests.engines import random_prompts, request, run_all
@@ -17,8 +18,9 @@ from trtkit.checkpoint.trtllm import write_trtllm_checkpoint
 from trtkit.checkpoint.trtllm_reader import merged_drafter, open_checkpoint, open_trtllm
 from trtkit.checkpoint.unified import open_unified
 from trtkit.describe import TRTLLM, describe
-from trtkit.errors import CheckpointError, ConfigError, UnsupportedError
+from trtkit.errors import CheckpointError, ConfigError, EngineError, UnsupportedError, UsageError
 from trtkit.recipe import EngineManifest, Limits, Recipe, write_manifest
+from trtkit.runtime.draft_head import HeadOptions
 from trtkit.runtime.load import OpenOptions, open_engine
 from trtkit.runtime.torch_engine import TorchEngine
 
@@ -77,10 +79,16 @@ def test_a_bare_checkpoint_with_a_head_opens_and_drafts(
     directory = native("qwen2", "int8")
     write_trtllm_checkpoint(directory, tmp_path / "out", options(2, head=head_dirs["rnn+proj"]))
     prompts = random_prompts(2, [8, 21])
-    with open_engine(tmp_path / "out", OpenOptions(device="cpu", rows=2)) as engine:
+    chain = OpenOptions(device="cpu", rows=2, tree=TreeShape(beams=1, length=3))
+    with open_engine(tmp_path / "out", chain) as engine:
         assert isinstance(engine, TorchEngine)
         found, _ = run_all(engine, [request(str(i), p, max_tokens=12, temperature=0) for i, p in enumerate(prompts)])
+        assert len(engine.stats().accepted_by_depth) == 3
+    with pytest.raises(UsageError, match="which tokens are frequent"):
+        open_engine(tmp_path / "out", OpenOptions(device="cpu", head=HeadOptions(vocabulary=64)))
     assert found == _greedy(_engine_dir(directory, tmp_path / "engine", "int8"), prompts)
+    with pytest.raises(EngineError, match=r"config\.json"):
+        open_engine(tmp_path / "out", OpenOptions(device="cpu", drafter=tmp_path))  # the one that is named, not its own
     head = merged_drafter(tmp_path / "out", dtype=torch.bfloat16, device=torch.device("cpu"))
     assert head is not None
     stored = load_file(head_dirs["rnn+proj"] / "model.safetensors")

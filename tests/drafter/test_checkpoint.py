@@ -21,14 +21,16 @@ def _head(**changes: object) -> Drafter:
 
 
 @pytest.mark.parametrize("rnn", [True, False])
-@pytest.mark.parametrize("exit_dim", [8, 5])
-def test_round_trip(tmp_path: Path, rnn: bool, exit_dim: int) -> None:
-    head = _head(rnn=rnn, exit_dim=exit_dim)
+@pytest.mark.parametrize(("exit_dim", "layers"), [(8, 2), (5, 2), (5, 0)])
+def test_round_trip(tmp_path: Path, rnn: bool, exit_dim: int, layers: int) -> None:
+    head = _head(rnn=rnn, exit_dim=exit_dim, num_draft_layers=layers)
     save_drafter(head, tmp_path, dtype=torch.float32)
     again = load_drafter(tmp_path, dtype=torch.float32, device=CPU)
     x = torch.randn(3, 2, 4)
     for ours, theirs in zip(head.step(*x), again.step(*x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    narrow = load_drafter(tmp_path, dtype=torch.bfloat16, device=CPU)
+    assert {tensor.dtype for tensor in narrow.state_dict().values()} == {torch.bfloat16}
 
 
 def test_the_public_names_are_apples(tmp_path: Path) -> None:
@@ -48,15 +50,19 @@ def test_the_public_names_are_apples(tmp_path: Path) -> None:
     }
 
 
-def test_older_spellings_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("blocks", "projection"), [("0.", "input_projs."), ("lm_heads.", "input_projs.0.")])
+def test_older_spellings_are_read(tmp_path: Path, blocks: str, projection: str) -> None:
     head = _head()
     save_drafter(head, tmp_path, dtype=torch.float32)
     tensors = load_file(tmp_path / "model.safetensors")
-    renamed = {name.replace("lm_head.", "0.").replace("input_proj.", "input_projs."): t for name, t in tensors.items()}
+    renamed = {
+        name.replace("lm_head.", blocks).replace("input_proj.", projection): tensor for name, tensor in tensors.items()
+    }
     (tmp_path / "model.safetensors").unlink()
     torch.save(renamed, tmp_path / "model.pt")
     again = load_drafter(tmp_path, dtype=torch.float32, device=CPU)
-    torch.testing.assert_close(again.output.weight, head.output.weight.detach())
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_everything_wrong_is_listed(tmp_path: Path) -> None:
@@ -74,3 +80,32 @@ def test_everything_wrong_is_listed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "exit_dim": "wide", "beams": 3}))
     with pytest.raises(DrafterError, match="exit_dim: expected int, found 'wide'; beams: unknown key"):
         load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "exit_dim": 0, "num_draft_layers": -1}))
+    with pytest.raises(DrafterError, match="exit_dim must be positive; num_draft_layers must not be negative"):
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "[" * 100_000])
+def test_a_configuration_that_is_no_object_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(DrafterError, match=r"config\.json: .*configuration"):
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    save_drafter(_head(), tmp_path, dtype=torch.float32)
+    weights, old = tmp_path / "model.safetensors", tmp_path / "model.pt"
+    weights.write_bytes(weights.read_bytes()[:40])
+    with pytest.raises(DrafterError, match="cannot be read"):
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+    weights.unlink()
+    with pytest.raises(DrafterError, match=r"no model\.safetensors"):
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+    # Empty, something else, a checkpoint around the state_dict, a whole module.
+    for damage in (b"", b"a page of a web server", {"state_dict": _head().state_dict()}, _head()):
+        if isinstance(damage, bytes):
+            old.write_bytes(damage)
+        else:
+            torch.save(damage, old)
+        with pytest.raises(DrafterError, match=r"model\.pt: damaged, or not a dictionary of tensors"):
+            load_drafter(tmp_path, dtype=torch.float32, device=CPU)

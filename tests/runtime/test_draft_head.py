@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from drafter.checkpoint import save_drafter
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all, tiny_engine_dir
+from tests.runtime.test_output_layer import rounded_head
 from trtkit.errors import EngineError, UsageError
 from trtkit.model_spec import read_model_spec
 from trtkit.recipe import DRAFTER_DIR, TOKEN_ORDER_FILE
-from trtkit.runtime.draft_head import HeadOptions, open_head, with_kernels
+from trtkit.runtime.draft_head import HeadOptions, measured_acceptance, open_head, with_kernels
 from trtkit.runtime.load import OpenOptions, open_engine
 
 CPU = torch.device("cpu")
@@ -89,6 +91,18 @@ def test_kernels_change_the_speed_and_not_the_logits(precision: str) -> None:
     assert float((logits - expected).abs().max()) < (0.02 if precision == "model" else 0.06) * spread * 4
 
 
+@torch.no_grad()
+def test_int8_rounds_the_output_layer_and_nothing_else() -> None:
+    head = Drafter(DrafterConfig(hidden_size=64, vocab_size=96, exit_dim=32)).requires_grad_(False)
+    context, state, embedding = torch.randn(3, 5, 64)
+    exact, wanted_state = head.step(context, state, embedding)
+    wanted = head.features(context, wanted_state) @ rounded_head(head.output.weight).T
+    found, found_state = with_kernels(head, "int8", device=CPU, dtype=torch.float32).step(context, state, embedding)
+    torch.testing.assert_close(found_state, wanted_state)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert (wanted - exact).abs().max() > 1e-3, "the test could not tell them apart"
+
+
 def test_what_cannot_be_trimmed_says_so(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="draft vocabulary 0"):
         HeadOptions(vocabulary=0)
@@ -99,8 +113,44 @@ def test_what_cannot_be_trimmed_says_so(directory: Path, tmp_path: Path) -> None
     for name in ("config.json", "model.safetensors"):
         (head / name).write_bytes((directory / DRAFTER_DIR / name).read_bytes())
     spec = read_model_spec(directory)
+    assert open_head(head, spec, HeadOptions(vocabulary=320), device=CPU, dtype=torch.float32).token_ids is None
     with pytest.raises(UsageError, match=TOKEN_ORDER_FILE):
         open_head(head, spec, HeadOptions(vocabulary=10), device=CPU, dtype=torch.float32)
-    save_file({"by_frequency": torch.zeros(320, dtype=torch.int32)}, head / TOKEN_ORDER_FILE)
-    with pytest.raises(EngineError, match="every one of 320 tokens"):
-        open_head(head, spec, HeadOptions(vocabulary=10), device=CPU, dtype=torch.float32)
+    for order in ({"by_frequency": torch.zeros(320, dtype=torch.int32)}, {"by_age": torch.arange(320)}, None):
+        save_file(order or {}, head / TOKEN_ORDER_FILE)
+        if order is None:
+            (head / TOKEN_ORDER_FILE).write_bytes(b"{}")
+        with pytest.raises(EngineError, match="every one of 320 tokens"):
+            open_head(head, spec, HeadOptions(vocabulary=10), device=CPU, dtype=torch.float32)
+
+
+def test_a_head_that_cannot_serve_the_model_is_refused(directory: Path, tmp_path: Path) -> None:
+    opening = OpenOptions(device="cpu", drafter=tmp_path)
+    for hidden, vocab in ((256, 319), (128, 320)):
+        head = Drafter(DrafterConfig(hidden_size=hidden, vocab_size=vocab, exit_dim=64))
+        save_drafter(head, tmp_path, dtype=torch.float32)
+        words = f"hidden size {hidden} and vocabulary {vocab}, the model has 256 and 320"
+        with pytest.raises(EngineError, match=words):
+            open_engine(directory, opening)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(EngineError, match="cannot be read") as caught:
+        open_engine(directory, opening)
+    assert "--drafter" in (caught.value.hint or "")
+
+
+def test_acceptance_is_expected_as_measured_at_the_highest_temperature(tmp_path: Path) -> None:
+    """The one that samples are drawn at; a head from elsewhere says nothing, or something else."""
+    assert measured_acceptance(tmp_path) == {}
+    measured = {("1x2", 0.6): [0.7, 0.5], ("1x2", 1.0): [0.6, 0.4], ("1x2", 0.0): [0.8, 0.6], ("4x1", 0.0): [0.9]}
+    trees = [{"tree": t, "temperature": at, "accepted_by_depth": shares} for (t, at), shares in measured.items()]
+    path = tmp_path / "training.json"
+    path.write_text(json.dumps({"report": {"trees": trees}}))
+    assert measured_acceptance(tmp_path) == {
+        TreeShape(beams=1, length=2): (0.6, 0.4), TreeShape(beams=4, length=1): (0.9,)
+    }  # fmt: skip
+    foreign: list[object] = [
+        {}, {"report": []}, {"report": {"trees": [{"tree": 4}]}}, {"report": {"trees": [{**trees[0], "tree": "wide"}]}},
+    ]  # fmt: skip
+    for other in foreign:
+        path.write_text(json.dumps(other))
+        assert measured_acceptance(tmp_path) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 
 from tests.engines import random_prompts, request
 from tests.tiny import YARN, save_tiny, tiny_model
-from trtkit.checkpoint.unified import open_unified
+from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
+from trtkit.decoder import LinearName, causal_attention, inverse_frequencies
+from trtkit.model_spec import read_model_spec
+from trtkit.quant.tensor import LinearWeights, dense
 from trtkit.runtime import decode
 from trtkit.runtime.blocks import BlockAllocator
 from trtkit.runtime.kv_cache import KvCache
@@ -71,6 +75,56 @@ def test_logits_match_transformers(tmp_path: Path, family: str, changes: dict[st
     for split in (1, 16, 17, 100):
         ours = decode_logits(tmp_path, tokens[:split], tokens[split : split + 20], torch.float32)
         torch.testing.assert_close(ours, wanted[split - 1 : split + 20], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"factor": 0.5},
+        {"attention_factor": 1.3},
+        {"truncate": False},
+        {"beta_fast": 8.0, "beta_slow": 0.25},
+        {"original_max_position_embeddings": 5},
+        {"original_max_position_embeddings": 10_000_000},
+    ],
+    ids=str,
+)
+def test_the_options_of_yarn_are_those_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = tiny_model(num_hidden_layers=1, rope_scaling={**YARN, **changes}).config
+    config.save_pretrained(tmp_path)
+    wanted, wanted_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    spec = read_model_spec(tmp_path)
+    speeds, factor = inverse_frequencies(spec.rope, spec.head_dim)
+    torch.testing.assert_close(speeds, wanted, rtol=1e-6, atol=0)
+    assert factor == pytest.approx(wanted_factor)
+
+
+class _Scaled:
+    """A checkpoint with a scale in front of every product, which the weights take back."""
+
+    def __init__(self, checkpoint: UnifiedCheckpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def linear(self, layer: int, name: LinearName) -> LinearWeights:
+        weights = self._checkpoint.linear(layer, name)
+        scale = torch.empty(weights.weight.data.shape[1]).uniform_(0.3, 3)
+        return dataclasses.replace(weights, weight=dense(weights.weight.data / scale), pre_scale=scale)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_scales_in_front_of_the_products_are_applied(tmp_path: Path, family: str) -> None:
+    """Those of AWQ and SmoothQuant, some of them folded into norms."""
+    scaled = _Scaled(open_unified(save_tiny(tmp_path, family)))
+    model = DecoderModel(scaled, device=torch.device("cpu"), dtype=torch.float32, max_tokens=32)
+    tokens = torch.randint(0, 320, (32,))
+    found = model.logits(model.forward(tokens, torch.arange(32), lambda layer: causal_attention))
+    torch.testing.assert_close(found, tiny_model(family)(tokens[None]).logits[0], rtol=0, atol=1e-4)
 
 
 def test_prefill_in_passes_equals_prefill_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

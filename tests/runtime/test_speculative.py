@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trtkit.checkpoint.unified import open_unified
 from trtkit.runtime.api import Request
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.tree_choice import TreeChooser
 
 VOCAB = 12
 """So small that even a random head is often right."""
@@ -138,6 +140,26 @@ def test_the_law_is_the_targets_own(model: DecoderModel, heads: dict[str, Drafte
     freedom = int(often.sum())
     limit = freedom * (1 - 2 / (9 * freedom) + 3.29 * (2 / (9 * freedom)) ** 0.5) ** 3
     assert statistic < limit, f"chi-square {statistic:.1f} with {freedom} degrees of freedom, limit {limit:.1f}"
+
+
+@torch.no_grad()
+def test_a_draft_begins_at_the_state_that_drew_the_last_token(
+    model: DecoderModel, heads: dict[str, Drafter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the step before drafted or not: from another state the tokens are the same, and fewer are accepted."""
+    chain, wide = TreeShape(beams=1, length=3), TreeShape(beams=4, length=3)
+    steps = itertools.cycle([None, chain, wide, wide])
+    monkeypatch.setattr(TreeChooser, "choose", lambda *_: next(steps))
+    engine = TorchEngine(model, TorchLimits(rows=4, total_tokens=200, kv_blocks=300), Drafting(head=heads["copycat"]))
+    for i, prompt in enumerate(random_prompts(4, [1, 9, 33], vocab=VOCAB)):
+        engine.submit(request(str(i), prompt, seed=i, max_tokens=100))
+    target, longest = tiny_model(vocab_size=VOCAB), 0
+    for _ in range(16):
+        longest = max(longest, *(len(output.tokens) for output in engine.step()))
+        for row in engine._scheduler.running:
+            states = target.model(torch.tensor([row.tokens])).last_hidden_state[0]
+            torch.testing.assert_close(engine._stepper.contexts[row.slot], states[-2], rtol=0, atol=1e-4)
+    assert longest > 1, "the last token was never drawn beyond the root"
 
 
 def test_trees_may_change_from_step_to_step(model: DecoderModel, heads: dict[str, Drafter]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from drafter.config import TreeShape
 from tests.engines import random_prompts, request, run_all
 from tests.trtllm_double.install import forget_double, install_double, install_gpu
 from tests.trtllm_double.model import EOS, make_recipe, save_head, save_model, sources
@@ -17,6 +18,7 @@ from trtkit.build.bundle import build_trtllm
 from trtkit.build.native import build_native
 from trtkit.errors import EngineError, MissingDependency, RequestError, UsageError
 from trtkit.runtime.api import Engine, FinishReason, SamplingParams, SwitchPenalty
+from trtkit.runtime.draft_head import HeadOptions
 from trtkit.runtime.load import OpenOptions, open_engine
 from trtkit.runtime.trtllm_engine import serve_rank
 from trtkit.runtime.trtllm_sampling import COLD, EngineKind, check_sampling, executor_sampling, notices
@@ -289,7 +291,16 @@ def test_what_is_baked_in_cannot_be_asked_for(engines: dict[str, Path]) -> None:
         )
     assert len(caught.value.offenders) == 4
     assert "output layer int8: it is compiled in 16 bits" in caught.value.offenders
-    opened(engines["greedy"], output_layer="model").close()
+    others: dict[str, dict[str, Any]] = {
+        "device cuda:1": {"device": "cuda:1"},
+        "draft tree 1x2: it was built with 2x3": {"tree": TreeShape(beams=1, length=2)},
+        "its drafter is compiled in": {"head": HeadOptions(vocabulary=64)},
+    }
+    for words, options in others.items():
+        with pytest.raises(UsageError, match=words):
+            open_engine(engines["greedy"], OpenOptions(**options))
+    opened(engines["greedy"], output_layer="model", tree=TreeShape(beams=2, length=3)).close()
+    opened(engines["plain"], speculative=False).close()
     with pytest.raises(UsageError, match="built for 8"):
         opened(engines["plain"], rows=9)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, DrafterError, read_config
+from drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, DrafterError, check_shapes, read_config
 from trtkit.chat import Chat
 from trtkit.errors import CheckpointError, UnsupportedError
 from trtkit.files import digest_file, read_json
@@ -19,10 +19,12 @@ def check_head(directory: Path, spec: ModelSpec, chat: Chat) -> None:
     """Raises :class:`CheckpointError` for what is no head, :class:`UnsupportedError` for one of another model."""
     try:
         config = read_config(directory)
+        if not (directory / WEIGHTS_FILE).is_file():
+            raise CheckpointError(f"no {WEIGHTS_FILE}", where=str(directory))
+        # Now, not when the finished engine is opened.
+        check_shapes(directory)
     except DrafterError as problem:
         raise CheckpointError(str(problem), hint="pass the --out directory of `trtkit train-drafter`") from None
-    if not (directory / WEIGHTS_FILE).is_file():
-        raise CheckpointError(f"no {WEIGHTS_FILE}", where=str(directory))
     wrong = [
         f"{name}: {theirs} in the head, {ours} in the model"
         for name, theirs, ours in (

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -105,7 +106,10 @@ def _most_frequent(directory: Path, count: int, vocab: int) -> Tensor:
             where=str(directory),
             hint="train it with `trtkit train-drafter`, or draft the whole vocabulary",
         )
-    order = load_file(path)["by_frequency"].long()
+    try:
+        order = load_file(path)["by_frequency"].long()
+    except (OSError, SafetensorError, KeyError):
+        order = torch.empty(0, dtype=torch.int64)
     if sorted(order.tolist()) != list(range(vocab)):
         raise EngineError(f"does not list every one of {vocab} tokens once", where=str(path))
     return order[:count]

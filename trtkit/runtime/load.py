@@ -32,6 +32,7 @@ from trtkit.scheme import OutputLayer
 __all__ = ["OpenOptions", "compute_dtype", "device_named", "open_engine", "set_threads"]
 
 _BLOCK_SIZE = 16
+_MEMINFO = Path("/proc/meminfo")
 _BESIDE_BYTES = 3 << 29
 """Kept free on CUDA unless a share of the memory is asked for: for a prefill pass, expanded weights, graphs and tuning.
 Their sizes added up, not measured."""
@@ -151,7 +152,7 @@ def _open_trtllm(directory: Path, manifest: EngineManifest, options: OpenOptions
     from trtkit.runtime.trtllm_engine import ExecutorOptions, open_compiled
 
     tree, wrong = manifest.recipe.tree, []
-    if not options.device.startswith(("auto", "cuda")) or ":" in options.device:
+    if options.device not in ("auto", "cuda"):
         wrong.append(f"device {options.device}: it runs on the first {manifest.recipe.tensor_parallel} GPU(s)")
     if options.dtype is not None:
         wrong.append(f"dtype {options.dtype}: it computes in what it was built with")
@@ -249,4 +250,9 @@ def _free_bytes(device: torch.device) -> int:
         torch.cuda.empty_cache()  # what loading has left in torch's own cache is free, too
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
+    # Not only what nobody uses: the page cache, which holds the checkpoint after a build, gives way to keys and values.
+    if _MEMINFO.is_file():
+        for line in _MEMINFO.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

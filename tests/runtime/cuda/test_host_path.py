@@ -293,6 +293,18 @@ def test_an_engine_directory(directory: Path, gpu: FakeGpu, monkeypatch: pytest.
     assert measured.tokens == 27
 
 
+def test_graphs_and_steps_ahead_can_be_turned_off(
+    directory: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For whoever looks for the cause of a wrong token or a slow step."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4 << 30, 80 << 30))
+    for captured, ahead in ((True, True), (True, False), (False, True)):
+        options = OpenOptions(device="cuda", cuda_graphs=captured, overlap=ahead)
+        with open_engine(directory, options) as engine:
+            assert isinstance(engine, TorchEngine)
+            assert (engine._graphs is not None, engine._overlap) == (captured, ahead)
+
+
 def test_a_numbered_device_becomes_the_current_one(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton asks for that one, not for where the tensors lie."""
     chosen: list[torch.device] = []
