@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks, int8, prepared on a machine without GPU and without TensorRT-LLM."""
-    out = tmp_path_factory.mktemp("prepared") / "bundle"
+    out = tmp_path_factory.mktemp("prepared") / "my bundle"
     prepare_bundle(make_recipe(model, ranks=2, precision="int8"), out, sources())
     return out
 
@@ -66,9 +66,9 @@ def test_a_bundle_holds_all_that_the_gpu_host_needs(bundle: Path) -> None:
     manifest = read_manifest(bundle, "bundle.json")
     assert recipe.output_layer == manifest.recipe.output_layer == "model"
     text = (bundle / "README.txt").read_text(encoding="utf-8")
-    assert "trtkit compile bundle --out engine" in text
+    assert "    trtkit compile 'my bundle' --out engine\n" in text
     assert "nvcr.io/nvidia/tensorrt-llm/release:1.0.0" in text
-    assert re.search(r"trtllm-build --checkpoint_dir bundle/checkpoint .*--workers 2", text)
+    assert re.search(r"trtllm-build --checkpoint_dir 'my bundle/checkpoint' .*--workers 2", text)
 
 
 def test_compile(bundle: Path, host: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from trtkit.checkpoint.trtllm_config import trtllm_config
 from trtkit.checkpoint.trtllm_layout import rank_layout
 from trtkit.checkpoint.trtllm_split import share, weight_only_rows
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
+from trtkit.checkpoint.unified_export import write_unified_hf
 from trtkit.checkpoint.verify import relative_error
 from trtkit.errors import CheckpointError, OutputError, UsageError
 from trtkit.model_spec import ModelSpec, RopeSpec
@@ -188,13 +190,22 @@ def test_codes_of_another_rule_are_refused(native: Native, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_scales_that_are_not_positive_are_all_listed(native: Native, tmp_path: Path) -> None:
-    source = native("qwen2", "fp8")
+@pytest.mark.parametrize(
+    ("kind", "zero", "other"),
+    [
+        ("fp8", "mlp.up_proj.weight_scale", "mlp.down_proj.input_scale"),
+        ("int4", "self_attn.o_proj.pre_quant_scale", "mlp.down_proj.weight_scale"),
+    ],
+)
+def test_scales_that_are_not_positive_are_all_listed(
+    native: Native, tmp_path: Path, kind: str, zero: str, other: str
+) -> None:
+    source = native("qwen2", kind)
     for path in source.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight_scale"].fill_(0)
-    tensors["model.layers.0.mlp.down_proj.input_scale"].fill_(float("nan"))
+    tensors[f"model.layers.0.{zero}"].fill_(0)
+    tensors[f"model.layers.0.{other}"].fill_(float("nan"))
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         write_trtllm_checkpoint(tmp_path, tmp_path / "out", options(1))
@@ -236,9 +247,12 @@ def test_a_disk_that_is_too_small_is_known_before(
 
 
 def test_the_source_is_never_replaced(native: Native, tmp_path: Path) -> None:
-    directory = native("qwen2", "bf16")
-    with pytest.raises(UsageError, match="would replace"):
-        write_trtllm_checkpoint(directory, directory, options(1), replace=True)
+    directory = shutil.copytree(native("qwen2", "bf16"), tmp_path / "place" / "engine")
+    for place in (directory, directory.parent):
+        with pytest.raises(UsageError, match="would replace"):
+            write_trtllm_checkpoint(directory, place, options(1), replace=True)
+        with pytest.raises(UsageError, match="would replace"):
+            write_unified_hf(directory, place, replace=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(OutputError, match="already exists"):
