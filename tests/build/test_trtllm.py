@@ -7,16 +7,19 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.checkpoint.test_trtllm_refusals import QWEN25_14B
 from tests.trtllm_double.install import forget_double, install_double, install_gpu
 from tests.trtllm_double.model import make_recipe, save_head, save_model, sources
 from trtkit.build import trtllm
 from trtkit.build.bundle import build_trtllm, compile_bundle, equivalent_command, prepare_bundle
-from trtkit.build.trtllm import require_tensorrt_llm
+from trtkit.build.trtllm import Compilation, compile_engine, require_tensorrt_llm
+from trtkit.build.trtllm_config import plan_build
 from trtkit.errors import (
     CapacityError,
     CheckpointError,
@@ -245,6 +248,34 @@ def test_force_replaces_bundles_only(bundle: Path, model: Path, tmp_path: Path) 
 def test_the_equivalent_command(model: Path) -> None:
     line = equivalent_command(make_recipe(model, ranks=2), sources(), Path("out"))
     assert line.startswith("trtllm-build --checkpoint_dir out/checkpoint --output_dir out/compiled --max_batch_size 8 ")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "workers", "devices"),
+    [(4, 2, None, [0, 1, 0, 1]), (4, 2, 4, [0, 1, 0, 1]), (2, 4, None, [0, 1]), (2, 4, 1, [0, 0])],
+)
+def test_no_rank_is_compiled_on_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ranks: int, gpus: int, workers: int | None, devices: list[int]
+) -> None:
+    seen = {}
+
+    def built(job: Compilation, rank: int, device: int) -> None:
+        seen[rank] = device
+        for name in ("config.json", f"rank{rank}.engine"):
+            (job.out / name).touch()
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, count: int, mp_context: object) -> None:
+            super().__init__(count)
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr(trtllm, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(trtllm, "_build_rank", built)
+    recipe = make_recipe(tmp_path, ranks=ranks)
+    plan = plan_build(recipe, QWEN25_14B)
+    job = Compilation(checkpoint=tmp_path, out=tmp_path / "out", plan=plan, timing_cache=tmp_path / "cache")
+    compile_engine(job, workers=workers)
+    assert [seen[rank] for rank in range(ranks)] == devices
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from trtkit.quant.tensor import dequantize, quantize_int8
 from trtkit.scheme import SCHEMES
 
 MANIFESTS = Path(__file__).parents[2].parent / "shared" / "reference" / "trtllm-manifests.json"
-KINDS = ("bf16", "int8", "int8-sq", "fp8", "fp8+fp8", "fp8+int8", "int4", "int4-rtn")
+KINDS = ("bf16", "int8", "int8-sq", "fp8", "fp8+fp8", "bf16+int8", "int4", "int4-rtn")
 TREE = TreeShape(beams=2, length=3)
 
 
