@@ -50,12 +50,13 @@ def test_round_trip_is_bit_identical(native: Native, tmp_path: Path, kind: str, 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_round_trip_of_other_families_over_stages(native: Native, tmp_path: Path, family: str) -> None:
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
-    directory = native(family, "int4-rtn", num_hidden_layers=2, vocab_size=333, rope_scaling=yarn,
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 54321.0}
+    directory = native(family, "int4-rtn", num_hidden_layers=2, vocab_size=333, rope_scaling=yarn, rms_norm_eps=3e-5,
                        tie_word_embeddings=family == "llama")  # fmt: skip
     write_trtllm_checkpoint(directory, tmp_path / "out", options(2, 2))
     ours, theirs = open_unified(directory), open_trtllm(tmp_path / "out")
     assert theirs.spec == ours.spec
+    assert (theirs.spec.rope.theta, theirs.spec.norm_eps) == (54321.0, 3e-5)
     for name in ours.shards.entries:
         assert same(theirs.shards.tensor(name), ours.shards.tensor(name)), name
 

@@ -114,8 +114,9 @@ def compile_engine(job: Compilation, *, workers: int | None = None) -> None:
     """Build the engine of every rank into ``job.out``.
 
     ``workers`` ranks at a time, each on its own GPU and with its own copy of a rank file in memory; None means one per
-    GPU, and more there never are: two builds on one GPU would spoil each other's timings. Raises :class:`EngineError` with the builder's own words when it fails, :class:`CapacityError` when it runs out
-    of memory, ``OSError`` when the disk fills up: call inside ``files.staged_dir``.
+    GPU, and never more: two builds on one GPU would spoil each other's timings. Raises :class:`EngineError` with the
+    builder's own words when it fails, :class:`CapacityError` when it runs out of memory, ``OSError`` when the disk
+    fills up: call inside ``files.staged_dir``.
     """
     import torch
 
