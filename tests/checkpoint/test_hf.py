@@ -149,6 +149,10 @@ def test_missing_shards_and_wrong_index(tmp_path: Path) -> None:
         open_source(tmp_path)
     assert f"{files[1].name}: file is missing" in caught.value.offenders
     assert f"{name}: the index says {files[0].name}, but it is not there" in caught.value.offenders
+    for weight_map in ({name: 5}, [name], None):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match="no usable weight_map"):
+            open_source(tmp_path)
 
 
 def test_of_a_tensor_in_two_files_the_one_in_the_index_counts(tmp_path: Path) -> None:

@@ -172,10 +172,12 @@ def test_weight_only_rows_give_our_codes(dtype: torch.dtype) -> None:
     assert bool((plain != ours.data).float().mean() > 0.01)
 
 
-def test_weight_only_rows_refuse_scales_that_vanish() -> None:
+@pytest.mark.parametrize("scale", [1e-9, 600.0])
+def test_weight_only_rows_refuse_scales_that_float16_cannot_hold(scale: float) -> None:
+    """At 600 the scale itself fits, and the element that stands for 128 of it does not."""
     codes = torch.tensor([[127, 3]], dtype=torch.int8)
     with pytest.raises(CheckpointError, match="float16 cannot hold"):
-        weight_only_rows(codes, torch.tensor([1e-9]), torch.float16, where="qkv")
+        weight_only_rows(codes, torch.tensor([scale]), torch.float16, where="qkv")
 
 
 def test_codes_of_another_rule_are_refused(native: Native, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_the_models_that_this_is_for_fit(spec: ModelSpec, precision: str, tp: in
         (QWEN25_14B, "bf16", {"pipeline_parallel": 5}, "48 layers do not divide by pipeline parallel 5"),
         (QWEN25_1_5B, "int4", {"tensor_parallel": 4}, "8960 outputs are no multiple of 512"),
         (QWEN25_1_5B, "int8", {"tensor_parallel": 4}, ""),
+        (dataclasses.replace(QWEN25_14B, intermediate=13856), "int8", {}, "13856 outputs are no multiple of 64"),
         (dataclasses.replace(QWEN25_14B, intermediate=13832), "fp8", {}, "13832 inputs per rank are no multiple of 16"),
         (dataclasses.replace(QWEN25_14B, intermediate=13832), "bf16", {}, ""),
         (
@@ -83,18 +84,18 @@ def test_shapes(spec: ModelSpec, precision: str, change: dict[str, int], said: s
 
 
 def test_drafter_reasons_come_together(tmp_path: Path) -> None:
-    head = DrafterConfig(hidden_size=64, vocab_size=334, exit_dim=130, num_draft_layers=1)
+    head = DrafterConfig(hidden_size=66, vocab_size=334, exit_dim=130, num_draft_layers=1)
     save_drafter(Drafter(head), tmp_path, dtype=torch.bfloat16)
-    spec = dataclasses.replace(QWEN25_14B, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=64, vocab=333,
+    spec = dataclasses.replace(QWEN25_14B, hidden=66, heads=4, kv_heads=4, head_dim=16, intermediate=64, vocab=333,
                                layers=4)  # fmt: skip
     choice = TrtllmOptions(
         tensor_parallel=4, pipeline_parallel=2, drafter=tmp_path, tree=TreeShape(beams=1, length=3)
     )  # fmt: skip
     found = reasons(spec, "bf16", choice).splitlines()
-    assert len(found) == 4
+    assert len(found) == 5
     for text, line in zip(
         ("vocabulary is 334, the model's 333", "pipeline parallel 2 with a draft head", "vocabulary 333 does not",
-         "exit_dim 130 does not"), found, strict=True,
+         "exit_dim 130 does not", "hidden size 66 does not"), found, strict=True,
     ):  # fmt: skip
         assert text in line
 
