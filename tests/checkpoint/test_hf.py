@@ -17,6 +17,7 @@ from trtkit.checkpoint.hf import check_finite, open_source, resolve_source
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import open_shards
 from trtkit.errors import CheckpointError, ConfigError, HubError, InputError, OutputError, UnsupportedError
+from trtkit.files import digest_file
 
 Change = Callable[[dict[str, torch.Tensor]], None]
 
@@ -134,6 +135,9 @@ def test_damaged_header_and_trailing_bytes(tmp_path: Path) -> None:
     path.write_bytes(good[:9] + b"\xff" + good[10:])
     with pytest.raises(CheckpointError, match="header is damaged"):
         open_source(tmp_path)
+    path.write_bytes(good.replace(b'"F32"', b'"F99"', 1))
+    with pytest.raises(CheckpointError, match="unknown dtype 'F99'"):
+        open_source(tmp_path)
 
 
 def test_missing_shards_and_wrong_index(tmp_path: Path) -> None:
@@ -226,7 +230,12 @@ def test_writer_makes_files_that_safetensors_reads(tmp_path: Path) -> None:
         writer = ShardWriter(out, layout, shard_bytes=shard_bytes)
         for name, tensor in tensors.items():
             writer.write(name, [tensor[:3], tensor[3:]] if name == "c" else tensor)
-        assert len(writer.close()) == len(list(out.glob("*.safetensors"))) == files
+        digests = writer.close()
+        assert digests == {path.name: digest_file(path) for path in out.glob("*.safetensors")}
+        assert len(digests) == files
+        for name in digests:
+            # The format asks for tensors that begin at multiples of 8.
+            assert int.from_bytes((out / name).read_bytes()[:8], "little") % 8 == 0
         read = {name: value for path in out.glob("*.safetensors") for name, value in load_file(path).items()}
         shards, problems = open_shards(out)
         assert not problems

@@ -67,6 +67,7 @@ def test_the_models_that_this_is_for_fit(spec: ModelSpec, precision: str, tp: in
         (dataclasses.replace(QWEN25_14B, intermediate=13856), "int8", {}, "13856 outputs are no multiple of 64"),
         (dataclasses.replace(QWEN25_14B, intermediate=13832), "fp8", {}, "13832 inputs per rank are no multiple of 16"),
         (dataclasses.replace(QWEN25_14B, intermediate=13832), "bf16", {}, ""),
+        (dataclasses.replace(QWEN25_14B, intermediate=13826), "bf16", {"tensor_parallel": 4}, "size 13826 does"),
         (
             dataclasses.replace(QWEN25_14B, rope=RopeSpec(theta=1e6, kind="yarn", factor=4, attention_factor=1.5)),
             "bf16", {}, "attention_factor",
@@ -130,6 +131,9 @@ def test_notes_say_what_differs(tmp_path: Path) -> None:
     said = " ".join(notes)
     for text in ("each rank's share of o_proj and down_proj anew", "one cache scale per layer", "qkv bias"):
         assert text in said
+    assert "qkv bias" not in " ".join(trtllm_notes(QWEN3_14B, fp8_keys, TrtllmOptions()))
+    float16 = trtllm_notes(QWEN25_14B, SCHEMES["fp8"], TrtllmOptions(dtype="float16"))
+    assert float16 == ("bfloat16 tensors are written as float16",)
     drafting = TrtllmOptions(drafter=tmp_path, tree=TreeShape(beams=1, length=3))
     assert "upstream has never shipped it" in trtllm_notes(QWEN3_14B, SCHEMES["fp8"], drafting)[0]
     assert trtllm_notes(QWEN25_14B, SCHEMES["fp8"], drafting) == ()
