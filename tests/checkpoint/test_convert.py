@@ -23,7 +23,7 @@ from trtkit.checkpoint.shards import Shards
 from trtkit.checkpoint.unified import open_unified, unified_layout
 from trtkit.decoder import LINEAR_PARTS, Norms
 from trtkit.errors import CheckpointError, OutputError
-from trtkit.files import staged_dir
+from trtkit.files import digest_file, staged_dir
 from trtkit.quant.calibrate import CalibrationOptions, Calibrator, DataFree, LayerScales, LayerwiseCalibrator, Parts
 from trtkit.quant.group import GroupScales
 from trtkit.quant.tensor import QuantTensor, quantize_fp8, quantize_int4, quantize_int8
@@ -105,6 +105,8 @@ def test_bytes_are_those_of_one_step_after_the_other(
     (tmp_path / "out").mkdir()
     scheme, calibrator, pre_scale = setting(source, kind)
     digests = convert(source, tmp_path / "out", scheme, calibrator, pre_scale=pre_scale)
+    assert digests.keys() >= {"config.json", "generation_config.json"}
+    assert digests == {path.name: digest_file(path) for path in (tmp_path / "out").iterdir()}
     assert digests["model.safetensors"] == expected_digest(source, tmp_path / "expected", kind)
 
 

@@ -112,7 +112,12 @@ def test_pipeline_stages_count_their_layers_from_zero(native: Native, tmp_path: 
 
 
 def test_draft_head_is_split_by_rows(native: Native, head_dirs: dict[str, Path], tmp_path: Path) -> None:
-    write_trtllm_checkpoint(native("qwen2", "bf16"), tmp_path / "out", options(4, head=head_dirs["rnn+proj"]))
+    # Under the names that another writer gives its list.
+    public = shutil.copytree(head_dirs["rnn+proj"], tmp_path / "head")
+    tensors = load_file(public / "model.safetensors")
+    save_file({name.replace("lm_head.", "lm_heads."): tensor for name, tensor in tensors.items()},
+              public / "model.safetensors")  # fmt: skip
+    write_trtllm_checkpoint(native("qwen2", "bf16"), tmp_path / "out", options(4, head=public))
     loaded = load_checkpoint(tmp_path / "out")
     head = load_drafter(head_dirs["rnn+proj"], dtype=torch.bfloat16, device=torch.device("cpu"))
     state = {public: head.state_dict()[name] for name, public in public_names(head.config).items()}
@@ -207,12 +212,23 @@ def test_scales_that_are_not_positive_are_all_listed(
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[f"model.layers.0.{zero}"].fill_(0)
-    tensors[f"model.layers.0.{other}"].fill_(float("nan"))
+    tensors[f"model.layers.0.{other}"].fill_(float("inf"))
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         write_trtllm_checkpoint(tmp_path, tmp_path / "out", options(1))
     assert len(caught.value.offenders) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_pre_scales_that_only_some_linears_have_are_refused(native: Native, tmp_path: Path) -> None:
+    """One key of config.json says for all linears whether they have one."""
+    source = shutil.copytree(native("qwen2", "int4"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.pre_quant_scale"]
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match="some linears have a pre_quant_scale") as caught:
+        write_trtllm_checkpoint(source, tmp_path / "out", options(1))
+    assert caught.value.offenders == ("model.layers.0.mlp.down_proj: none",)
 
 
 def test_a_disk_that_fills_up_leaves_nothing(native: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

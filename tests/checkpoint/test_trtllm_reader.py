@@ -123,7 +123,7 @@ def test_damage_is_listed_by_rank_and_tensor(native: Native, tmp_path: Path) -> 
     tensors = load_file(path)
     prefix = "transformer.layers.0"
     del tensors[f"{prefix}.attention.q_layernorm.weight"]
-    tensors[f"{prefix}.mlp.fc.weight"] = tensors[f"{prefix}.mlp.fc.weight"].float()
+    tensors[f"{prefix}.mlp.fc.weight"] = tensors[f"{prefix}.mlp.fc.weight"].view(torch.uint8)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].T.contiguous()
     tensors["drafter.lm_head.weight"] = torch.zeros(4, 4)
     save_file(tensors, path)
@@ -131,7 +131,7 @@ def test_damage_is_listed_by_rank_and_tensor(native: Native, tmp_path: Path) -> 
         open_trtllm(tmp_path / "out")
     said = "\n".join(caught.value.offenders)
     assert len(caught.value.offenders) == 4
-    for text in ("q_layernorm.weight: missing", "fc.weight: dtype float32", "drafter.lm_head.weight: not part",
+    for text in ("q_layernorm.weight: missing", "fc.weight: dtype uint8", "drafter.lm_head.weight: not part",
                  "rank1.safetensors: lm_head.weight: shape [512, 160], expected [160, 512]"):  # fmt: skip
         assert text in said
     path.unlink()

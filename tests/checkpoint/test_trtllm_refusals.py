@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,23 @@ def test_drafter_reasons_come_together(tmp_path: Path) -> None:
 def test_no_head_in_the_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         check_trtllm(QWEN25_14B, SCHEMES["bf16"], options(1, head=tmp_path))
+
+
+def test_a_damaged_head_is_refused_by_tensor(native: Native, head_dirs: dict[str, Path], tmp_path: Path) -> None:
+    head = shutil.copytree(head_dirs["rnn"], tmp_path / "head")
+    tensors = load_file(head / "model.safetensors")
+    tensors["rnn_u.bias"] = tensors["rnn_u.bias"][:100]
+    tensors["rnn_w.weight"] = tensors["rnn_w.weight"].to(torch.int8)
+    tensors["input_proj.bias"] = tensors.pop("lm_head.1.linear.bias")
+    save_file(tensors, head / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        write_trtllm_checkpoint(native("qwen2", "bf16"), tmp_path / "out", options(1, head=head))
+    assert caught.value.offenders == (
+        "input_proj.bias: not part of such a head",
+        "lm_head.1.linear.bias: missing",
+        "rnn_u.bias: shape [100], config.json implies [512]",
+        "rnn_w.weight: dtype int8, expected a 16- or 32-bit float",
+    )
 
 
 def test_a_head_needs_its_tree() -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.conftest import Native
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
 from trtkit.checkpoint.unified_export import write_unified_hf
 from trtkit.cli.app import run
 from trtkit.decoder import rms_norm
-from trtkit.errors import UnsupportedError
+from trtkit.errors import CheckpointError, UnsupportedError
 from trtkit.quant.tensor import linear_reference
 
 NORM_OF = {"qkv": "input", "gate_up": "post"}
@@ -46,6 +48,25 @@ def test_int4_pre_scales_are_where_the_loader_looks(native: Native, tmp_path: Pa
     quant = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
     assert quant["pre_quant_scale"] is True
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["pre_quant_scale"] is True
+
+
+@pytest.mark.parametrize(
+    ("part", "factor", "said"),
+    [
+        ("mlp.up_proj", 2, "different pre_quant_scales"), ("self_attn.v_proj", 2, "different pre_quant_scales"),
+        ("mlp.down_proj", 0, "no kernel can use"),
+    ],
+)  # fmt: skip
+def test_scales_that_no_norm_can_take_up_are_refused(
+    native: Native, tmp_path: Path, part: str, factor: int, said: str
+) -> None:
+    directory = shutil.copytree(native("qwen2", "int4"), tmp_path / "engine")
+    tensors = load_file(directory / "model.safetensors")
+    tensors[f"model.layers.0.{part}.pre_quant_scale"] *= factor
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=said):
+        write_unified_hf(directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("family", "kind"), [("qwen2", "bf16"), ("qwen2", "fp8+fp8"), ("qwen3", "int8")])
