@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import re
@@ -19,7 +20,7 @@ from tests.trtllm_double.model import make_recipe, save_head, save_model, source
 from trtkit.build import trtllm
 from trtkit.build.bundle import build_trtllm, compile_bundle, equivalent_command, prepare_bundle
 from trtkit.build.trtllm import Compilation, compile_engine, require_tensorrt_llm
-from trtkit.build.trtllm_config import plan_build
+from trtkit.build.trtllm_config import PluginPlan, plan_build
 from trtkit.errors import (
     CapacityError,
     CheckpointError,
@@ -219,6 +220,32 @@ def test_a_build_that_fails(
     assert "rank 0" in str(caught.value)
     assert caught.value.hint
     assert leftovers(tmp_path) == []
+
+
+def test_a_builder_that_makes_nothing_without_an_error(bundle: Path, host: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import tensorrt_llm.builder
+
+    host.setattr(tensorrt_llm.builder.Engine, "save", lambda self, engine_dir: None)
+    with pytest.raises(EngineError, match="not every file is there") as caught:
+        compile_bundle(bundle, tmp_path / "engine")
+    assert caught.value.offenders == ("config.json", "rank0.engine", "rank1.engine")
+    host.setattr(tensorrt_llm.builder, "build", lambda model, build_config: None)
+    with pytest.raises(EngineError, match="built nothing for rank 0"):
+        compile_bundle(bundle, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_setting_that_this_release_does_not_have_is_never_dropped(host: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+    class Later(PluginPlan):
+        use_later_fmha: bool = True
+
+    plan = plan_build(make_recipe(tmp_path), QWEN25_14B)
+    given = {field.name: getattr(plan.plugins, field.name) for field in dataclasses.fields(plan.plugins)}
+    plan = dataclasses.replace(plan, plugins=Later(**given))
+    job = Compilation(checkpoint=tmp_path, out=tmp_path / "out", plan=plan, timing_cache=tmp_path / "cache")
+    with pytest.raises(UnsupportedError, match="no plugin setting 'use_later_fmha'"):
+        trtllm._build_config(job)
 
 
 def test_impossible_recipes_are_refused_before_anything_is_read(model: Path, tmp_path: Path) -> None:

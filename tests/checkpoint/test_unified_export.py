@@ -28,10 +28,14 @@ def behind_norm(checkpoint: UnifiedCheckpoint, product: str, hidden: torch.Tenso
     return linear_reference(normed, checkpoint.linear(0, product))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["int4", "int4-rtn"])
-def test_int4_pre_scales_are_where_the_loader_looks(native: Native, tmp_path: Path, kind: str) -> None:
-    write_unified_hf(native("qwen2", kind), tmp_path / "out")
-    ours, theirs = open_unified(native("qwen2", kind)), open_unified(tmp_path / "out")
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("int4", torch.bfloat16), ("int4-rtn", torch.bfloat16), ("int4-rtn", torch.float16)]
+)
+def test_int4_pre_scales_are_where_the_loader_looks(
+    native: Native, tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    write_unified_hf(native("qwen2", kind, dtype=dtype), tmp_path / "out")
+    ours, theirs = open_unified(native("qwen2", kind, dtype=dtype)), open_unified(tmp_path / "out")
     with_scale = {name for name in theirs.shards.entries if name.endswith("pre_quant_scale")}
     prefix = "model.layers.0."
     assert with_scale == {f"{prefix}self_attn.o_proj.pre_quant_scale", f"{prefix}mlp.down_proj.pre_quant_scale"}
@@ -82,6 +86,20 @@ def test_other_formats_are_the_native_tensors(native: Native, tmp_path: Path, fa
         assert theirs.shards.entries[name].dtype == entry.dtype
         assert torch.equal(theirs.shards.tensor(name).float(), ours.shards.tensor(name).float())
     assert (tmp_path / "out" / "hf_quant_config.json").is_file() == (kind != "bf16")
+
+
+def test_floats_of_another_width_become_those_of_the_layout(native: Native, tmp_path: Path) -> None:
+    """Other writers keep scales in 16 bits, or norms in 32; nothing of their values is lost or added."""
+    directory = shutil.copytree(native("qwen2", "fp8"), tmp_path / "engine")
+    tensors = load_file(directory / "model.safetensors")
+    norm, scale = "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight_scale"
+    tensors[norm], tensors[scale] = tensors[norm].float(), tensors[scale].bfloat16()
+    save_file(tensors, directory / "model.safetensors")
+    write_unified_hf(directory, tmp_path / "out")
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert (made[norm].dtype, made[scale].dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(made[norm].float(), tensors[norm])
+    assert torch.equal(made[scale], tensors[scale].float())
 
 
 def quantization_as_read(directory: Path) -> tuple[str, str | None] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from trtkit.build.native import build_native
 from trtkit.errors import EngineError, MissingDependency, RequestError, UsageError
 from trtkit.runtime.api import Engine, FinishReason, SamplingParams, SwitchPenalty
 from trtkit.runtime.load import OpenOptions, open_engine
-from trtkit.runtime.trtllm_engine import serve_rank
+from trtkit.runtime.trtllm_engine import ExecutorOptions, open_compiled, serve_rank
 from trtkit.runtime.trtllm_sampling import COLD, EngineKind, check_sampling, executor_sampling, notices
 
 PLAIN = EngineKind(redrafter=False, greedy=False)
@@ -249,6 +251,19 @@ def test_what_the_executor_is_told(engines: dict[str, Path], monkeypatch: pytest
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
     with pytest.raises(EngineError, match="3 MPI ranks"):
         opened(engines["plain"])
+
+
+def test_without_paged_context_there_is_no_reuse_and_no_chunking(engines: dict[str, Path], tmp_path: Path) -> None:
+    """Both read keys and values of the cache while a prompt is computed, which only that kernel can."""
+    directory = shutil.copytree(engines["plain"], tmp_path / "engine")
+    path = directory / "compiled" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["build_config"]["plugin_config"]["use_paged_context_fmha"] = False
+    path.write_text(json.dumps(config), encoding="utf-8")
+    open_compiled(directory, ExecutorOptions(block_reuse=True)).close()
+    told = last_executor().config
+    assert not told.kv_cache_config.enable_block_reuse
+    assert not told.enable_chunked_context
 
 
 def test_only_the_leader_sends_requests(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
