@@ -68,7 +68,10 @@ def test_a_bundle_holds_all_that_the_gpu_host_needs(bundle: Path) -> None:
     assert (recipe.backend, recipe.tensor_parallel, recipe.gpu) == ("tensorrt-llm", 2, "l4x2")
     # What TensorRT-LLM runs, and what the quality was measured with: the native half must not settle on int8.
     manifest = read_manifest(bundle, "bundle.json")
-    assert recipe.output_layer == manifest.recipe.output_layer == "model"
+    assert recipe.output_layer == "model"
+    assert manifest.recipe == recipe
+    config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in config, "it is the model's own, not that of the int8 codes"
     text = (bundle / "README.txt").read_text(encoding="utf-8")
     assert "    trtkit compile 'my bundle' --out engine\n" in text
     assert "nvcr.io/nvidia/tensorrt-llm/release:1.0.0" in text
@@ -80,6 +83,7 @@ def test_compile(bundle: Path, host: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert read_manifest(tmp_path / "engine") == manifest
     assert manifest.versions["tensorrt-llm"] == "1.0.0"
     assert manifest.versions["compute capability"] == "8.9"
+    assert {"trtkit", "torch"} <= manifest.versions.keys(), "what prepared it, too"
     assert manifest.flags is not None
     assert manifest.flags["max_batch_size"] == "8"
     assert {"compiled/rank0.engine", "compiled/rank1.engine", "compiled/config.json", "tokenizer.json"} <= (
@@ -101,6 +105,7 @@ def test_building_in_one_go_leaves_no_checkpoint(model: Path, host: pytest.Monke
     manifest = build_trtllm(make_recipe(model, precision="int4", int4_method="rtn"), tmp_path / "engine", sources())
     assert {path.name for path in (tmp_path / "engine").iterdir() if path.is_dir()} == {"compiled"}
     assert all((tmp_path / "engine" / name).is_file() for name in manifest.checkpoint_digest)
+    assert (tmp_path / ".timing-1.0.0-sm89.cache").is_file(), "kept for the next build"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,6 +136,8 @@ def test_the_caches_scales_are_those_of_the_largest_key_and_value(
     scheme = dataclasses.replace(SCHEMES["bf16"], kv_dtype=kv_dtype)
     convert(source, tmp_path / "out", scheme, Cached(*amax), pre_scale=False)
     assert open_unified(tmp_path / "out").kv_scales(1) == pytest.approx(scales)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert ("kv_cache_scheme" in config) == (kv_dtype == "fp8"), "other servers know no other cache"
 
 
 class Watched:

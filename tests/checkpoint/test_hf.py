@@ -16,6 +16,7 @@ from tests.tiny import save_tiny, tiny_model
 from trtkit.checkpoint.hf import check_finite, open_source, resolve_source
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import open_shards
+from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import CheckpointError, ConfigError, HubError, InputError, OutputError, UnsupportedError
 from trtkit.files import digest_file
 
@@ -181,6 +182,8 @@ def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(UnsupportedError, match="already quantized"):
         open_source(tmp_path)
+    with pytest.raises(UnsupportedError, match="quantized with 'gptq' are not read"):
+        open_unified(tmp_path)
 
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,6 +216,7 @@ def test_products_whose_parts_disagree_are_refused(tmp_path: Path) -> None:
     [
         ({"quant_algo": "NVFP4"}, "NVFP4"),
         ({"group_size": 64}, "groups of 128"),
+        ({"has_zero_point": True}, "groups of 128"),
         ({"kv_cache_quant_algo": "NF4"}, "NF4"),
     ],
 )
