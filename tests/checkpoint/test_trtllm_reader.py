@@ -52,11 +52,12 @@ def test_round_trip_is_bit_identical(native: Native, tmp_path: Path, kind: str, 
 def test_round_trip_of_other_families_over_stages(native: Native, tmp_path: Path, family: str) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 54321.0}
     directory = native(family, "int4-rtn", num_hidden_layers=2, vocab_size=333, rope_scaling=yarn, rms_norm_eps=3e-5,
-                       tie_word_embeddings=family == "llama")  # fmt: skip
+                       head_dim=128, tie_word_embeddings=family == "llama")  # fmt: skip
     write_trtllm_checkpoint(directory, tmp_path / "out", options(2, 2))
     ours, theirs = open_unified(directory), open_trtllm(tmp_path / "out")
     assert theirs.spec == ours.spec
     assert (theirs.spec.rope.theta, theirs.spec.norm_eps) == (54321.0, 3e-5)
+    assert theirs.spec.head_dim == 128, "not hidden size by heads, as in several sizes of Qwen3"
     # Other writers say one of the two names.
     for name in ("type", "rope_type"):
         scaling = {name: "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32.0,
