@@ -3,10 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from drafter.checkpoint import save_drafter
+from drafter.config import DrafterConfig
+from drafter.model import Drafter
 from tests.engines import tiny_engine_dir
 from tests.tiny import save_tiny
-from trtkit.describe import CHECKPOINT, DRAFTER, ENGINE, RUN, describe
+from trtkit.describe import CHECKPOINT, DIFFICULTY, DRAFTER, ENGINE, RUN, describe
 from trtkit.errors import CheckpointError, InputError, TrtkitError
 from trtkit.files import digest_file, read_json, write_json
 from trtkit.recipe import ENGINE_FILE
@@ -64,11 +69,30 @@ def test_a_run_and_a_draft_head(tmp_path: Path) -> None:
     write_json(head / "config.json", {"hidden_size": 8, "exit_dim": 16, "num_draft_layers": 2, "rnn": True})
     with pytest.raises(CheckpointError):
         describe(head)
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    save_file({"rnn_u.weight": np.zeros((2, 2), dtype=np.float32)}, head / "model.safetensors")
+    save_file({"rnn_u.weight": torch.zeros(2, 2)}, head / "model.safetensors")
     assert describe(head).kind == DRAFTER
+
+
+def test_a_draft_head_is_verified_against_its_config(tmp_path: Path) -> None:
+    save_drafter(Drafter(DrafterConfig(hidden_size=8, vocab_size=12, exit_dim=8)), tmp_path, dtype=torch.bfloat16)
+    assert describe(tmp_path, verify=True).verified is True
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["rnn_u.bias"][3] = float("nan")
+    del tensors["rnn_w.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert describe(tmp_path).offenders == ()
+    found = describe(tmp_path, verify=True)
+    assert found.verified is False
+    assert "rnn_w.weight: missing; rnn_u.bias: not finite" in found.offenders[0]
+
+
+def test_a_regressors_values_are_read(tmp_path: Path) -> None:
+    write_json(tmp_path / "difficulty.json", {"problems": 3, "usable": True})
+    save_file({"good": torch.zeros(4), "bad": torch.tensor([0.0, float("inf")])}, tmp_path / "model.safetensors")
+    assert describe(tmp_path).verified is None
+    found = describe(tmp_path, verify=True)
+    assert (found.kind, found.verified) == (DIFFICULTY, False)
+    assert found.offenders == ("bad: holds values that are NaN or Inf",)
 
 
 @pytest.mark.parametrize("made", ["nothing", "file", "empty"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from drafter.checkpoint import DrafterError, load_drafter
 from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.checkpoint.hf import check_finite, open_source
 from trtkit.checkpoint.names import rank_file
@@ -16,7 +19,7 @@ from trtkit.checkpoint.trtllm_reader import is_trtllm, open_trtllm
 from trtkit.checkpoint.unified import open_unified
 from trtkit.checkpoint.verify import verify_engine
 from trtkit.difficulty import DIFFICULTY_FILE
-from trtkit.errors import CheckpointError, InputError
+from trtkit.errors import CheckpointError, InputError, UsageError
 from trtkit.files import JsonObject, read_json
 from trtkit.model_spec import read_model_spec, spec_as_dict
 from trtkit.recipe import BUNDLE_FILE, COMPILED_DIR, ENGINE_FILE, output_layer_of, read_manifest
@@ -68,11 +71,18 @@ def model_dir(name: str) -> Path:
 
 
 def describe(directory: Path, *, verify: bool = False) -> Description:
-    """What ``directory`` is. Raises :class:`InputError` when it is nothing that trtkit knows."""
+    """What ``directory`` is. Raises :class:`InputError` when it is nothing that trtkit knows, :class:`UsageError` when
+    there is nothing that it can be verified by."""
     if not directory.is_dir():
         said = "not a directory" if directory.exists() else "no such directory"
         raise InputError(said, where=str(directory), hint="pass a checkpoint, engine or run directory, or 'practice'")
     kind, look = next(((k, look) for mark, k, look in _KINDS if (directory / mark).is_file()), ("", None))
+    if verify and kind == RUN:
+        raise UsageError(
+            "--verify: a run has neither digests nor tensors to verify",
+            where=str(directory),
+            hint="leave it out; `trtkit report RUN` reads the whole run and says what in it is damaged",
+        )
     if look is None:
         raise InputError(
             "neither a checkpoint nor an engine nor a run",
@@ -87,7 +97,7 @@ def describe(directory: Path, *, verify: bool = False) -> Description:
         data["weights"], offenders = _weights(directory)
         sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in data["weights"]["by_dtype"].items())
         facts["weights"] = f"{data['weights']['files']} file(s), {data['weights']['tensors']} tensors: {sizes}"
-    if verify and kind in _HELD:
+    if verify:
         offenders += [text for text in _verify(directory, kind) if text not in offenders]
         verified = not offenders
         facts["verified"] = _HELD[kind] if verified else "NO, see below"
@@ -213,7 +223,10 @@ _HELD = {
     TRTLLM: "all ranks hold the tensors that config.json implies, and no others",
     QUANTIZED: "all tensors are there, with the shapes that config.json implies",
     CHECKPOINT: "all tensors are there, with the shapes that config.json implies, and every value is finite",
+    DRAFTER: "all tensors are there, with the shapes that config.json implies, and every value is finite",
+    DIFFICULTY: "every weight file is whole, and every value is finite",
 }
+"""What ``verified`` means. A run is not verified."""
 
 
 def _weights(directory: Path) -> tuple[JsonObject, list[str]]:
@@ -260,6 +273,21 @@ def _verify(directory: Path, kind: str) -> tuple[str, ...]:
             open_unified(directory)
         elif kind == CHECKPOINT:
             check_finite(open_source(directory))
+        elif kind == DRAFTER:
+            load_drafter(directory, dtype=torch.bfloat16, device=torch.device("cpu"))
+        elif kind == DIFFICULTY:
+            return tuple(_not_finite(directory))
     except CheckpointError as problem:
         return problem.offenders or (problem.message,)
+    except DrafterError as problem:
+        return (str(problem),)
     return ()
+
+
+def _not_finite(directory: Path) -> Iterator[str]:
+    """Tensors with NaN or Inf, where no config.json of ours says which tensors there must be."""
+    shards, _ = open_shards(directory)
+    for name in shards.entries:
+        tensor = shards.tensor(name)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            yield f"{name}: holds values that are NaN or Inf"

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.checkpoint.test_trtllm_refusals import QWEN25_14B
 from tests.trtllm_double.install import forget_double, install_double, install_gpu
 from tests.trtllm_double.model import make_recipe, save_head, save_model, sources
 from trtkit.build import trtllm
 from trtkit.build.bundle import build_trtllm, compile_bundle, equivalent_command, prepare_bundle
-from trtkit.build.trtllm import require_tensorrt_llm
+from trtkit.build.trtllm import Compilation, compile_engine, require_tensorrt_llm
+from trtkit.build.trtllm_config import PluginPlan, plan_build
 from trtkit.errors import (
     CapacityError,
     CheckpointError,
@@ -38,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks, int8, prepared on a machine without GPU and without TensorRT-LLM."""
-    out = tmp_path_factory.mktemp("prepared") / "bundle"
+    out = tmp_path_factory.mktemp("prepared") / "my bundle"
     prepare_bundle(make_recipe(model, ranks=2, precision="int8"), out, sources())
     return out
 
@@ -64,11 +68,14 @@ def test_a_bundle_holds_all_that_the_gpu_host_needs(bundle: Path) -> None:
     assert (recipe.backend, recipe.tensor_parallel, recipe.gpu) == ("tensorrt-llm", 2, "l4x2")
     # What TensorRT-LLM runs, and what the quality was measured with: the native half must not settle on int8.
     manifest = read_manifest(bundle, "bundle.json")
-    assert recipe.output_layer == manifest.recipe.output_layer == "model"
+    assert recipe.output_layer == "model"
+    assert manifest.recipe == recipe
+    config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in config, "it is the model's own, not that of the int8 codes"
     text = (bundle / "README.txt").read_text(encoding="utf-8")
-    assert "trtkit compile bundle --out engine" in text
+    assert "    trtkit compile 'my bundle' --out engine\n" in text
     assert "nvcr.io/nvidia/tensorrt-llm/release:1.0.0" in text
-    assert re.search(r"trtllm-build --checkpoint_dir bundle/checkpoint .*--workers 2", text)
+    assert re.search(r"trtllm-build --checkpoint_dir 'my bundle/checkpoint' .*--workers 2", text)
 
 
 def test_compile(bundle: Path, host: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,6 +83,7 @@ def test_compile(bundle: Path, host: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert read_manifest(tmp_path / "engine") == manifest
     assert manifest.versions["tensorrt-llm"] == "1.0.0"
     assert manifest.versions["compute capability"] == "8.9"
+    assert {"trtkit", "torch"} <= manifest.versions.keys(), "what prepared it, too"
     assert manifest.flags is not None
     assert manifest.flags["max_batch_size"] == "8"
     assert {"compiled/rank0.engine", "compiled/rank1.engine", "compiled/config.json", "tokenizer.json"} <= (
@@ -97,6 +105,7 @@ def test_building_in_one_go_leaves_no_checkpoint(model: Path, host: pytest.Monke
     manifest = build_trtllm(make_recipe(model, precision="int4", int4_method="rtn"), tmp_path / "engine", sources())
     assert {path.name for path in (tmp_path / "engine").iterdir() if path.is_dir()} == {"compiled"}
     assert all((tmp_path / "engine" / name).is_file() for name in manifest.checkpoint_digest)
+    assert (tmp_path / ".timing-1.0.0-sm89.cache").is_file(), "kept for the next build"
 
 
 @pytest.mark.parametrize(
@@ -218,6 +227,32 @@ def test_a_build_that_fails(
     assert leftovers(tmp_path) == []
 
 
+def test_a_builder_that_makes_nothing_without_an_error(bundle: Path, host: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import tensorrt_llm.builder
+
+    host.setattr(tensorrt_llm.builder.Engine, "save", lambda self, engine_dir: None)
+    with pytest.raises(EngineError, match="not every file is there") as caught:
+        compile_bundle(bundle, tmp_path / "engine")
+    assert caught.value.offenders == ("config.json", "rank0.engine", "rank1.engine")
+    host.setattr(tensorrt_llm.builder, "build", lambda model, build_config: None)
+    with pytest.raises(EngineError, match="built nothing for rank 0"):
+        compile_bundle(bundle, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_setting_that_this_release_does_not_have_is_never_dropped(host: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+    class Later(PluginPlan):
+        use_later_fmha: bool = True
+
+    plan = plan_build(make_recipe(tmp_path), QWEN25_14B)
+    given = {field.name: getattr(plan.plugins, field.name) for field in dataclasses.fields(plan.plugins)}
+    plan = dataclasses.replace(plan, plugins=Later(**given))
+    job = Compilation(checkpoint=tmp_path, out=tmp_path / "out", plan=plan, timing_cache=tmp_path / "cache")
+    with pytest.raises(UnsupportedError, match="no plugin setting 'use_later_fmha'"):
+        trtllm._build_config(job)
+
+
 def test_impossible_recipes_are_refused_before_anything_is_read(model: Path, tmp_path: Path) -> None:
     odd = save_model(tmp_path / "odd", vocab_size=321)
     head = save_head(tmp_path / "head", vocab=321)
@@ -245,6 +280,34 @@ def test_force_replaces_bundles_only(bundle: Path, model: Path, tmp_path: Path) 
 def test_the_equivalent_command(model: Path) -> None:
     line = equivalent_command(make_recipe(model, ranks=2), sources(), Path("out"))
     assert line.startswith("trtllm-build --checkpoint_dir out/checkpoint --output_dir out/compiled --max_batch_size 8 ")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "workers", "devices"),
+    [(4, 2, None, [0, 1, 0, 1]), (4, 2, 4, [0, 1, 0, 1]), (2, 4, None, [0, 1]), (2, 4, 1, [0, 0])],
+)
+def test_no_rank_is_compiled_on_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ranks: int, gpus: int, workers: int | None, devices: list[int]
+) -> None:
+    seen = {}
+
+    def built(job: Compilation, rank: int, device: int) -> None:
+        seen[rank] = device
+        for name in ("config.json", f"rank{rank}.engine"):
+            (job.out / name).touch()
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, count: int, mp_context: object) -> None:
+            super().__init__(count)
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr(trtllm, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(trtllm, "_build_rank", built)
+    recipe = make_recipe(tmp_path, ranks=ranks)
+    plan = plan_build(recipe, QWEN25_14B)
+    job = Compilation(checkpoint=tmp_path, out=tmp_path / "out", plan=plan, timing_cache=tmp_path / "cache")
+    compile_engine(job, workers=workers)
+    assert [seen[rank] for rank in range(ranks)] == devices
 
 
 @pytest.mark.slow

@@ -84,10 +84,11 @@ def test_the_fused_swiglu_is_for_hopper_alone(gpu: str) -> None:
         assert plan(gpu, precision).plugins.gemm_swiglu_plugin == wanted
 
 
+@pytest.mark.parametrize("gpu", ["l4", "h100"])
 @pytest.mark.parametrize("kv_dtype", ["model", "fp8", "int8"])
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int8-sq", "fp8", "int4"])
-def test_fmha_is_what_the_builder_would_leave(precision: str, kv_dtype: str) -> None:
-    plugins = plan("h100", precision, kv_dtype=kv_dtype).plugins
+def test_fmha_is_what_the_builder_would_leave(precision: str, kv_dtype: str, gpu: str) -> None:
+    plugins = plan(gpu, precision, kv_dtype=kv_dtype).plugins
     if kv_dtype == "int8" or (kv_dtype == "fp8" and precision != "fp8"):
         assert not plugins.use_paged_context_fmha
     assert plugins.use_fp8_context_fmha == (precision == "fp8" and kv_dtype == "fp8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,14 +21,14 @@ from trtkit.checkpoint.convert import convert
 from trtkit.checkpoint.hf import EMBEDDING, HfCheckpoint, layer_of, layer_prefix, open_source
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import Shards
-from trtkit.checkpoint.unified import unified_layout
+from trtkit.checkpoint.unified import open_unified, unified_layout
 from trtkit.decoder import LINEAR_PARTS, Norms
 from trtkit.errors import CheckpointError, OutputError
-from trtkit.files import staged_dir
+from trtkit.files import digest_file, staged_dir
 from trtkit.quant.calibrate import CalibrationOptions, Calibrator, DataFree, LayerScales, LayerwiseCalibrator, Parts
 from trtkit.quant.group import GroupScales
 from trtkit.quant.tensor import QuantTensor, quantize_fp8, quantize_int4, quantize_int8
-from trtkit.scheme import SCHEMES, QuantScheme
+from trtkit.scheme import SCHEMES, KvDtype, QuantScheme
 
 KINDS = ["bf16", "int8", "int8-sq", "fp8", "fp8+kv", "int4", "int4-rtn"]
 
@@ -105,7 +106,38 @@ def test_bytes_are_those_of_one_step_after_the_other(
     (tmp_path / "out").mkdir()
     scheme, calibrator, pre_scale = setting(source, kind)
     digests = convert(source, tmp_path / "out", scheme, calibrator, pre_scale=pre_scale)
+    assert digests.keys() >= {"config.json", "generation_config.json"}
+    assert digests == {path.name: digest_file(path) for path in (tmp_path / "out").iterdir()}
     assert digests["model.safetensors"] == expected_digest(source, tmp_path / "expected", kind)
+
+
+class Cached:
+    """Gives the scales that need no data, and these largest keys and values."""
+
+    def __init__(self, key: float, value: float) -> None:
+        self._amax = (key, value)
+
+    def layer(self, index: int, norms: Norms, parts: Parts) -> LayerScales:
+        return dataclasses.replace(DataFree().layer(index, norms, parts), kv_amax=self._amax)
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "amax", "scales"),
+    [
+        ("fp8", (44.8, 896.0), (1.0, 2.0)), ("fp8", (896.0, 44.8), (2.0, 1.0)), ("int8", (12.7, 254.0), (0.1, 2.0)),
+    ],
+)  # fmt: skip
+def test_the_caches_scales_are_those_of_the_largest_key_and_value(
+    tmp_path: Path, kv_dtype: KvDtype, amax: tuple[float, float], scales: tuple[float, float]
+) -> None:
+    """The grids end at 448 and 127; ModelOpt never stretches an fp8 cache that has room."""
+    source = open_source(save_tiny(tmp_path / "source", dtype=torch.bfloat16))
+    (tmp_path / "out").mkdir()
+    scheme = dataclasses.replace(SCHEMES["bf16"], kv_dtype=kv_dtype)
+    convert(source, tmp_path / "out", scheme, Cached(*amax), pre_scale=False)
+    assert open_unified(tmp_path / "out").kv_scales(1) == pytest.approx(scales)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert ("kv_cache_scheme" in config) == (kv_dtype == "fp8"), "other servers know no other cache"
 
 
 class Watched:

@@ -16,7 +16,9 @@ from tests.tiny import save_tiny, tiny_model
 from trtkit.checkpoint.hf import check_finite, open_source, resolve_source
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import open_shards
+from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import CheckpointError, ConfigError, HubError, InputError, OutputError, UnsupportedError
+from trtkit.files import digest_file
 
 Change = Callable[[dict[str, torch.Tensor]], None]
 
@@ -134,6 +136,9 @@ def test_damaged_header_and_trailing_bytes(tmp_path: Path) -> None:
     path.write_bytes(good[:9] + b"\xff" + good[10:])
     with pytest.raises(CheckpointError, match="header is damaged"):
         open_source(tmp_path)
+    path.write_bytes(good.replace(b'"F32"', b'"F99"', 1))
+    with pytest.raises(CheckpointError, match="unknown dtype 'F99'"):
+        open_source(tmp_path)
 
 
 def test_missing_shards_and_wrong_index(tmp_path: Path) -> None:
@@ -149,6 +154,10 @@ def test_missing_shards_and_wrong_index(tmp_path: Path) -> None:
         open_source(tmp_path)
     assert f"{files[1].name}: file is missing" in caught.value.offenders
     assert f"{name}: the index says {files[0].name}, but it is not there" in caught.value.offenders
+    for weight_map in ({name: 5}, [name], None):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match="no usable weight_map"):
+            open_source(tmp_path)
 
 
 def test_of_a_tensor_in_two_files_the_one_in_the_index_counts(tmp_path: Path) -> None:
@@ -173,6 +182,8 @@ def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(UnsupportedError, match="already quantized"):
         open_source(tmp_path)
+    with pytest.raises(UnsupportedError, match="quantized with 'gptq' are not read"):
+        open_unified(tmp_path)
 
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +233,12 @@ def test_writer_makes_files_that_safetensors_reads(tmp_path: Path) -> None:
         writer = ShardWriter(out, layout, shard_bytes=shard_bytes)
         for name, tensor in tensors.items():
             writer.write(name, [tensor[:3], tensor[3:]] if name == "c" else tensor)
-        assert len(writer.close()) == len(list(out.glob("*.safetensors"))) == files
+        digests = writer.close()
+        assert digests == {path.name: digest_file(path) for path in out.glob("*.safetensors")}
+        assert len(digests) == files
+        for name in digests:
+            # The format asks for tensors that begin at multiples of 8.
+            assert int.from_bytes((out / name).read_bytes()[:8], "little") % 8 == 0
         read = {name: value for path in out.glob("*.safetensors") for name, value in load_file(path).items()}
         shards, problems = open_shards(out)
         assert not problems

@@ -78,6 +78,7 @@ def test_rounding_to_the_dtype_of_the_config_is_told(
     with caplog.at_level(logging.WARNING, "trtkit"), staged_dir(tmp_path / "out") as stage:
         convert(open_source(directory), stage, SCHEMES["bf16"], DataFree(), pre_scale=False)
     assert ("tensors are stored in float32 and rounded to bfloat16" in caplog.text) == told
+    assert ("rounded" in caplog.text) == told
 
 
 def test_what_float16_ends_at() -> None:

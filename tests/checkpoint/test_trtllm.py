@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from trtkit.checkpoint.trtllm_config import trtllm_config
 from trtkit.checkpoint.trtllm_layout import rank_layout
 from trtkit.checkpoint.trtllm_split import share, weight_only_rows
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
+from trtkit.checkpoint.unified_export import write_unified_hf
 from trtkit.checkpoint.verify import relative_error
 from trtkit.errors import CheckpointError, OutputError, UsageError
 from trtkit.model_spec import ModelSpec, RopeSpec
@@ -31,7 +33,7 @@ from trtkit.quant.tensor import dequantize, quantize_int8
 from trtkit.scheme import SCHEMES
 
 MANIFESTS = Path(__file__).parents[2].parent / "shared" / "reference" / "trtllm-manifests.json"
-KINDS = ("bf16", "int8", "int8-sq", "fp8", "fp8+fp8", "fp8+int8", "int4", "int4-rtn")
+KINDS = ("bf16", "int8", "int8-sq", "fp8", "fp8+fp8", "bf16+int8", "int4", "int4-rtn")
 TREE = TreeShape(beams=2, length=3)
 
 
@@ -110,7 +112,12 @@ def test_pipeline_stages_count_their_layers_from_zero(native: Native, tmp_path: 
 
 
 def test_draft_head_is_split_by_rows(native: Native, head_dirs: dict[str, Path], tmp_path: Path) -> None:
-    write_trtllm_checkpoint(native("qwen2", "bf16"), tmp_path / "out", options(4, head=head_dirs["rnn+proj"]))
+    # Under the names that another writer gives its list.
+    public = shutil.copytree(head_dirs["rnn+proj"], tmp_path / "head")
+    tensors = load_file(public / "model.safetensors")
+    save_file({name.replace("lm_head.", "lm_heads."): tensor for name, tensor in tensors.items()},
+              public / "model.safetensors")  # fmt: skip
+    write_trtllm_checkpoint(native("qwen2", "bf16"), tmp_path / "out", options(4, head=public))
     loaded = load_checkpoint(tmp_path / "out")
     head = load_drafter(head_dirs["rnn+proj"], dtype=torch.bfloat16, device=torch.device("cpu"))
     state = {public: head.state_dict()[name] for name, public in public_names(head.config).items()}
@@ -170,10 +177,12 @@ def test_weight_only_rows_give_our_codes(dtype: torch.dtype) -> None:
     assert bool((plain != ours.data).float().mean() > 0.01)
 
 
-def test_weight_only_rows_refuse_scales_that_vanish() -> None:
+@pytest.mark.parametrize("scale", [1e-9, 600.0])
+def test_weight_only_rows_refuse_scales_that_float16_cannot_hold(scale: float) -> None:
+    """At 600 the scale itself fits, and the element that stands for 128 of it does not."""
     codes = torch.tensor([[127, 3]], dtype=torch.int8)
     with pytest.raises(CheckpointError, match="float16 cannot hold"):
-        weight_only_rows(codes, torch.tensor([1e-9]), torch.float16, where="qkv")
+        weight_only_rows(codes, torch.tensor([scale]), torch.float16, where="qkv")
 
 
 def test_codes_of_another_rule_are_refused(native: Native, tmp_path: Path) -> None:
@@ -188,18 +197,38 @@ def test_codes_of_another_rule_are_refused(native: Native, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_scales_that_are_not_positive_are_all_listed(native: Native, tmp_path: Path) -> None:
-    source = native("qwen2", "fp8")
+@pytest.mark.parametrize(
+    ("kind", "zero", "other"),
+    [
+        ("fp8", "mlp.up_proj.weight_scale", "mlp.down_proj.input_scale"),
+        ("int4", "self_attn.o_proj.pre_quant_scale", "mlp.down_proj.weight_scale"),
+    ],
+)
+def test_scales_that_are_not_positive_are_all_listed(
+    native: Native, tmp_path: Path, kind: str, zero: str, other: str
+) -> None:
+    source = native("qwen2", kind)
     for path in source.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight_scale"].fill_(0)
-    tensors["model.layers.0.mlp.down_proj.input_scale"].fill_(float("nan"))
+    tensors[f"model.layers.0.{zero}"].fill_(0)
+    tensors[f"model.layers.0.{other}"].fill_(float("inf"))
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         write_trtllm_checkpoint(tmp_path, tmp_path / "out", options(1))
     assert len(caught.value.offenders) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_pre_scales_that_only_some_linears_have_are_refused(native: Native, tmp_path: Path) -> None:
+    """One key of config.json says for all linears whether they have one."""
+    source = shutil.copytree(native("qwen2", "int4"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.pre_quant_scale"]
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match="some linears have a pre_quant_scale") as caught:
+        write_trtllm_checkpoint(source, tmp_path / "out", options(1))
+    assert caught.value.offenders == ("model.layers.0.mlp.down_proj: none",)
 
 
 def test_a_disk_that_fills_up_leaves_nothing(native: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,9 +265,12 @@ def test_a_disk_that_is_too_small_is_known_before(
 
 
 def test_the_source_is_never_replaced(native: Native, tmp_path: Path) -> None:
-    directory = native("qwen2", "bf16")
-    with pytest.raises(UsageError, match="would replace"):
-        write_trtllm_checkpoint(directory, directory, options(1), replace=True)
+    directory = shutil.copytree(native("qwen2", "bf16"), tmp_path / "place" / "engine")
+    for place in (directory, directory.parent):
+        with pytest.raises(UsageError, match="would replace"):
+            write_trtllm_checkpoint(directory, place, options(1), replace=True)
+        with pytest.raises(UsageError, match="would replace"):
+            write_unified_hf(directory, place, replace=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(OutputError, match="already exists"):

@@ -52,12 +52,20 @@ def test_round_trip_is_bit_identical(native: Native, tmp_path: Path, kind: str, 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_round_trip_of_other_families_over_stages(native: Native, tmp_path: Path, family: str) -> None:
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
-    directory = native(family, "int4-rtn", num_hidden_layers=2, vocab_size=333, rope_scaling=yarn,
-                       tie_word_embeddings=family == "llama")  # fmt: skip
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 54321.0}
+    directory = native(family, "int4-rtn", num_hidden_layers=2, vocab_size=333, rope_scaling=yarn, rms_norm_eps=3e-5,
+                       head_dim=128, tie_word_embeddings=family == "llama")  # fmt: skip
     write_trtllm_checkpoint(directory, tmp_path / "out", options(2, 2))
     ours, theirs = open_unified(directory), open_trtllm(tmp_path / "out")
     assert theirs.spec == ours.spec
+    assert (theirs.spec.rope.theta, theirs.spec.norm_eps) == (54321.0, 3e-5)
+    assert theirs.spec.head_dim == 128, "not hidden size by heads, as in several sizes of Qwen3"
+    # Other writers say one of the two names.
+    for name in ("type", "rope_type"):
+        scaling = {name: "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32.0,
+                   "beta_slow": 1.0}  # fmt: skip
+        change_config(tmp_path / "out", {"rotary_scaling": scaling})
+        assert open_trtllm(tmp_path / "out").spec == ours.spec
     for name in ours.shards.entries:
         assert same(theirs.shards.tensor(name), ours.shards.tensor(name)), name
 
@@ -124,7 +132,7 @@ def test_damage_is_listed_by_rank_and_tensor(native: Native, tmp_path: Path) -> 
     tensors = load_file(path)
     prefix = "transformer.layers.0"
     del tensors[f"{prefix}.attention.q_layernorm.weight"]
-    tensors[f"{prefix}.mlp.fc.weight"] = tensors[f"{prefix}.mlp.fc.weight"].float()
+    tensors[f"{prefix}.mlp.fc.weight"] = tensors[f"{prefix}.mlp.fc.weight"].view(torch.uint8)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].T.contiguous()
     tensors["drafter.lm_head.weight"] = torch.zeros(4, 4)
     save_file(tensors, path)
@@ -132,7 +140,7 @@ def test_damage_is_listed_by_rank_and_tensor(native: Native, tmp_path: Path) -> 
         open_trtllm(tmp_path / "out")
     said = "\n".join(caught.value.offenders)
     assert len(caught.value.offenders) == 4
-    for text in ("q_layernorm.weight: missing", "fc.weight: dtype float32", "drafter.lm_head.weight: not part",
+    for text in ("q_layernorm.weight: missing", "fc.weight: dtype uint8", "drafter.lm_head.weight: not part",
                  "rank1.safetensors: lm_head.weight: shape [512, 160], expected [160, 512]"):  # fmt: skip
         assert text in said
     path.unlink()
@@ -153,17 +161,32 @@ def test_describe_says_what_it_is(native: Native, head_dirs: dict[str, Path], tm
     assert found.data["weights"]["files"] == 2
 
 
+def change_config(directory: Path, change: dict[str, Any]) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+AWQ = {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": None, "group_size": 128, "has_zero_point": False,
+       "pre_quant_scale": False}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "said"),
     [
         ({"seq_length": None}, ConfigError, "seq_length"),
         ({"qwen_type": "qwen1"}, ConfigError, "qwen_type"),
         ({"rotary_base": "x"}, ConfigError, "rotary_base"),
+        ({"position_embedding_type": "learned_absolute"}, ConfigError, "only rope_gpt_neox is read"),
+        ({"dtype": "float32"}, ConfigError, "dtype: expected bfloat16 or float16"),
         ({"use_parallel_embedding": True}, ConfigError, "use_parallel_embedding"),
         ({"mapping": {"world_size": 3, "tp_size": 2, "pp_size": 1}}, ConfigError, "world_size"),
         ({"architecture": "GPTForCausalLM"}, UnsupportedError, "GPTForCausalLM"),
         ({"num_attention_heads": 7}, UnsupportedError, "7 attention heads"),
         ({"quantization": {"quant_algo": "W4A16_GPTQ"}}, UnsupportedError, "one GPU architecture"),
+        ({"rotary_scaling": {"type": "linear", "factor": 2.0}}, ConfigError, "only yarn is known, found 'linear'"),
+        ({"rotary_scaling": {"type": "yarn", "mscale": 0.7}}, ConfigError, "rotary_scaling.mscale: unknown key"),
+        ({"quantization": {**AWQ, "group_size": 64}}, ConfigError, "symmetric groups of 128"),
+        ({"quantization": {**AWQ, "has_zero_point": True}}, ConfigError, "symmetric groups of 128"),
         ({"quantization": {"quant_algo": "NVFP4"}}, UnsupportedError, "NVFP4"),
         ({"quantization": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}}, UnsupportedError, "no q/k norm"),
         ({"quantization": {"quant_algo": "W8A8_SQ_PER_CHANNEL_PLUGIN"}}, UnsupportedError, "no q/k norm"),
@@ -173,7 +196,6 @@ def test_wrong_configurations(
     native: Native, tmp_path: Path, change: dict[str, Any], kind: type[Exception], said: str
 ) -> None:
     write_trtllm_checkpoint(native("qwen3", "bf16"), tmp_path / "out", options(2))
-    path = tmp_path / "out" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    change_config(tmp_path / "out", change)
     with pytest.raises(kind, match=said):
         open_trtllm(tmp_path / "out")

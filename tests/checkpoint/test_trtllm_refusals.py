@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,10 @@ def test_the_models_that_this_is_for_fit(spec: ModelSpec, precision: str, tp: in
         (QWEN25_14B, "bf16", {"pipeline_parallel": 5}, "48 layers do not divide by pipeline parallel 5"),
         (QWEN25_1_5B, "int4", {"tensor_parallel": 4}, "8960 outputs are no multiple of 512"),
         (QWEN25_1_5B, "int8", {"tensor_parallel": 4}, ""),
+        (dataclasses.replace(QWEN25_14B, intermediate=13856), "int8", {}, "13856 outputs are no multiple of 64"),
         (dataclasses.replace(QWEN25_14B, intermediate=13832), "fp8", {}, "13832 inputs per rank are no multiple of 16"),
         (dataclasses.replace(QWEN25_14B, intermediate=13832), "bf16", {}, ""),
+        (dataclasses.replace(QWEN25_14B, intermediate=13826), "bf16", {"tensor_parallel": 4}, "size 13826 does"),
         (
             dataclasses.replace(QWEN25_14B, rope=RopeSpec(theta=1e6, kind="yarn", factor=4, attention_factor=1.5)),
             "bf16", {}, "attention_factor",
@@ -83,18 +86,18 @@ def test_shapes(spec: ModelSpec, precision: str, change: dict[str, int], said: s
 
 
 def test_drafter_reasons_come_together(tmp_path: Path) -> None:
-    head = DrafterConfig(hidden_size=64, vocab_size=334, exit_dim=130, num_draft_layers=1)
+    head = DrafterConfig(hidden_size=66, vocab_size=334, exit_dim=130, num_draft_layers=1)
     save_drafter(Drafter(head), tmp_path, dtype=torch.bfloat16)
-    spec = dataclasses.replace(QWEN25_14B, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=64, vocab=333,
+    spec = dataclasses.replace(QWEN25_14B, hidden=66, heads=4, kv_heads=4, head_dim=16, intermediate=64, vocab=333,
                                layers=4)  # fmt: skip
     choice = TrtllmOptions(
         tensor_parallel=4, pipeline_parallel=2, drafter=tmp_path, tree=TreeShape(beams=1, length=3)
     )  # fmt: skip
     found = reasons(spec, "bf16", choice).splitlines()
-    assert len(found) == 4
+    assert len(found) == 5
     for text, line in zip(
         ("vocabulary is 334, the model's 333", "pipeline parallel 2 with a draft head", "vocabulary 333 does not",
-         "exit_dim 130 does not"), found, strict=True,
+         "exit_dim 130 does not", "hidden size 66 does not"), found, strict=True,
     ):  # fmt: skip
         assert text in line
 
@@ -102,6 +105,23 @@ def test_drafter_reasons_come_together(tmp_path: Path) -> None:
 def test_no_head_in_the_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         check_trtllm(QWEN25_14B, SCHEMES["bf16"], options(1, head=tmp_path))
+
+
+def test_a_damaged_head_is_refused_by_tensor(native: Native, head_dirs: dict[str, Path], tmp_path: Path) -> None:
+    head = shutil.copytree(head_dirs["rnn"], tmp_path / "head")
+    tensors = load_file(head / "model.safetensors")
+    tensors["rnn_u.bias"] = tensors["rnn_u.bias"][:100]
+    tensors["rnn_w.weight"] = tensors["rnn_w.weight"].to(torch.int8)
+    tensors["input_proj.bias"] = tensors.pop("lm_head.1.linear.bias")
+    save_file(tensors, head / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        write_trtllm_checkpoint(native("qwen2", "bf16"), tmp_path / "out", options(1, head=head))
+    assert caught.value.offenders == (
+        "input_proj.bias: not part of such a head",
+        "lm_head.1.linear.bias: missing",
+        "rnn_u.bias: shape [100], config.json implies [512]",
+        "rnn_w.weight: dtype int8, expected a 16- or 32-bit float",
+    )
 
 
 def test_a_head_needs_its_tree() -> None:
@@ -129,6 +149,9 @@ def test_notes_say_what_differs(tmp_path: Path) -> None:
     said = " ".join(notes)
     for text in ("each rank's share of o_proj and down_proj anew", "one cache scale per layer", "qkv bias"):
         assert text in said
+    assert "qkv bias" not in " ".join(trtllm_notes(QWEN3_14B, fp8_keys, TrtllmOptions()))
+    float16 = trtllm_notes(QWEN25_14B, SCHEMES["fp8"], TrtllmOptions(dtype="float16"))
+    assert float16 == ("bfloat16 tensors are written as float16",)
     drafting = TrtllmOptions(drafter=tmp_path, tree=TreeShape(beams=1, length=3))
     assert "upstream has never shipped it" in trtllm_notes(QWEN3_14B, SCHEMES["fp8"], drafting)[0]
     assert trtllm_notes(QWEN25_14B, SCHEMES["fp8"], drafting) == ()

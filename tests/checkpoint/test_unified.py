@@ -178,14 +178,15 @@ def test_damaged_quantized_checkpoint(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_unequal_fp8_scales_of_others_are_united(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unequal", [("weight_scale", "input_scale"), ("weight_scale",), ("input_scale",)])
+def test_unequal_fp8_scales_of_others_are_united(tmp_path: Path, unequal: tuple[str, ...]) -> None:
     source = open_source(save_tiny(tmp_path / "source", "qwen2", dtype=torch.bfloat16))
     built(source, tmp_path / "out", "fp8")
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.0.self_attn.k_proj"
-    tensors[f"{name}.weight_scale"] *= 0.5
-    tensors[f"{name}.input_scale"] *= 2
+    for scale in unequal:
+        tensors[f"{name}.{scale}"] *= {"weight_scale": 0.5, "input_scale": 2}[scale]
     save_file(tensors, path)
     checkpoint = open_unified(tmp_path / "out")
     fused = checkpoint.linear(0, "qkv")
@@ -200,13 +201,14 @@ def test_products_whose_parts_disagree_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.0.mlp.up_proj.pre_quant_scale"] *= 2
+    del tensors["model.layers.0.self_attn.q_proj.pre_quant_scale"]
     del tensors["model.layers.1.self_attn.k_proj.pre_quant_scale"]
     save_file(tensors, path)
     checkpoint = open_unified(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="different pre_quant_scales"):
-        checkpoint.linear(0, "gate_up")
-    with pytest.raises(CheckpointError, match="different pre_quant_scales"):
-        checkpoint.linear(1, "qkv")
+    wrong: tuple[tuple[int, LinearName], ...] = ((0, "gate_up"), (0, "qkv"), (1, "qkv"))
+    for layer, product in wrong:
+        with pytest.raises(CheckpointError, match="different pre_quant_scales"):
+            checkpoint.linear(layer, product)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,7 @@ def test_products_whose_parts_disagree_are_refused(tmp_path: Path) -> None:
     [
         ({"quant_algo": "NVFP4"}, "NVFP4"),
         ({"group_size": 64}, "groups of 128"),
+        ({"has_zero_point": True}, "groups of 128"),
         ({"kv_cache_quant_algo": "NF4"}, "NF4"),
     ],
 )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.conftest import Native
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
 from trtkit.checkpoint.unified_export import write_unified_hf
 from trtkit.cli.app import run
 from trtkit.decoder import rms_norm
-from trtkit.errors import UnsupportedError
+from trtkit.errors import CheckpointError, UnsupportedError
 from trtkit.quant.tensor import linear_reference
 
 NORM_OF = {"qkv": "input", "gate_up": "post"}
@@ -26,10 +28,14 @@ def behind_norm(checkpoint: UnifiedCheckpoint, product: str, hidden: torch.Tenso
     return linear_reference(normed, checkpoint.linear(0, product))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["int4", "int4-rtn"])
-def test_int4_pre_scales_are_where_the_loader_looks(native: Native, tmp_path: Path, kind: str) -> None:
-    write_unified_hf(native("qwen2", kind), tmp_path / "out")
-    ours, theirs = open_unified(native("qwen2", kind)), open_unified(tmp_path / "out")
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("int4", torch.bfloat16), ("int4-rtn", torch.bfloat16), ("int4-rtn", torch.float16)]
+)
+def test_int4_pre_scales_are_where_the_loader_looks(
+    native: Native, tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    write_unified_hf(native("qwen2", kind, dtype=dtype), tmp_path / "out")
+    ours, theirs = open_unified(native("qwen2", kind, dtype=dtype)), open_unified(tmp_path / "out")
     with_scale = {name for name in theirs.shards.entries if name.endswith("pre_quant_scale")}
     prefix = "model.layers.0."
     assert with_scale == {f"{prefix}self_attn.o_proj.pre_quant_scale", f"{prefix}mlp.down_proj.pre_quant_scale"}
@@ -48,6 +54,25 @@ def test_int4_pre_scales_are_where_the_loader_looks(native: Native, tmp_path: Pa
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["pre_quant_scale"] is True
 
 
+@pytest.mark.parametrize(
+    ("part", "factor", "said"),
+    [
+        ("mlp.up_proj", 2, "different pre_quant_scales"), ("self_attn.v_proj", 2, "different pre_quant_scales"),
+        ("mlp.down_proj", 0, "no kernel can use"),
+    ],
+)  # fmt: skip
+def test_scales_that_no_norm_can_take_up_are_refused(
+    native: Native, tmp_path: Path, part: str, factor: int, said: str
+) -> None:
+    directory = shutil.copytree(native("qwen2", "int4"), tmp_path / "engine")
+    tensors = load_file(directory / "model.safetensors")
+    tensors[f"model.layers.0.{part}.pre_quant_scale"] *= factor
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=said):
+        write_unified_hf(directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("family", "kind"), [("qwen2", "bf16"), ("qwen2", "fp8+fp8"), ("qwen3", "int8")])
 def test_other_formats_are_the_native_tensors(native: Native, tmp_path: Path, family: str, kind: str) -> None:
     directory = native(family, kind)
@@ -61,6 +86,20 @@ def test_other_formats_are_the_native_tensors(native: Native, tmp_path: Path, fa
         assert theirs.shards.entries[name].dtype == entry.dtype
         assert torch.equal(theirs.shards.tensor(name).float(), ours.shards.tensor(name).float())
     assert (tmp_path / "out" / "hf_quant_config.json").is_file() == (kind != "bf16")
+
+
+def test_floats_of_another_width_become_those_of_the_layout(native: Native, tmp_path: Path) -> None:
+    """Other writers keep scales in 16 bits, or norms in 32; nothing of their values is lost or added."""
+    directory = shutil.copytree(native("qwen2", "fp8"), tmp_path / "engine")
+    tensors = load_file(directory / "model.safetensors")
+    norm, scale = "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight_scale"
+    tensors[norm], tensors[scale] = tensors[norm].float(), tensors[scale].bfloat16()
+    save_file(tensors, directory / "model.safetensors")
+    write_unified_hf(directory, tmp_path / "out")
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert (made[norm].dtype, made[scale].dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(made[norm].float(), tensors[norm])
+    assert torch.equal(made[scale], tensors[scale].float())
 
 
 def quantization_as_read(directory: Path) -> tuple[str, str | None] | None:

@@ -55,6 +55,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("bench --draft-precision int8", "none of the engines has one"),
         ("plan --published --gpu l4", "--gpu: not with --published"),
         ("plan --catalogue OUT -p fp8", "--precision: not with --catalogue"),
+        ("inspect RUN --verify", "--verify: a run has neither digests nor tensors"),
         ("revote RUN --fields text=a", "--fields: only with files of traces"),
         ("revote TRACES --problems PROBLEMS", "--problems: only with a run"),
         ("train-drafter --split tir", "--split: only with OpenMathReasoning"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +19,13 @@ from tests.trtllm_double.model import EOS, make_recipe, save_head, save_model, s
 from trtkit.build.bundle import build_trtllm
 from trtkit.build.native import build_native
 from trtkit.errors import EngineError, MissingDependency, RequestError, UsageError
-from trtkit.runtime.api import Engine, FinishReason, SamplingParams, SwitchPenalty
+from trtkit.runtime.api import Engine, FinishReason
 from trtkit.runtime.draft_head import HeadOptions
 from trtkit.runtime.load import OpenOptions, open_engine
-from trtkit.runtime.trtllm_engine import serve_rank
-from trtkit.runtime.trtllm_sampling import COLD, EngineKind, check_sampling, executor_sampling, notices
+from trtkit.runtime.trtllm_engine import ExecutorOptions, open_compiled, serve_rank
+from trtkit.runtime.trtllm_sampling import EngineKind, notices
 
 PLAIN = EngineKind(redrafter=False, greedy=False)
-SAMPLING = EngineKind(redrafter=True, greedy=False)
 GREEDY = EngineKind(redrafter=True, greedy=True)
 
 
@@ -137,6 +138,43 @@ def test_a_stop_past_the_limit_does_not_count(
     assert (output.tokens, output.finish) == (tokens, finish)
 
 
+def test_tokens_behind_a_stop_in_the_same_step_do_not_count(
+    engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft tree's step brings several; should the executor go on behind a stop word, it is told to end."""
+    with opened(engines["greedy"]) as engine:
+        bindings, executor, ended = sys.modules["tensorrt_llm.bindings.executor"], last_executor(), []
+        engine.submit(request("a", (1, 2), max_tokens=30, temperature=0.0, stop_ids=(EOS, 9)))
+        result = bindings._Result(
+            is_final=False,
+            output_token_ids=[[5, 9, 7]],
+            finish_reasons=[bindings.FinishReason.NOT_FINISHED],
+            decoding_iter=1,
+        )
+        monkeypatch.setattr(executor, "await_responses", lambda timeout: [bindings._Response(1, result)])
+        monkeypatch.setattr(executor, "cancel_request", ended.append)
+        (output,) = engine.step()
+        assert (output.tokens, output.finish) == ((5, 9), FinishReason.STOP)
+        assert ended == [1]
+        assert not engine.has_work
+
+
+def test_an_answer_ends_where_the_engine_does(engines: dict[str, Path]) -> None:
+    with opened(engines["plain"]) as engine:
+        tokens, finish = run_all(engine, [request("a", (1,) * 250, max_tokens=100, temperature=0.0)])
+    assert len(tokens["a"]) == 6
+    assert finish["a"] is FinishReason.LENGTH
+
+
+def test_the_only_request_can_be_cancelled(engines: dict[str, Path]) -> None:
+    with opened(engines["plain"]) as engine:
+        engine.submit(request("a", (1, 2, 3), max_tokens=30, temperature=0.0))
+        engine.cancel("a")
+        assert engine.has_work, "its end is still to be reported"
+        assert [output.finish for output in engine.step()] == [FinishReason.CANCELLED]
+        assert not engine.has_work
+
+
 def test_cancel(engines: dict[str, Path]) -> None:
     with opened(engines["plain"]) as engine:
         for name in ("stays", "goes"):
@@ -195,8 +233,13 @@ def test_every_part_of_a_held_request_draws_anew(engines: dict[str, Path]) -> No
         engine.submit(dataclasses.replace(request("a", (5, 6), seed=3, max_tokens=2, temperature=1.0), hold=True))
         while engine.has_work:
             engine.step()
+        with pytest.raises(RequestError, match="drop 3: 2 tokens were generated"):
+            engine.extend("a", [9], max_tokens=2, drop=3)
         engine.extend("a", [9], max_tokens=2)
         first, second = last_executor().enqueued
+        while engine.has_work:
+            engine.step()
+        assert engine.stats().tokens_per_step == pytest.approx(1.0), "each part's steps count"
     assert second.input_token_ids[:2] == [5, 6]
     assert len(second.input_token_ids) == 5
     assert first.sampling_config.seed != second.sampling_config.seed
@@ -230,9 +273,10 @@ def test_a_request_that_fails_inside_the_executor(engines: dict[str, Path]) -> N
         assert not engine.has_work
 
 
-def test_what_the_executor_is_told(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with opened(engines["plain"], rows=4, kv_memory_fraction=0.5):
+def test_what_the_executor_is_told(engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(engines["plain"], rows=4, kv_memory_fraction=0.5) as engine:
         config = last_executor().config
+        assert engine.max_rows == 4
     assert config.max_batch_size == 4
     assert config.kv_cache_config.free_gpu_memory_fraction == 0.5
     assert config.kv_cache_config.enable_block_reuse
@@ -251,6 +295,23 @@ def test_what_the_executor_is_told(engines: dict[str, Path], monkeypatch: pytest
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
     with pytest.raises(EngineError, match="3 MPI ranks"):
         opened(engines["plain"])
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE")
+    monkeypatch.setattr(sys.modules["tensorrt_llm"], "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(EngineError, match="no worker program"):
+        opened(engines["plain"])
+
+
+def test_without_paged_context_there_is_no_reuse_and_no_chunking(engines: dict[str, Path], tmp_path: Path) -> None:
+    """Both read keys and values of the cache while a prompt is computed, which only that kernel can."""
+    directory = shutil.copytree(engines["plain"], tmp_path / "engine")
+    path = directory / "compiled" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["build_config"]["plugin_config"]["use_paged_context_fmha"] = False
+    path.write_text(json.dumps(config), encoding="utf-8")
+    open_compiled(directory, ExecutorOptions(block_reuse=True)).close()
+    told = last_executor().config
+    assert not told.kv_cache_config.enable_block_reuse
+    assert not told.enable_chunked_context
 
 
 def test_only_the_leader_sends_requests(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,51 +364,6 @@ def test_what_is_baked_in_cannot_be_asked_for(engines: dict[str, Path]) -> None:
     opened(engines["plain"], speculative=False).close()
     with pytest.raises(UsageError, match="built for 8"):
         opened(engines["plain"], rows=9)
-
-
-def test_sampling_is_said_so_that_the_executor_samples() -> None:
-    # Without top_k and top_p the executor would decode greedily.
-    assert executor_sampling(SamplingParams(temperature=0.7), 5, PLAIN) == {
-        "seed": 5, "temperature": 0.7, "top_k": 0, "top_p": 1.0,
-    }  # fmt: skip
-    assert executor_sampling(SamplingParams(top_p=0.9, min_p=0.05), 5, PLAIN)["min_p"] == 0.05
-    assert executor_sampling(SamplingParams(temperature=0), 5, PLAIN) == {"seed": 5, "top_k": 1}
-    assert executor_sampling(SamplingParams(temperature=0), 5, SAMPLING) == {"seed": 5, "temperature": COLD}
-    assert executor_sampling(SamplingParams(temperature=0), -1, GREEDY) == {"seed": (1 << 64) - 1}
-
-
-@pytest.mark.parametrize(
-    ("sampling", "kind", "offenders"),
-    [
-        (SamplingParams(top_p=0.9, top_k=5, min_p=0.1), PLAIN, 0),
-        (SamplingParams(temperature=0.6), SAMPLING, 0),
-        (SamplingParams(top_p=0.9, top_k=5, min_p=0.1), SAMPLING, 3),
-        (SamplingParams(temperature=0), GREEDY, 0),
-        (SamplingParams(temperature=1, min_p=0.1), GREEDY, 2),
-    ],
-)
-def test_what_a_redrafter_engine_cannot_do_is_refused(
-    sampling: SamplingParams, kind: EngineKind, offenders: int
-) -> None:
-    if not offenders:
-        return check_sampling(sampling, kind)
-    with pytest.raises(UsageError) as caught:
-        check_sampling(sampling, kind)
-    assert len(caught.value.offenders) == offenders
-    assert "--top-p 1 --top-k 0 --min-p 0" in (caught.value.hint or "")
-    return None
-
-
-def test_a_top_k_that_the_kernel_would_cut_down_is_refused() -> None:
-    """``setup_topk_runtime_args`` in layers/topKSamplingLayer.cu takes 1024 for anything above it."""
-    check_sampling(SamplingParams(top_k=1024), PLAIN)
-    with pytest.raises(UsageError, match="no more than 1024"):
-        check_sampling(SamplingParams(top_k=1025), PLAIN)
-
-
-def test_thought_penalties_are_refused_everywhere() -> None:
-    with pytest.raises(UsageError, match="thought switches"):
-        check_sampling(SamplingParams(switch=SwitchPenalty(alpha=3, beta=600, tokens=(1,))), PLAIN)
 
 
 def test_a_greedy_engine_says_so(engines: dict[str, Path]) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -264,7 +265,7 @@ def _check_digests(bundle: Path, prepared: EngineManifest) -> None:
 
 
 def _readme(plan: BuildPlan, recipe: Recipe, name: str) -> str:
-    finish = f"trtkit compile {name} --out engine"
+    finish = f"trtkit compile {shlex.quote(name)} --out engine"
     line = command_line(plan, checkpoint=f"{name}/{CHECKPOINT_DIR}", out=f"engine/{COMPILED_DIR}")
     return f"""\
 A TensorRT-LLM checkpoint, prepared by trtkit for {recipe.gpu} ({recipe.tensor_parallel} rank(s)).

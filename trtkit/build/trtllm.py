@@ -114,13 +114,15 @@ def compile_engine(job: Compilation, *, workers: int | None = None) -> None:
     """Build the engine of every rank into ``job.out``.
 
     ``workers`` ranks at a time, each on its own GPU and with its own copy of a rank file in memory; None means one per
-    GPU. Raises :class:`EngineError` with the builder's own words when it fails, :class:`CapacityError` when it runs out
-    of memory, ``OSError`` when the disk fills up: call inside ``files.staged_dir``.
+    GPU, and never more: two builds on one GPU would spoil each other's timings. Raises :class:`EngineError` with the
+    builder's own words when it fails, :class:`CapacityError` when it runs out of memory, ``OSError`` when the disk
+    fills up: call inside ``files.staged_dir``.
     """
     import torch
 
     ranks = job.plan.tensor_parallel
-    count = min(ranks, max(1, torch.cuda.device_count()) if workers is None else workers)
+    gpus = torch.cuda.device_count()
+    count = min(ranks, workers or max(1, gpus), gpus or ranks)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what quantizing left behind
     job.out.mkdir(parents=True, exist_ok=True)

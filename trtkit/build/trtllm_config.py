@@ -162,11 +162,11 @@ def build_flags(plan: BuildPlan) -> dict[str, str]:
     return flags
 
 
-def command_line(plan: BuildPlan, *, checkpoint: str, out: str, workers: int | None = None) -> str:
+def command_line(plan: BuildPlan, *, checkpoint: str, out: str) -> str:
     """The equivalent ``trtllm-build`` line. The draft length is in the checkpoint, so it is no option here."""
     flags = {"checkpoint_dir": checkpoint, "output_dir": out, **build_flags(plan)}
     if plan.tensor_parallel > 1:
-        flags["workers"] = str(workers or plan.tensor_parallel)
+        flags["workers"] = str(plan.tensor_parallel)
     return " ".join(["trtllm-build", *(f"--{name} {shlex.quote(value)}" for name, value in flags.items())])
 
 

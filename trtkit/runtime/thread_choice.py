@@ -19,14 +19,16 @@ _ROUNDS = 3
 """Steps of either number that are compared; before them one warms up whatever is kept for each number of threads."""
 _BETTER = 0.92
 """The share of a step's time that another number has to stay below."""
-_CLEAR = 3.0
-"""A look ends early when one number takes so many times the other's."""
+_HOPELESS, _CLEAR = 3.0, 1.25
+"""A look ends early when a number takes so many times the other's in one step, or in two."""
 _SLOW, _SLOW_STEPS = 2.5, 4
 """So many times slower than before, for so many steps: something has happened, so a look is due."""
 _DRIFT = 1.02
 """Growth per step of what counts as usual: contexts grow."""
-_SOON_SECONDS, _LONGEST_SECONDS = 0.25, 15.0
-"""Time of steps between looks: doubled by each look that changed nothing."""
+_SOON_SECONDS, _LONGEST_SECONDS, _LONGER = 0.25, 15.0, 4
+"""Time of steps between looks, and by what it grows with each look that changed nothing."""
+_LEAST_STEPS = 16
+"""Steps between looks."""
 _FAR = 4
 """Numbers that are so many times larger or smaller are not looked at."""
 _ALIKE = 0.15
@@ -57,10 +59,11 @@ class _Look:
     @property
     def over(self) -> bool:
         before, others = self.times[False], self.times[True]
-        clear = before and others and min(others) > _CLEAR * min(before)
-        # What would change something has to be seen twice.
-        clear = clear or (len(before) > 1 < len(others) and min(before) > _CLEAR * min(others))
-        return clear or len(others) == _ROUNDS == len(before)
+        if not before or not others:
+            return False
+        ratio = min(others) / min(before)
+        clear = len(before) > 1 < len(others) and not 1 / _CLEAR < ratio < _CLEAR
+        return ratio > _HOPELESS or clear or len(others) == _ROUNDS == len(before)
 
     @property
     def pays(self) -> bool:
@@ -76,6 +79,7 @@ class ThreadChooser:
         self._place = len(self.counts) - 1
         self._turn = 0
         self._pause = self._left = _SOON_SECONDS
+        self._steps = 0
         self._look: _Look | None = None
         self._usual: dict[tuple[int, TreeShape | None], float] = {}
         self._slow = 0
@@ -105,10 +109,11 @@ class ThreadChooser:
         usual = self._usual.get(key, seconds)
         self._usual[key] = min(seconds, _DRIFT * usual)
         self._slow = self._slow + 1 if seconds > _SLOW * usual else 0
-        self._left -= seconds
+        self._left, self._steps = self._left - seconds, self._steps + 1
+        due = self._left <= 0 and self._steps >= _LEAST_STEPS
         if self._slow == _SLOW_STEPS:
-            self._pause, self._left, self._turn = _SOON_SECONDS, 0.0, 0
-        if self._left <= 0 and (others := self._others()):
+            self._pause, self._turn, due = _SOON_SECONDS, 0, True
+        if due and (others := self._others()):
             self._look = _Look(place=others[self._turn % len(others)], rows=rows, shape=shape)
 
     def _others(self) -> list[int]:
@@ -125,7 +130,7 @@ class ThreadChooser:
         else:
             look.unlike += 1
         if look.unlike > 2 * _ROUNDS:
-            self._look, self._left = None, self._pause
+            self._look, self._left, self._steps = None, self._pause, 0
         elif look.over:
             self._look = None
             self._settle(look)
@@ -134,7 +139,7 @@ class ThreadChooser:
         if look.pays:  # and perhaps the next number does, too
             self._place, self._pause, self._turn = look.place, _SOON_SECONDS, 0
         else:
-            self._pause, self._turn = min(2 * self._pause, _LONGEST_SECONDS), self._turn + 1
-        self._left = self._pause
+            self._pause, self._turn = min(_LONGER * self._pause, _LONGEST_SECONDS), self._turn + 1
+        self._left, self._steps = self._pause, 0
         self._usual.clear()
         self._slow = 0
