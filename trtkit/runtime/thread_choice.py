@@ -28,7 +28,7 @@ _DRIFT = 1.02
 _SOON_SECONDS, _LONGEST_SECONDS, _LONGER = 0.25, 15.0, 4
 """Time of steps between looks, and by what it grows with each look that changed nothing."""
 _LEAST_STEPS = 16
-"""Steps between looks."""
+"""Steps between looks, at least."""
 _FAR = 4
 """Numbers that are so many times larger or smaller are not looked at."""
 _ALIKE = 0.15
@@ -79,7 +79,7 @@ class ThreadChooser:
         self._place = len(self.counts) - 1
         self._turn = 0
         self._pause = self._left = _SOON_SECONDS
-        self._steps = 0
+        self._steps = _LEAST_STEPS  # the first look is due after that time alone
         self._look: _Look | None = None
         self._usual: dict[tuple[int, TreeShape | None], float] = {}
         self._slow = 0
