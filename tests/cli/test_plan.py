@@ -30,8 +30,11 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "larger GPU" in lines[-2]
 
 
-def test_more_devices_than_a_model_can_be_split_over(capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_devices_than_a_model_can_be_split_over(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What `--gpu auto` finds on a machine with three or five cards: the next line plans for fewer, as it was asked."""
+    monkeypatch.setenv("COLUMNS", "200")
     assert run(["plan", "--gpu", "l4x3", "--length", "8192", "--batch", "4", "--kv-dtype", "fp8"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("40 attention heads cannot be split over 3 devices" in line for line in lines)

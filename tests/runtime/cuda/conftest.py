@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
 from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the first kernel is defined
 
 
 @pytest.fixture(autouse=True)
