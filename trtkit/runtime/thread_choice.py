@@ -129,7 +129,7 @@ class ThreadChooser:
             look.add(seconds)
         else:
             look.unlike += 1
-        if look.unlike > 2 * _ROUNDS:
+        if look.unlike > _ROUNDS:
             self._look, self._left, self._steps = None, self._pause, 0
         elif look.over:
             self._look = None
