@@ -283,7 +283,7 @@ def test_on_a_cpu_as_many_rows_fit_as_the_runtime_has_room_for(
     free = int(4 * (rows + 0.5) * work.length * spec.kv_bytes_per_token(value_bytes))
     computer = replace(profile_named("cpu"), memory_bytes=weights + free)
     assert memory_plan(spec, scheme, computer, work).max_rows == rows
-    monkeypatch.setattr(load, "_free_bytes", lambda device: free)  # once the weights are there
+    monkeypatch.setattr(load, "free_bytes", lambda device: free)  # once the weights are there
     if rows == 0:
         with pytest.raises(CapacityError):
             load.open_engine(directory, load.OpenOptions(device="cpu"))

@@ -80,33 +80,15 @@ def test_keys_and_values_take_their_share_of_the_free_memory(
     """A quarter of it unless another share is asked for; never more than all rows can use."""
     row = (64 + 16) // 16 + 1  # blocks of a full row with its pending token, and one for a shared prompt's copy
     block = 16 * 2 * 2 * 64 * 4
-    monkeypatch.setattr(load, "_free_bytes", lambda _: 4 * row * block)
+    monkeypatch.setattr(load, "free_bytes", lambda _: 4 * row * block)
     with _opened(directory, kv_memory_fraction=share) as engine:
         assert engine.stats().kv_blocks == rows * row
-    monkeypatch.setattr(load, "_free_bytes", lambda _: 400 * row * block)
+    monkeypatch.setattr(load, "free_bytes", lambda _: 400 * row * block)
     with _opened(directory, kv_memory_fraction=share) as engine:
         assert engine.stats().kv_blocks == LIMITS.batch * row
-    monkeypatch.setattr(load, "_free_bytes", lambda _: int(4 / rows * row * block) - 1)
+    monkeypatch.setattr(load, "free_bytes", lambda _: int(4 / rows * row * block) - 1)
     with pytest.raises(CapacityError, match="one request of 64 tokens"):
         _opened(directory, kv_memory_fraction=share)
-
-
-def test_files_that_the_system_keeps_in_memory_leave_room(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a build nearly all memory may hold the checkpoint's pages, which count as used and are free to take."""
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 24684084 kB\nMemFree: 1 kB\nMemAvailable: 1536 kB\nCached: 1535 kB\n")
-    monkeypatch.setattr(load, "_MEMINFO", meminfo)
-    with _opened(directory) as engine:
-        assert engine.stats().kv_blocks == 24  # of 16 KiB each: a quarter of what is available
-    meminfo.write_text("MemTotal: 24684084 kB\nMemFree: 20000000 kB\nMemAvailable: 1 kB\n")
-    with pytest.raises(CapacityError, match="one request of 64 tokens"):
-        _opened(directory)
-    for path in (tmp_path / "none", tmp_path / "other"):  # no such file, or an old kernel's
-        (tmp_path / "other").write_text("MemTotal: 24684084 kB\n")
-        monkeypatch.setattr(load, "_MEMINFO", path)
-        _opened(directory).close()
 
 
 def test_what_cannot_be_opened_like_that_is_refused(directory: Path, tmp_path: Path) -> None:

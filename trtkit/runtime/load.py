@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -22,6 +21,7 @@ from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
 from trtkit.runtime.draft_head import HeadOptions, measured_acceptance, open_head, with_kernels
 from trtkit.runtime.kv_cache import kv_block_bytes
+from trtkit.runtime.memory import free_bytes
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.thread_choice import ThreadChooser
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
@@ -32,7 +32,6 @@ from trtkit.scheme import OutputLayer
 __all__ = ["OpenOptions", "compute_dtype", "device_named", "open_engine", "set_threads"]
 
 _BLOCK_SIZE = 16
-_MEMINFO = Path("/proc/meminfo")
 _BESIDE_BYTES = 3 << 29
 """Kept free on CUDA unless a share of the memory is asked for: for a prefill pass, expanded weights, graphs and tuning.
 Their sizes added up, not measured."""
@@ -225,7 +224,7 @@ def _limits(
     kv_dtype = manifest.recipe.kv_dtype
     block_bytes = kv_block_bytes(spec, kv_dtype, model.dtype, _BLOCK_SIZE)
     fraction = options.kv_memory_fraction or (0.9 if model.device.type == "cuda" else CPU_KV_SHARE)
-    free = _free_bytes(model.device)
+    free = free_bytes(model.device)
     usable = int(free * fraction)
     if model.device.type == "cuda" and options.kv_memory_fraction is None:
         usable = max(0, min(usable, free - _BESIDE_BYTES))
@@ -243,16 +242,3 @@ def _limits(
         kv_dtype=kv_dtype, fixed_shapes=None if options.cuda_graphs else False,
         overlap=None if options.overlap else False,
     )  # fmt: skip
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading has left in torch's own cache is free, too
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    # Not only what nobody uses: the page cache, which holds the checkpoint after a build, gives way to keys and values.
-    if _MEMINFO.is_file():
-        for line in _MEMINFO.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
