@@ -17,14 +17,14 @@ FILES = ("test_native.py", "test_native_linear.py", "test_native_layers.py")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", KINDS)
 def test_kernels_of_another_cpu_pass_their_tests(name: str) -> None:
     need_kernels()
     if lacking := KINDS[name][0] - loader._cpu_flags():
         pytest.skip(f"a CPU without {', '.join(sorted(lacking))}")
     here = Path(__file__).parent
-    options = ["-p", "tests.runtime.other_cpu", "-p", "no:cacheprovider", "-n", "0"]
+    options = ["-p", "tests.runtime.other_cpu", "-p", "no:cacheprovider", "-n", "0", "--timeout", "1200"]
     command = [sys.executable, "-m", "pytest", *options, *(str(here / file) for file in FILES)]
     environment = {**os.environ, "TRTKIT_TEST_CPU": name}
     done = subprocess.run(command, cwd=here.parents[1], env=environment, capture_output=True, text=True, check=False)
