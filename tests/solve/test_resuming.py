@@ -26,6 +26,7 @@ from tests.solve.scripted import (
 )
 from trtkit.errors import UsageError
 from trtkit.runtime.api import EngineStats, StepOutput
+from trtkit.solve.engine_figures import engine_figures
 from trtkit.solve.journal import read_history
 from trtkit.solve.options import SolveOptions
 from trtkit.solve.run import Places, run_solve, sigterm_as_interrupt
@@ -305,3 +306,15 @@ def test_the_engines_counters_add_up_over_sessions(places: Places, caplog: pytes
     assert (engine["tokens_per_step"], engine["accepted_by_depth"]) == (1.2, [0.15, 0.05])
     assert engine["phase_seconds"] == {"verify": 4.0}
     assert "1.20 tokens per drafting step" in caplog.text, "a draft head that does not pay is named"
+
+
+def test_a_head_that_never_drafted_is_not_called_poor() -> None:
+    """What is known of a large batch from earlier runs can keep the engine from drafting at all."""
+    never = EngineStats(steps=50, new_tokens=3200, row_steps=3200, accepted_by_depth=(0, 0, 0))
+    often = EngineStats(
+        steps=50, new_tokens=1000, row_steps=400, drafted_row_steps=400, accepted_by_depth=(300, 200, 100)
+    )
+    alone, both = engine_figures([never]), engine_figures([never, often])
+    assert (alone.drafting, alone.accepted_by_depth, alone.warning) == (0.0, (), None)
+    assert (both.drafting, both.accepted_by_depth, both.warning) == (400 / 3600, (0.75, 0.5, 0.25), None)
+    assert engine_figures([]).tokens_per_step is None
