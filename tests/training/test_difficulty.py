@@ -153,6 +153,8 @@ def test_what_cannot_be_is_refused(base: Path, trained: tuple[Path, DifficultyRe
         _train(base, _labels(), trained[0])
     with pytest.raises(CheckpointError, match=r"no difficulty\.json"):
         load_regressor(base)
+    with pytest.raises(QualityError, match=r"the loss is nan.*"):
+        train_difficulty(DifficultyPlan(model=str(base), epochs=0.01, rate=1e10), _labels(), tmp_path / "x", device=CPU)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
