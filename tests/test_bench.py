@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from drafter.checkpoint import save_drafter
 from drafter.config import DrafterConfig, TreeShape
@@ -13,6 +15,7 @@ from tests.chat_files import save_chat_files
 from tests.engines import tiny_engine_dir
 from tests.tiny import save_tiny
 from trtkit.bench import machine
+from trtkit.bench.device_clock import spent_by_name
 from trtkit.bench.engines import BenchOptions, measure
 from trtkit.bench.profile import KINDS, kind_of, profile_engine
 from trtkit.bench.suite import measure_suite
@@ -76,6 +79,25 @@ def test_a_profile_accounts_for_the_step(tmp_path: Path, capfd: pytest.CaptureFi
     assert kind_of("mkldnn::_linear_pointwise") == "linears"
     assert kind_of("aten::index_copy_") == "cache"
     assert kind_of("aten::silu") == "other"
+    assert kind_of("product") == "linears"
+    assert kind_of("aten::scaled_dot_product_attention") == "attention"
+
+
+def test_a_kernels_time_counts_once() -> None:
+    """torch gives it to the operation that launched it as well, and the host waits for as long."""
+
+    def event(number: int, name: str, micros: tuple[int, int], device: DeviceType) -> FunctionEvent:
+        return FunctionEvent(number, name, 0, *micros, device_type=device, use_device="cuda", stack=[])
+
+    launched = event(1, "aten::mm", (0, 10), DeviceType.CPU)
+    launched.append_kernel("sm90_gemm", 0, 100)
+    waited = event(2, "cudaStreamSynchronize", (10, 110), DeviceType.CPU)
+    kernel = event(3, "sm90_gemm", (5, 105), DeviceType.CUDA)
+    events = EventList([launched, waited, kernel], use_device="cuda")
+    events._build_tree()
+    averages = events.key_averages()
+    assert spent_by_name(averages, torch.device("cuda")) == {"sm90_gemm": 100}
+    assert spent_by_name(averages, torch.device("cpu")) == {"aten::mm": 10, "cudaStreamSynchronize": 100}
 
 
 def test_the_suite_builds_what_is_missing_and_writes_its_files(tmp_path: Path) -> None:
