@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from trtkit.errors import InputError, OutputError
-from trtkit.files import read_json, write_json
+from trtkit.files import cache_home, read_json, write_json
 from trtkit.log import logger
 from trtkit.runtime.tree_choice import TreeChooser
 
@@ -29,9 +29,7 @@ def memory_file(engine_digest: str, device: torch.device, details: str) -> Path:
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     key = json.dumps([engine_digest, name, torch.get_num_threads(), os.cpu_count(), torch.__version__, details])
-    # expanduser, not Path.home(): a user without a home (a container's bare number) is no reason to fail either.
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "trtkit" / "trees" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    return cache_home() / "trtkit" / "trees" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def recall(path: Path, chooser: TreeChooser) -> None:
