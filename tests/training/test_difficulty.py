@@ -77,7 +77,14 @@ def test_saved_predictions_are_the_reported_ones(trained: tuple[Path, Difficulty
     of_mean = (np.mean(np.log([label.tokens for label in kept])) - logs) ** 2
     assert np.isclose(of_mean.mean(), report.held_out.error_of_mean)
     assert np.isclose((of_mean - errors).std(ddof=1) / len(held) ** 0.5, report.held_out.gain_error, rtol=1e-3)
-    assert np.isclose(np.mean(list(guesses.values())), np.mean([label.tokens for label in held]), rtol=1e-4)
+    tokens, said = np.array([label.tokens for label in held]), np.array(list(guesses.values()))
+    assert np.isclose(np.mean(said), np.mean(tokens), rtol=1e-4)
+    assert np.isclose(np.sqrt(np.mean((said - tokens) ** 2)), report.held_out.off_by_tokens, rtol=1e-3)
+    mean = np.mean([label.tokens for label in kept])
+    assert np.isclose(np.sqrt(np.mean((mean - tokens) ** 2)), report.held_out.mean_off_by_tokens)
+    assert len(set(tokens)) < len(tokens), "equal values share a rank"
+    ranks = [[np.sum(values < v) + (np.sum(values == v) + 1) / 2 for v in values] for values in (tokens, said)]
+    assert np.isclose(np.corrcoef(ranks)[0, 1], report.held_out.rank_correlation, atol=1e-3)
 
 
 def test_a_problems_guess_does_not_depend_on_the_others(trained: tuple[Path, DifficultyReport]) -> None:
