@@ -40,6 +40,19 @@ def test_a_checkpoint_that_changes_under_the_build_is_noticed(tmp_path: Path, mo
     assert not (tmp_path / "engine").exists()
 
 
+def test_a_link_to_nowhere_is_named_only_where_its_file_is_needed(tmp_path: Path) -> None:
+    """A pruned or unfinished download has such links."""
+    source = save_tiny(tmp_path / "model")
+    save_chat_files(source)
+    recipe = Recipe(model=str(source), precision="int8", limits=Limits(batch=2, prompt_tokens=64, total_tokens=128))
+    (source / "trainer_state.json").symlink_to(tmp_path / "nowhere")
+    native.build_native(recipe, tmp_path / "engine", device="cpu")
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no weights found"):
+        native.build_native(recipe, tmp_path / "other", device="cpu")
+
+
 def test_weights_that_are_not_finite_are_found_before_minutes_of_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
