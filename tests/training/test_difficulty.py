@@ -94,6 +94,9 @@ def test_a_problems_guess_does_not_depend_on_the_others(trained: tuple[Path, Dif
     alone = [load_regressor(trained[0]).predict([text])[0] for text in texts[:4]]
     assert together[:4] == pytest.approx(alone, rel=1e-4)
     assert load_regressor(trained[0]).predict([]) == []
+    # More than it sees, and more than the network has positions for.
+    few, many = load_regressor(trained[0]).predict(["Compute gcd(4, 6). " * times for times in (100, 200)])
+    assert few == pytest.approx(many, rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_network(
@@ -169,6 +172,10 @@ def test_what_cannot_be_is_refused(base: Path, trained: tuple[Path, DifficultyRe
         _train(broken, _labels(), tmp_path / "x")
     (broken / "difficulty.json").write_text('{"version": 1, "units": {}}')
     with pytest.raises(CheckpointError, match="incomplete"):
+        load_regressor(broken)
+    newer = json.loads((trained[0] / "difficulty.json").read_text()) | {"version": 2}
+    (broken / "difficulty.json").write_text(json.dumps(newer))
+    with pytest.raises(CheckpointError, match="format 2, this trtkit reads 1"):
         load_regressor(broken)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
