@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.chat_files import save_chat_files
+from tests.tiny import save_tiny
 from tests.tiny_modernbert import practice_texts, save_tiny_modernbert, tokens_needed
-from trtkit.difficulty import HeldOut, Labelled, Units, load_regressor
+from trtkit.difficulty import HeldOut, Labelled, Units, load_network, load_regressor
 from trtkit.errors import CheckpointError, InputError, OutputError, QualityError
 from trtkit.solve.difficulty import predict_tokens
 from trtkit.solve.problems import Problem
@@ -178,6 +180,12 @@ def test_what_cannot_be_is_refused(base: Path, trained: tuple[Path, DifficultyRe
     with pytest.raises(CheckpointError, match="format 2, this trtkit reads 1"):
         load_regressor(broken)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_decoder_is_refused(tmp_path: Path) -> None:
+    save_chat_files(save_tiny(tmp_path))
+    with pytest.raises(CheckpointError, match="no padding token"):
+        load_network(tmp_path)
 
 
 def test_rows_are_read_and_every_bad_one_is_named(tmp_path: Path) -> None:
