@@ -184,7 +184,7 @@ def test_what_cannot_be_is_refused(base: Path, trained: tuple[Path, DifficultyRe
 
 def test_a_decoder_is_refused(tmp_path: Path) -> None:
     save_chat_files(save_tiny(tmp_path))
-    with pytest.raises(CheckpointError, match="no padding token"):
+    with pytest.raises(CheckpointError, match="there is no padding token"):
         load_network(tmp_path)
 
 
