@@ -26,6 +26,8 @@ from tests.solve.scripted import (
 )
 from trtkit.errors import UsageError
 from trtkit.runtime.api import EngineStats, StepOutput
+from trtkit.runtime.blocks import BlockAllocator
+from trtkit.runtime.counters import Counters
 from trtkit.solve.engine_figures import engine_figures
 from trtkit.solve.journal import read_history
 from trtkit.solve.options import SolveOptions
@@ -318,3 +320,13 @@ def test_a_head_that_never_drafted_is_not_called_poor() -> None:
     assert (alone.drafting, alone.accepted_by_depth, alone.warning) == (0.0, (), None)
     assert (both.drafting, both.accepted_by_depth, both.warning) == (400 / 3600, (0.75, 0.5, 0.25), None)
     assert engine_figures([]).tokens_per_step is None
+
+
+def test_drafting_counts_the_rows_of_the_steps_that_drafted() -> None:
+    counters = Counters(max_length=3)
+    counters.step(6, [3, 1], drafted=True)
+    counters.step(10, [], drafted=False)
+    counters.step(4, [4, 2, 1], drafted=True)
+    figures = engine_figures([counters.stats(BlockAllocator(1))])
+    assert (figures.drafting, figures.accepted_by_depth) == (0.5, (0.7, 0.3, 0.1))
+    assert figures.peak_rows == 10
