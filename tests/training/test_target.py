@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from drafter.checkpoint import load_drafter
 from drafter.config import DrafterConfig, TreeShape
 from drafter.data import Sample, Window
 from drafter.loss import DraftBatch
@@ -171,7 +173,7 @@ def test_an_epoch_sees_every_training_problem_once_and_no_held_out_one(
     watched = Watched(monkeypatch)
     plan = run.TrainingPlan(
         model=str(tmp_path / "model"), data=str(rows), own=False, held_out=0.3, exit_dim=8, layers=0, window=16,
-        tokens_per_part=1, parts=2, epochs=2, max_tokens=150, depths=2,
+        tokens_per_part=1, parts=2, epochs=2, max_tokens=150, depths=2, rate=0.0,
     )  # fmt: skip
     run.train_head(plan, tmp_path / "out", device=CPU)
     problems = {json.loads(line)["problem"] for line in rows.read_text().splitlines()}
@@ -188,6 +190,10 @@ def test_an_epoch_sees_every_training_problem_once_and_no_held_out_one(
         assert Counter(window.sample.problem for window in epoch) == Counter(trained)
     assert [window.sample for window in first] != [window.sample for window in second]
     assert len(watched.windows) == 2 * (2 * len(trained) // 2)
+    # A rate of 0 leaves what it began with: the model's own output layer, as far as it fits.
+    head = load_drafter(tmp_path / "out", dtype=torch.bfloat16, device=CPU)
+    matrix = load_file(tmp_path / "model" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(head.output.weight, matrix[:, :8].to(torch.bfloat16))
 
 
 def test_an_interrupted_training_keeps_the_answers_and_ends_in_the_same_head(
