@@ -131,3 +131,20 @@ def test_a_turn_ends_as_the_tokenizer_says_and_all_that_end_it_stop_a_sample(tmp
     prompt = chat.prompt("1 + 1?", VARIANTS["solve"])
     assert chat.completion(prompt, "two")[-1] == turn
     assert chat.decode(chat.completion(prompt, "<think>\na\n</think>2")) == "a\n</think>2<|im_end|>"
+
+
+def test_a_thought_that_the_template_leaves_closed_is_opened_by_the_solution(tmp_path: Path) -> None:
+    save_chat_files(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<think>\\n", ""))
+    chat = load_chat(tmp_path)
+    prompt = chat.prompt("1 + 1?", VARIANTS["solve"])
+    assert chat.decode(prompt).endswith("assistant\n")
+    assert chat.decode(chat.completion(prompt, "<think>\na\n</think>2")) == "<think>\na\n</think>2<|im_end|>"
+
+
+def test_an_empty_system_turn_is_one(chat: Chat) -> None:
+    """Qwen's template puts in a system turn of its own where a conversation has none."""
+    said = {name: chat.decode(chat.prompt("1 + 1?", VARIANTS[name])) for name in ("nemotron", "solve")}
+    assert said["nemotron"].startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nSolve the following")
+    assert said["solve"].startswith("<|im_start|>user\n")
