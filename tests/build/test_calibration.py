@@ -136,7 +136,7 @@ def test_a_turn_ends_as_the_tokenizer_says_and_all_that_end_it_stop_a_sample(tmp
 def test_a_thought_that_the_template_leaves_closed_is_opened_by_the_solution(tmp_path: Path) -> None:
     save_chat_files(tmp_path)
     template = tmp_path / "chat_template.jinja"
-    template.write_text(template.read_text().replace("<think>\\n", ""))
+    template.write_text(template.read_text().replace("<think>\n", ""))
     chat = load_chat(tmp_path)
     prompt = chat.prompt("1 + 1?", VARIANTS["solve"])
     assert chat.decode(prompt).endswith("assistant\n")

@@ -312,13 +312,15 @@ def test_the_engines_counters_add_up_over_sessions(places: Places, caplog: pytes
 
 def test_a_head_that_never_drafted_is_not_called_poor() -> None:
     """What is known of a large batch from earlier runs can keep the engine from drafting at all."""
-    never = EngineStats(steps=50, new_tokens=3200, row_steps=3200, accepted_by_depth=(0, 0, 0))
+    never = EngineStats(steps=50, new_tokens=3200, row_steps=3200, accepted_by_depth=(0, 0, 0), peak_rows=64)
     often = EngineStats(
-        steps=50, new_tokens=1000, row_steps=400, drafted_row_steps=400, accepted_by_depth=(300, 200, 100)
-    )
+        steps=50, new_tokens=1000, row_steps=400, drafted_row_steps=400, accepted_by_depth=(300, 200, 100),
+        peak_rows=8, preemptions=3,
+    )  # fmt: skip
     alone, both = engine_figures([never]), engine_figures([never, often])
     assert (alone.drafting, alone.accepted_by_depth, alone.warning) == (0.0, (), None)
     assert (both.drafting, both.accepted_by_depth, both.warning) == (400 / 3600, (0.75, 0.5, 0.25), None)
+    assert (both.peak_rows, both.preemptions) == (64, 3)
     assert engine_figures([]).tokens_per_step is None
 
 
