@@ -150,11 +150,10 @@ def load_chat(directory: Path) -> Chat:
 
 
 def _eos_ids(directory: Path, tokenizer: Any) -> list[int]:
-    ids: list[int] = []
+    """The tokenizer's own first, which ends a turn; Llama 3's generation config names the end of a text first."""
+    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     path = directory / "generation_config.json"
     if path.is_file():
         listed = read_json(path, CheckpointError).get("eos_token_id")
         ids += listed if isinstance(listed, list) else [listed] if isinstance(listed, int) else []
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
     return ids

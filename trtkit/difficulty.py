@@ -175,9 +175,10 @@ def load_network(directory: Path) -> tuple[Any, Any]:
             where=str(directory),
             hint="pass a ModernBERT checkpoint (answerdotai/ModernBERT-base or a directory)",
         ) from problem
-    if tokenizer.pad_token_id is None:
+    # A decoder's tokenizer may have one all the same, but a network that does not know it takes no batches.
+    if tokenizer.pad_token_id is None or network.config.pad_token_id is None:
         raise CheckpointError(
-            "the tokenizer has no padding token",
+            "there is no padding token",
             where=str(directory),
             hint="pass a ModernBERT checkpoint, not a decoder",
         )

@@ -19,6 +19,7 @@ from trtkit.errors import ConfigError, InputError, OutputError, TrtkitError
 __all__ = [
     "JsonObject",
     "append_jsonl",
+    "cache_home",
     "digest_file",
     "nearest",
     "read_json",
@@ -166,6 +167,15 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             with contextlib.suppress(OSError):
                 stream.truncate(size)
             raise
+
+
+def cache_home() -> Path:
+    """``$XDG_CACHE_HOME``, or ``~/.cache``; for a user without a home (a container's bare number) the temporary files'
+    place. Whether anything may be read or written there is another question."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return Path(tempfile.gettempdir())
 
 
 def digest_file(path: Path) -> str:

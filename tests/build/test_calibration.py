@@ -118,3 +118,33 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path, chat: Chat) -> 
     read(path, chat, vocab=chat.size)
     with pytest.raises(CheckpointError, match="do not belong together"):
         read(path, chat, vocab=chat.size - 1)
+
+
+def test_a_turn_ends_as_the_tokenizer_says_and_all_that_end_it_stop_a_sample(tmp_path: Path) -> None:
+    """Llama 3's generation config names the end of a text first, and then that of a turn."""
+    save_chat_files(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
+    text, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [text, turn]}))
+    chat = load_chat(tmp_path)
+    assert set(chat.eos_ids) == {text, turn}
+    prompt = chat.prompt("1 + 1?", VARIANTS["solve"])
+    assert chat.completion(prompt, "two")[-1] == turn
+    assert chat.decode(chat.completion(prompt, "<think>\na\n</think>2")) == "a\n</think>2<|im_end|>"
+
+
+def test_a_thought_that_the_template_leaves_closed_is_opened_by_the_solution(tmp_path: Path) -> None:
+    save_chat_files(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<think>\n", ""))
+    chat = load_chat(tmp_path)
+    prompt = chat.prompt("1 + 1?", VARIANTS["solve"])
+    assert chat.decode(prompt).endswith("assistant\n")
+    assert chat.decode(chat.completion(prompt, "<think>\na\n</think>2")) == "<think>\na\n</think>2<|im_end|>"
+
+
+def test_an_empty_system_turn_is_one(chat: Chat) -> None:
+    """Qwen's template puts in a system turn of its own where a conversation has none."""
+    said = {name: chat.decode(chat.prompt("1 + 1?", VARIANTS[name])) for name in ("nemotron", "solve")}
+    assert said["nemotron"].startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nSolve the following")
+    assert said["solve"].startswith("<|im_start|>user\n")

@@ -12,6 +12,7 @@ from tests.fakes import FakeEngine
 from tests.solve.scripted import CHAT, write_engine
 from tests.tiny_modernbert import practice_texts, save_tiny_modernbert, tokens_needed
 from trtkit.cli.app import run
+from trtkit.difficulty import Labelled
 from trtkit.errors import InputError
 from trtkit.log import logger
 from trtkit.runtime.api import Request
@@ -59,6 +60,28 @@ def test_labels_are_the_mean_tokens_of_a_problems_samples(run_dir: Path) -> None
         assert label.samples == 2
         assert abs(label.tokens - tokens_needed(label.problem) - 1) <= 2
     assert labels_of_run(run_dir / "journal.jsonl") == labels
+
+
+def test_samples_that_the_clock_cut_off_say_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    journal = _run(tmp_path, 8) / "journal.jsonl"
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    before = {label.problem: label for label in labels_of_run(journal)}
+    assert "time limit" not in caplog.text
+    attempts = [row for row in rows if row["kind"] == "attempt"]
+    for row in attempts:
+        if row["problem"] == "p0" or (row["problem"], row["index"]) == ("p1", 0):
+            row |= {"ending": "deadline", "tokens": 1}
+    journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = {problem.id: problem.text for problem in read_problems(tmp_path / "problems.jsonl")}
+    after = {label.problem: label for label in labels_of_run(journal)}
+    assert "3 sample(s) that the time limit cut off are left out" in caplog.text
+    assert before.keys() - after.keys() == {texts["p0"]}
+    [whole] = [row["tokens"] for row in attempts if row["problem"] == "p1" and row["index"] == 1]
+    assert after.pop(texts["p1"]) == Labelled(problem=texts["p1"], tokens=whole)
+    assert all(label == before[text] for text, label in after.items())
 
 
 def test_from_a_run_to_expected_tokens(

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from drafter.config import TreeShape
 from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
-from trtkit.runtime.tree_memory import recall, remember
+from trtkit.runtime.tree_memory import memory_file, recall, remember
 
 CHAIN, WIDE = TreeShape(beams=1, length=4), TreeShape(beams=4, length=4)
 NEXT = {1: 0.8, 2: 0.87, 4: 0.92}
@@ -133,6 +134,23 @@ def test_what_was_learned_spares_the_next_run_its_trials(tmp_path: Path) -> None
     assert chosen == {None: 100}, "no look at what is known to be slow"
     path.write_text('{"seconds": [[0, "1x4", "?"]]}')
     recall(path, TreeChooser())  # a damaged file is passed over
+    path.write_text('{"seconds": [[Infinity, "1x4", [1.0]]]}')
+    recall(path, TreeChooser())
+
+
+def test_a_home_of_somebody_else_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's image says HOME=/root, and it runs as another user; or its user has no home at all."""
+
+    def refused(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does without HOME and an entry in passwd
+    path = memory_file("digest", torch.device("cpu"), "")
+    assert path.is_absolute(), "not a folder called ~"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", refused)
+        recall(path, TreeChooser())
 
 
 def test_batch_sizes_learn_apart() -> None:

@@ -26,6 +26,9 @@ from tests.solve.scripted import (
 )
 from trtkit.errors import UsageError
 from trtkit.runtime.api import EngineStats, StepOutput
+from trtkit.runtime.blocks import BlockAllocator
+from trtkit.runtime.counters import Counters
+from trtkit.solve.engine_figures import engine_figures
 from trtkit.solve.journal import read_history
 from trtkit.solve.options import SolveOptions
 from trtkit.solve.run import Places, run_solve, sigterm_as_interrupt
@@ -305,3 +308,27 @@ def test_the_engines_counters_add_up_over_sessions(places: Places, caplog: pytes
     assert (engine["tokens_per_step"], engine["accepted_by_depth"]) == (1.2, [0.15, 0.05])
     assert engine["phase_seconds"] == {"verify": 4.0}
     assert "1.20 tokens per drafting step" in caplog.text, "a draft head that does not pay is named"
+
+
+def test_a_head_that_never_drafted_is_not_called_poor() -> None:
+    """What is known of a large batch from earlier runs can keep the engine from drafting at all."""
+    never = EngineStats(steps=50, new_tokens=3200, row_steps=3200, accepted_by_depth=(0, 0, 0), peak_rows=64)
+    often = EngineStats(
+        steps=50, new_tokens=1000, row_steps=400, drafted_row_steps=400, accepted_by_depth=(300, 200, 100),
+        peak_rows=8, preemptions=3,
+    )  # fmt: skip
+    alone, both = engine_figures([never]), engine_figures([never, often])
+    assert (alone.drafting, alone.accepted_by_depth, alone.warning) == (0.0, (), None)
+    assert (both.drafting, both.accepted_by_depth, both.warning) == (400 / 3600, (0.75, 0.5, 0.25), None)
+    assert (both.peak_rows, both.preemptions) == (64, 3)
+    assert engine_figures([]).tokens_per_step is None
+
+
+def test_drafting_counts_the_rows_of_the_steps_that_drafted() -> None:
+    counters = Counters(max_length=3)
+    counters.step(6, [3, 1], drafted=True)
+    counters.step(10, [], drafted=False)
+    counters.step(4, [4, 2, 1], drafted=True)
+    figures = engine_figures([counters.stats(BlockAllocator(1))])
+    assert (figures.drafting, figures.accepted_by_depth) == (0.5, (0.7, 0.3, 0.1))
+    assert figures.peak_rows == 10

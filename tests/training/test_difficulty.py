@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.chat_files import save_chat_files
+from tests.tiny import save_tiny
 from tests.tiny_modernbert import practice_texts, save_tiny_modernbert, tokens_needed
-from trtkit.difficulty import HeldOut, Labelled, Units, load_regressor
+from trtkit.difficulty import HeldOut, Labelled, Units, load_network, load_regressor
 from trtkit.errors import CheckpointError, InputError, OutputError, QualityError
 from trtkit.solve.difficulty import predict_tokens
 from trtkit.solve.problems import Problem
@@ -77,7 +79,14 @@ def test_saved_predictions_are_the_reported_ones(trained: tuple[Path, Difficulty
     of_mean = (np.mean(np.log([label.tokens for label in kept])) - logs) ** 2
     assert np.isclose(of_mean.mean(), report.held_out.error_of_mean)
     assert np.isclose((of_mean - errors).std(ddof=1) / len(held) ** 0.5, report.held_out.gain_error, rtol=1e-3)
-    assert np.isclose(np.mean(list(guesses.values())), np.mean([label.tokens for label in held]), rtol=1e-4)
+    tokens, said = np.array([label.tokens for label in held]), np.array(list(guesses.values()))
+    assert np.isclose(np.mean(said), np.mean(tokens), rtol=1e-4)
+    assert np.isclose(np.sqrt(np.mean((said - tokens) ** 2)), report.held_out.off_by_tokens, rtol=1e-3)
+    mean = np.mean([label.tokens for label in kept])
+    assert np.isclose(np.sqrt(np.mean((mean - tokens) ** 2)), report.held_out.mean_off_by_tokens)
+    assert len(set(tokens)) < len(tokens), "equal values share a rank"
+    ranks = [[np.sum(values < v) + (np.sum(values == v) + 1) / 2 for v in values] for values in (tokens, said)]
+    assert np.isclose(np.corrcoef(ranks)[0, 1], report.held_out.rank_correlation, atol=1e-3)
 
 
 def test_a_problems_guess_does_not_depend_on_the_others(trained: tuple[Path, DifficultyReport]) -> None:
@@ -87,6 +96,9 @@ def test_a_problems_guess_does_not_depend_on_the_others(trained: tuple[Path, Dif
     alone = [load_regressor(trained[0]).predict([text])[0] for text in texts[:4]]
     assert together[:4] == pytest.approx(alone, rel=1e-4)
     assert load_regressor(trained[0]).predict([]) == []
+    # More than it sees, and more than the network has positions for.
+    few, many = load_regressor(trained[0]).predict(["Compute gcd(4, 6). " * times for times in (100, 200)])
+    assert few == pytest.approx(many, rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_network(
@@ -153,6 +165,8 @@ def test_what_cannot_be_is_refused(base: Path, trained: tuple[Path, DifficultyRe
         _train(base, _labels(), trained[0])
     with pytest.raises(CheckpointError, match=r"no difficulty\.json"):
         load_regressor(base)
+    with pytest.raises(QualityError, match=r"the loss is nan.*"):
+        train_difficulty(DifficultyPlan(model=str(base), epochs=0.01, rate=1e10), _labels(), tmp_path / "x", device=CPU)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
@@ -161,7 +175,17 @@ def test_what_cannot_be_is_refused(base: Path, trained: tuple[Path, DifficultyRe
     (broken / "difficulty.json").write_text('{"version": 1, "units": {}}')
     with pytest.raises(CheckpointError, match="incomplete"):
         load_regressor(broken)
+    newer = json.loads((trained[0] / "difficulty.json").read_text()) | {"version": 2}
+    (broken / "difficulty.json").write_text(json.dumps(newer))
+    with pytest.raises(CheckpointError, match="format 2, this trtkit reads 1"):
+        load_regressor(broken)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_decoder_is_refused(tmp_path: Path) -> None:
+    save_chat_files(save_tiny(tmp_path))
+    with pytest.raises(CheckpointError, match="there is no padding token"):
+        load_network(tmp_path)
 
 
 def test_rows_are_read_and_every_bad_one_is_named(tmp_path: Path) -> None:

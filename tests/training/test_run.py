@@ -145,6 +145,19 @@ def test_another_training_in_the_same_place_is_refused(model_dir: Path, head_dir
         train_head(_plan(model_dir, rate=0.5), head_dir, device=CPU)
 
 
+def test_a_head_to_go_on_from_is_looked_at_before_the_model_writes_its_answers(
+    model_dir: Path, head_dir: Path, tmp_path: Path
+) -> None:
+    for path in head_dir.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    training = json.loads((tmp_path / "training.json").read_text())
+    (tmp_path / "training.json").write_text(json.dumps({**training, "chat_template_sha256": "another"}))
+    with pytest.raises(UnsupportedError, match="belongs to another model"):
+        train_head(_plan(model_dir, start_from=str(tmp_path)), tmp_path / "out", device=CPU)
+    assert not (tmp_path / "out").exists(), "answers take hours"
+
+
 def test_an_engine_with_the_head_says_what_the_plain_one_says(model_dir: Path, head_dir: Path, tmp_path: Path) -> None:
     limits = Limits(batch=8, prompt_tokens=64, total_tokens=128)
     recipe = Recipe(model=str(model_dir), precision="int8", limits=limits, tree=TreeShape(beams=2, length=3))
@@ -185,7 +198,7 @@ def test_rows_are_filtered_and_one_per_problem(tmp_path: Path) -> None:
         {"problem": "a", "generated_solution": "x", "problem_type": "has_answer_extracted"},
         {"problem": "a", "generated_solution": "y"},
         {"problem": "b", "generated_solution": "z", "problem_type": "converted_proof"},
-        {"question": "c", "solution": "w"},
+        {"question": "c", "solution": "w", "problem_type": None},
         {"problem": "d"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

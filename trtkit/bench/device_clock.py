@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["copy_bandwidth", "device_seconds", "kernels_of"]
+__all__ = ["copy_bandwidth", "device_seconds", "kernels_of", "spent_by_name"]
 
 _COPY_BYTES = {"cuda": 2 << 30, "cpu": 64 << 20}
 _WARM_UPS = 3
@@ -63,9 +64,23 @@ def kernels_of(work: Callable[[], object], device: torch.device, repeats: int, m
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     spent: dict[str, float] = {}
-    for event in recorded.key_averages():
-        on_device = device.type == "cuda"
-        micros = event.self_device_time_total if on_device else event.self_cpu_time_total
-        if micros > 0:
-            spent[event.key[:80]] = spent.get(event.key[:80], 0.0) + micros / repeats
+    for name, micros in spent_by_name(recorded.key_averages(), device).items():
+        spent[name[:80]] = spent.get(name[:80], 0.0) + micros / repeats
     return dict(sorted(spent.items(), key=lambda item: -item[1])[:most])
+
+
+def spent_by_name(averages: Iterable[Any], device: torch.device) -> dict[str, float]:
+    """Microseconds of the profiler's ``key_averages()`` by kernel or copy; by operation on a CPU. Nothing counts twice.
+
+    On CUDA the operation that launched a kernel has the kernel's time too, and a call in which the host waits for the
+    device has it once more.
+    """
+    spent: dict[str, float] = {}
+    for event in averages:
+        if device.type == "cpu":
+            micros = float(event.self_cpu_time_total)
+        else:
+            micros = 0.0 if event.device_type.name == "CPU" else float(event.self_device_time_total)
+        if micros > 0:
+            spent[event.key] = spent.get(event.key, 0.0) + micros
+    return spent

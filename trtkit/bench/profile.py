@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from trtkit.bench.device_clock import spent_by_name
 from trtkit.bench.engines import BenchOptions, has_head, prompts_of
 from trtkit.model_spec import read_model_spec
 from trtkit.runtime.api import Engine, Request, SamplingParams
-from trtkit.runtime.load import OpenOptions, open_engine
+from trtkit.runtime.load import OpenOptions, device_named, open_engine
 
 __all__ = ["KINDS", "StepProfile", "profile_engine"]
 
@@ -32,6 +33,12 @@ _LINEARS = ("linear", "addmm", "::mm", "qlinear", "pack_mm", "scaled_mm", "gemm"
 _ATTENTION = ("bmm", "matmul", "softmax", "masked_fill", "scaled_dot_product", "attend", "attention")
 _CACHE = ("index_select", "index_copy", "index_put")
 _SAMPLING = ("cumsum", "exp_", "::exp", "sort", "topk", "gather", "bitwise", "amax", "amin", "argmax", "sample", "pick")
+_OWN = {
+    "product": "linears", "product_words": "linears", "one_row": "linears", "expand_words": "linears",
+    "quantize_activations": "linears", "rescale": "linears", "combine_splits": "attention",
+    "peak": "sampling", "weigh": "sampling", "narrow": "sampling", "draw": "sampling",
+}  # fmt: skip
+"""The CUDA path's kernels, by their whole names: shorter ones are parts of torch's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +67,8 @@ def profile_engine(directory: Path, batch: int, options: BenchOptions) -> StepPr
         drafter=options.drafter, head=options.head, output_layer=options.output_layer,
     )  # fmt: skip
     prompts = prompts_of(directory, read_model_spec(directory).vocab, options)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    device = device_named(options.device)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with open_engine(directory, opening) as engine:
         _fill(engine, prompts, batch, options)
         for _ in range(_WARM_UP):
@@ -81,9 +89,8 @@ def profile_engine(directory: Path, batch: int, options: BenchOptions) -> StepPr
                 recorded.stop()
         after = engine.stats()
     kinds = dict.fromkeys(KINDS, 0.0)
-    for event in recorded.key_averages():
-        spent = event.self_device_time_total if event.self_device_time_total else event.self_cpu_time_total
-        kinds[kind_of(event.key)] += 1e-6 * spent / max(steps, 1)
+    for name, micros in spent_by_name(recorded.key_averages(), device).items():
+        kinds[kind_of(name)] += 1e-6 * micros / max(steps, 1)
     kinds["host"] += max(0.0, seconds - sum(kinds.values()))
     phases = {name: (total - before.seconds[name]) / max(steps, 1) for name, total in after.seconds.items()}
     return StepProfile(engine=str(directory), batch=batch, step_seconds=seconds, kinds=kinds, phases=phases)
@@ -105,6 +112,8 @@ def _without_chatter() -> Iterator[None]:
 
 def kind_of(operation: str) -> str:
     """``aten::bmm`` -> ``attention``. The first kind that knows a part of the name."""
+    if operation in _OWN:
+        return _OWN[operation]
     for kind, parts in zip(KINDS, (_LINEARS, _ATTENTION, _CACHE, _SAMPLING), strict=False):
         if any(part in operation for part in parts):
             return kind

@@ -109,7 +109,8 @@ def _state(directory: Path) -> dict[str, tuple[int, int]]:
     """Size and time of every file that a build reads: enough to notice that one was replaced."""
     found = {}
     for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".json"):
+        # A link to nowhere, as a pruned download leaves it: whoever needs the file says so, in better words.
+        if path.suffix in (".safetensors", ".json") and path.exists():
             facts = path.stat()
             found[path.name] = (facts.st_size, facts.st_mtime_ns)
     return found

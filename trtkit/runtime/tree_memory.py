@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from trtkit.errors import InputError, OutputError
-from trtkit.files import read_json, write_json
+from trtkit.files import cache_home, read_json, write_json
 from trtkit.log import logger
 from trtkit.runtime.tree_choice import TreeChooser
 
@@ -29,17 +29,16 @@ def memory_file(engine_digest: str, device: torch.device, details: str) -> Path:
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     key = json.dumps([engine_digest, name, torch.get_num_threads(), os.cpu_count(), torch.__version__, details])
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "trtkit" / "trees" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    return cache_home() / "trtkit" / "trees" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def recall(path: Path, chooser: TreeChooser) -> None:
     """Hand the chooser what an earlier run learned, if it left anything."""
-    if not path.is_file():
-        return
     try:
-        chooser.recall(read_json(path, InputError))
-    except (InputError, KeyError, TypeError, ValueError, AttributeError) as problem:
+        # In a home of somebody else's even the question whether there is a file is refused.
+        if path.is_file():
+            chooser.recall(read_json(path, InputError))
+    except (OSError, InputError, KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as problem:
         logger.debug("%s: not used: %s", path, problem)
 
 

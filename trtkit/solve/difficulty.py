@@ -9,6 +9,7 @@ from trtkit.difficulty import Labelled, load_regressor
 from trtkit.errors import InputError
 from trtkit.files import digest_file
 from trtkit.log import logger
+from trtkit.solve.ends import Ending
 from trtkit.solve.journal import read_history
 from trtkit.solve.problems import Problem, read_problems
 from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, read_head
@@ -52,13 +53,22 @@ def labels_of_run(path: Path) -> list[Labelled]:
         raise InputError(f"incomplete: {problem} is missing", where=str(directory / RUN_FILE)) from None
     texts = {problem.id: problem.text for problem in read_problems(_problems_file(directory, source, digest))}
     attempts = read_history(journal).attempts
+    finished = {name: [a for a in all_ if a.ending is not Ending.DEADLINE] for name, all_ in attempts.items()}
     labels = [
         Labelled(problem=texts[name], tokens=sum(a.tokens for a in done) / len(done), samples=len(done))
-        for name, done in attempts.items()
+        for name, done in finished.items()
         if name in texts and any(a.tokens for a in done)
     ]
     if not labels:
         raise InputError("no sample of this run has finished", where=str(journal))
+    cut = sum(map(len, attempts.values())) - sum(map(len, finished.values()))
+    if cut:
+        logger.warning(
+            "%s: %d sample(s) that the time limit cut off are left out, so long samples are missing; runs without one "
+            "teach better",
+            directory,
+            cut,
+        )
     if not full_vote:
         logger.warning(
             "%s: samples that were still running when the vote was decided are not in the journal, so long samples are "

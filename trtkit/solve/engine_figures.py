@@ -57,8 +57,9 @@ class EngineFigures:
 def engine_figures(stats: Sequence[EngineStats]) -> EngineFigures:
     """Add up the sessions of a run."""
     row_steps = sum(one.row_steps for one in stats)
-    # An engine that cannot choose drafts in every step.
-    drafted = sum((one.drafted_row_steps or one.row_steps) for one in stats if one.accepted_by_depth)
+    # Journals of older versions do not count them: engines drafted in every step. One that accepted nothing and
+    # drafted in no step is an engine that chose not to.
+    drafted = sum(one.drafted_row_steps or (one.row_steps if any(one.accepted_by_depth) else 0) for one in stats)
     depths = max((len(one.accepted_by_depth) for one in stats), default=0)
     accepted = [sum(sum(one.accepted_by_depth[depth : depth + 1]) for one in stats) for depth in range(depths)]
     phases: Counter[str] = Counter()  # counters add floats as well

@@ -120,6 +120,7 @@ def train_difficulty(
         regressor = Regressor(network.to(device), tokenizer, units, max_tokens=plan.max_tokens)
         updates = _fit(plan, regressor, kept, stage / METRICS_FILE)
         outputs = regressor.outputs([label.problem for label in held])
+        _finite(fmean(outputs), updates)  # the last update's own loss is not seen
         regressor.units = units = _calibrated(units, held, outputs)
         report = DifficultyReport(
             problems=len(labels), samples=sum(label.samples for label in labels), updates=updates,

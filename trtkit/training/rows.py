@@ -63,7 +63,8 @@ def _usable(record: dict[str, Any], solutions: bool) -> Row | None:
     solution = record.get("generated_solution") or record.get("solution")
     if not isinstance(problem, str) or not problem.strip():
         return None
-    if record.get("problem_type", "has_answer_extracted") != "has_answer_extracted":
+    # A null is how Parquet says that nothing was given.
+    if record.get("problem_type") not in (None, "has_answer_extracted"):
         return None
     if solutions and (not isinstance(solution, str) or not solution.strip()):
         return None

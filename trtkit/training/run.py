@@ -111,6 +111,9 @@ def _train_head(plan: TrainingPlan, out: Path, among: Processes) -> HeadReport |
     directory = resolve_source(plan.model)
     chat = load_chat(directory)
     checkpoint = open_unified(directory)
+    if plan.start_from is not None:
+        # Now, not after the hours in which the target writes its answers.
+        check_head(Path(plan.start_from), checkpoint.spec, chat)
     dtype = compute_dtype(checkpoint.spec, among.device)
     model = DecoderModel(checkpoint, device=among.device, dtype=dtype, max_tokens=checkpoint.spec.max_positions + 64)
     work = out / WORK
@@ -125,7 +128,7 @@ def _train_head(plan: TrainingPlan, out: Path, among: Processes) -> HeadReport |
         raise InputError(
             f"{len(samples)} usable solutions are too few to train and to hold some out", hint="pass more rows"
         )
-    drafter = _fresh_head(plan, model, checkpoint, chat)
+    drafter = _fresh_head(plan, model, checkpoint)
     batches = _Batches(plan, kept, model)
     config = _train_config(plan, batches.per_epoch)
     lm_head = checkpoint.lm_head().to(among.device) if plan.objective == "kd" else None
@@ -198,10 +201,9 @@ def _engine(model: DecoderModel, drafting: Drafting | None, total_tokens: int) -
     return TorchEngine(model, limits, drafting)
 
 
-def _fresh_head(plan: TrainingPlan, model: DecoderModel, checkpoint: UnifiedCheckpoint, chat: Chat) -> Drafter:
+def _fresh_head(plan: TrainingPlan, model: DecoderModel, checkpoint: UnifiedCheckpoint) -> Drafter:
     spec = model.spec
     if plan.start_from is not None:
-        check_head(Path(plan.start_from), spec, chat)
         return (
             load_drafter(Path(plan.start_from), dtype=torch.float32, device=model.device).requires_grad_(True).train()
         )

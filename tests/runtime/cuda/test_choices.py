@@ -75,6 +75,18 @@ def test_a_damaged_table_is_an_empty_one(text: str, tmp_path: Path) -> None:
     assert tuning.Table(path).get(shape("fp8"), 16) is None
 
 
+def test_a_table_that_may_not_be_looked_at_is_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HOME=/root in a container that runs as another user."""
+
+    def refused(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", refused)
+        table = tuning.Table(tmp_path / "table.json")
+    assert table.get(shape("fp8"), 16) is None
+
+
 def test_preparing_measures_each_shape_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     table, measured = tuning.Table(tmp_path / "table.json"), []
 

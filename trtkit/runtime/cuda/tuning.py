@@ -12,17 +12,17 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import triton
 from triton.errors import TritonError
 
 from trtkit.errors import InputError, OutputError
-from trtkit.files import read_json, write_json
+from trtkit.files import cache_home, read_json, write_json
 from trtkit.log import logger
 from trtkit.runtime.cuda import choices, conversions, products
 from trtkit.runtime.cuda.choices import Choice, Gpu, Shape
@@ -95,15 +95,15 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._choices: dict[str, Choice] = {}
-        if path.is_file():
-            try:
+        self._stored: dict[str, Any] = {}
+        try:
+            # In a home of somebody else's even the question whether there is a file is refused.
+            if path.is_file():
                 stored = read_json(path, InputError)
                 self._choices = {key: Choice(**entry["choice"]) for key, entry in stored.items()}
                 self._stored = dict(stored)
-                return
-            except (InputError, KeyError, TypeError, AttributeError) as problem:
-                logger.debug("%s: not used: %s", path, problem)
-        self._stored = {}
+        except (OSError, InputError, KeyError, TypeError, AttributeError) as problem:
+            logger.debug("%s: not used: %s", path, problem)
 
     def get(self, shape: Shape, bucket: int) -> Choice | None:
         """What was chosen for the shape, if it was measured."""
@@ -130,5 +130,4 @@ def table_of(device: torch.device) -> Table:
     sources = "".join(Path(str(room.__file__)).read_text(encoding="utf-8") for room in (choices, conversions, products))
     identity = (torch.cuda.get_device_name(device), triton.__version__, torch.__version__, sources)
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:24]
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Table(Path(home) / "trtkit" / "linears" / f"{digest}.json")
+    return Table(cache_home() / "trtkit" / "linears" / f"{digest}.json")
