@@ -64,6 +64,21 @@ def test_rows_that_judge_are_others_and_both_come_from_all_over_the_file(
             assert max(gaps) <= 2 * lines_there / len(kind) + 1, "no part of the file is left out"
 
 
+def test_a_problem_with_several_solutions_does_not_calibrate_and_judge(
+    tmp_path: Path, chat: Chat, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"problem": f"What is {n // 3} +", "solution": f"Way {n % 3}."} for n in range(150)]
+    found = read(lines(tmp_path / "text.jsonl", rows), chat)
+    calibration, held_out = numbers(found.calibration, chat), numbers(found.held_out, chat)
+    assert not set(calibration) & set(held_out)
+    assert len(calibration) > 40
+    assert len(held_out) >= 25
+    assert not caplog.text
+    few = read(lines(tmp_path / "few.jsonl", [{**row, "problem": "What is 1 +"} for row in rows]), chat)
+    assert len(few.calibration) + len(few.held_out) == 150
+    assert "few different problems" in caplog.text
+
+
 def test_a_row_is_the_chat_turn_that_the_model_will_see(tmp_path: Path, place: Path, chat: Chat) -> None:
     rows: list[dict[str, Any]] = [{"problem": f"{n}?", "generated_solution": "<think>\nEasy.\n</think>\nYes"}
                                   for n in range(16)]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 from trtkit.chat import VARIANTS, Chat
 from trtkit.errors import CheckpointError, InputError
 from trtkit.files import read_jsonl
+from trtkit.log import logger
 from trtkit.quant.batches import TextRow
 
 __all__ = ["CALIBRATION_FILE", "CalibrationText", "read_calibration"]
@@ -33,8 +34,9 @@ def read_calibration(path: Path, chat: Chat, *, rows: int, tokens: int, vocab: i
     """About ``rows`` calibration rows, each cut to ``tokens`` tokens, and a fifth of the whole held out (at least 8).
 
     A row has ``problem`` (or ``question``) with ``generated_solution`` (or ``solution``), as in OpenMathReasoning, or
-    plain ``text``. The rows are spread evenly over the file, so a file sorted by topic is sampled fairly. Raises
-    :class:`InputError` naming every unusable line.
+    plain ``text``. The rows are spread evenly over the file, so a file sorted by topic is sampled fairly. Other solutions
+    of a problem that judges calibrate nothing, unless too few rows are left. Raises :class:`InputError` naming every
+    unusable line.
     """
     found = read_jsonl(path)
     offenders = [f"{path}:{line}: {reason}" for line, row in found if (reason := _wrong(row))]
@@ -62,9 +64,15 @@ def read_calibration(path: Path, chat: Chat, *, rows: int, tokens: int, vocab: i
             f"the tokenizer gives id {highest}, the model has {vocab}",
             hint="tokenizer and weights do not belong together",
         )
+    rest = [index for index in range(len(picked)) if index not in judged]
+    asked = [_first(row, (*_PROBLEM, "text")) for row in picked]
+    known = {asked[index] for index in judged}
+    apart = [index for index in rest if asked[index] not in known]
+    if len(apart) < _LEAST_HELD_OUT:
+        logger.warning("%s: so few different problems that some of them calibrate and judge", path)
+        apart = rest
     return CalibrationText(
-        calibration=tuple(text for index, text in enumerate(texts) if index not in judged),
-        held_out=tuple(text for index, text in enumerate(texts) if index in judged),
+        calibration=tuple(texts[index] for index in apart), held_out=tuple(texts[index] for index in sorted(judged))
     )
 
 
