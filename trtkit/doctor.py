@@ -184,7 +184,7 @@ def _threads_check() -> Check:
     if load > usable + 0.5:
         return Check(
             name="threads", status="warn", detail=detail,
-            hint="other programs are busy: `solve` takes the number of threads that is fastest, `bench` measures too little",
+            hint="other programs are busy: `solve` takes as many threads as are fastest, `bench` measures too little",
         )  # fmt: skip
     return Check(name="threads", status="ok", detail=detail)
 
