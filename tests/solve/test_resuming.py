@@ -25,10 +25,11 @@ from tests.solve.scripted import (
     write_problems,
 )
 from trtkit.errors import UsageError
+from trtkit.files import sigterm_as_interrupt
 from trtkit.runtime.api import EngineStats, StepOutput
 from trtkit.solve.journal import read_history
 from trtkit.solve.options import SolveOptions
-from trtkit.solve.run import Places, run_solve, sigterm_as_interrupt
+from trtkit.solve.run import Places, run_solve
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -141,6 +141,7 @@ def command(
 
     from trtkit.chat import VARIANTS, load_chat
     from trtkit.errors import UsageError
+    from trtkit.files import sigterm_as_interrupt
     from trtkit.log import logger
     from trtkit.recipe import read_manifest
     from trtkit.runtime.api import SamplingParams
@@ -222,7 +223,7 @@ def command(
 
     from trtkit.runtime.load import OpenOptions, open_engine
     from trtkit.solve.display import observer_for, result_table
-    from trtkit.solve.run import Places, run_solve, sigterm_as_interrupt
+    from trtkit.solve.run import Places, run_solve
 
     speculative, shape = drafting_named(tree)
     opening = OpenOptions(
