@@ -22,6 +22,7 @@ from trtkit.errors import ConfigError, InputError, OutputError, TrtkitError
 __all__ = [
     "JsonObject",
     "append_jsonl",
+    "check_lasting",
     "digest_file",
     "nearest",
     "read_json",
@@ -36,6 +37,16 @@ __all__ = [
 ]
 
 JsonObject: TypeAlias = dict[str, Any]
+
+_SAVE = "save the text in a file and name that"
+
+
+def check_lasting(path: Path) -> None:
+    """Refuse a pipe, which is empty the second time: :class:`InputError`. What does not exist is not looked at."""
+    if str(path) == "-" and not path.exists():
+        raise InputError("the standard input is not read", where="-", hint=_SAVE)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError("a pipe or a device, and this file is read more than once", where=str(path), hint=_SAVE)
 
 
 def read_text(path: Path, error: type[TrtkitError] = ConfigError) -> str:
