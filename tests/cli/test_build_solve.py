@@ -44,6 +44,20 @@ def test_build_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--force" in capsys.readouterr().err
 
 
+def test_a_run_goes_into_no_engine_and_no_file(
+    tmp_path: Path, engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(PROBLEM)
+    before = sorted(engine.iterdir())
+    assert solve(problems, engine, engine) == 2
+    assert "no place for a run" in capsys.readouterr().err
+    assert sorted(engine.iterdir()) == before
+    assert solve(problems, engine, problems) == 1
+    assert "is a file, not a directory" in capsys.readouterr().err
+    assert problems.read_text() == PROBLEM
+
+
 def test_force_replaces_engines_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(practice_dir(), checkpoint)
