@@ -14,7 +14,7 @@ from trtkit.cli.options import Json, tree_named
 from trtkit.cli.output import facts, finish, gigabytes, notice, quoted
 from trtkit.errors import ConfigError, OutputError, UsageError
 from trtkit.files import nearest, read_json
-from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, output_layer_of, read_manifest
+from trtkit.recipe import BUNDLE_FILE, DRAFTER_DIR, ENGINE_FILE, output_layer_of, read_manifest
 
 _FORMATS = ("unified-hf", "trtllm")
 _DTYPES = ("bfloat16", "float16")
@@ -51,6 +51,10 @@ def command(
     if format_name not in _FORMATS:
         raise UsageError(
             f"--format {format_name!r}{nearest(format_name, _FORMATS)}", hint=f"one of: {', '.join(_FORMATS)}"
+        )
+    if (directory / BUNDLE_FILE).is_file() or (directory / "rank0.safetensors").is_file():
+        raise UsageError(
+            "is in TensorRT-LLM's layout already", where=str(directory), hint="export the engine that it was made from"
         )
     _check_target(out, force=force)
     if format_name == "trtllm":
