@@ -163,7 +163,7 @@ def missing_executor_names() -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``python -m trtkit.runtime.trtllm_engine DIR [BATCH]``; the exit code. Errors are words, as those of ``trtkit``."""
+    """``python -m trtkit.runtime.trtllm_engine DIR [BATCH]``; its exit code. Errors are words, as everywhere."""
     if len(arguments) not in (1, 2) or not all(word.isdigit() for word in arguments[1:]):
         sys.stderr.write("usage: python -m trtkit.runtime.trtllm_engine DIR [BATCH]\n")
         return 2
