@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,54 @@ def test_a_file_is_no_place_for_a_directory_and_that_is_said_before_the_work(tmp
         worked = True
     assert not worked
     assert target.read_text() == "mine"
+
+
+def test_what_another_process_wrote_in_the_meantime_stays(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+
+    def write_both() -> None:
+        with staged_dir(target) as stage:
+            (stage / "mine").touch()
+            with staged_dir(target) as other:
+                (other / "theirs").touch()
+
+    with pytest.raises(OutputError, match="another process"):
+        write_both()
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_interruption_between_the_old_and_the_new_brings_the_old_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").touch()
+    rename = Path.rename
+
+    def interrupted(path: Path, to: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged_dir(target, replace=True) as stage:
+        (stage / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_sigterm_leaves_nothing_half_made(tmp_path: Path) -> None:
+    def terminated() -> None:
+        with staged_dir(tmp_path / "target") as stage:
+            (stage / "half").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        terminated()
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_rows_are_appended_all_or_none(tmp_path: Path) -> None:

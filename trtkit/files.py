@@ -8,10 +8,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeAlias
 
 from trtkit.errors import ConfigError, InputError, OutputError, TrtkitError
@@ -20,12 +23,14 @@ __all__ = [
     "JsonObject",
     "append_jsonl",
     "cache_home",
+    "check_lasting",
     "digest_file",
     "nearest",
     "read_json",
     "read_jsonl",
     "read_text",
     "read_toml",
+    "sigterm_as_interrupt",
     "staged_dir",
     "write_json",
     "write_text",
@@ -33,6 +38,16 @@ __all__ = [
 ]
 
 JsonObject: TypeAlias = dict[str, Any]
+
+_SAVE = "save the text in a file and name that"
+
+
+def check_lasting(path: Path) -> None:
+    """Refuse a pipe, which is empty the second time: :class:`InputError`. What does not exist is not looked at."""
+    if str(path) == "-" and not path.exists():
+        raise InputError("the standard input is not read", where="-", hint=_SAVE)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError("a pipe or a device, and this file is read more than once", where=str(path), hint=_SAVE)
 
 
 def read_text(path: Path, error: type[TrtkitError] = ConfigError) -> str:
@@ -185,36 +200,63 @@ def digest_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM raise ``KeyboardInterrupt`` inside the block. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def staged_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A fresh directory beside ``target`` that becomes ``target`` when the block ends well, and vanishes when it fails.
 
-    A symbolic link stays, and what it points to becomes the directory. Raises :class:`OutputError` when ``target`` is
-    no directory, or has content and ``replace`` is false, when the place cannot be written, or when the disk fills up
-    inside the block.
+    It vanishes at a SIGTERM, too. A symbolic link stays, and what it points to becomes the directory. Raises
+    :class:`OutputError` when ``target`` is no directory, or has content (before the block or after it) and ``replace``
+    is false, when the place cannot be written, or when the disk fills up inside the block.
     """
     target = target.resolve() if target.is_symlink() else target
     if target.exists() and not target.is_dir():
         raise OutputError("is a file, not a directory", where=str(target), hint="choose another --out")
-    if target.is_dir() and not replace and any(target.iterdir()):
-        raise OutputError(
-            "already exists", where=str(target), hint="choose another --out, or pass --force to replace it"
-        )
+    _refuse_content(target, replace, "already exists")
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     try:
-        with _writing(target):
+        with _writing(target), sigterm_as_interrupt():
             yield stage
             stage.chmod(0o755)
-            if target.is_dir():
-                retired = stage.with_name(stage.name + ".old")
-                target.rename(retired)
-                stage.rename(target)
-                shutil.rmtree(retired, ignore_errors=True)
-            else:
-                stage.rename(target)
+            _refuse_content(target, replace, "was written by another process in the meantime")
+            _move_in(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _refuse_content(target: Path, replace: bool, complaint: str) -> None:
+    if target.is_dir() and not replace and any(target.iterdir()):
+        raise OutputError(complaint, where=str(target), hint="choose another --out, or pass --force to replace it")
+
+
+def _move_in(stage: Path, target: Path) -> None:
+    """Put ``stage`` in the place of ``target``; what was there goes last, and comes back when that is interrupted."""
+    retired = stage.with_name(stage.name + ".old")
+    try:
+        if target.is_dir():
+            target.rename(retired)
+        stage.rename(target)
+    finally:
+        if retired.is_dir() and not target.exists():
+            retired.rename(target)
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

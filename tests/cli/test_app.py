@@ -39,6 +39,14 @@ def test_help_and_import_need_no_torch() -> None:
         assert f"Usage: trtkit {verb}" in done.stdout
 
 
+def test_no_verb_shows_the_help_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("Usage: trtkit")
+    assert "train-drafter" in shown.err
+    assert shown.out == ""
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"trtkit {__version__}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,31 @@ def test_build_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert document["engine_dir"] == str(out)
     assert run(["--quiet", "build", "--precision", "int8", "--out", str(out)]) == 1
     assert "--force" in capsys.readouterr().err
+
+
+def test_a_run_goes_into_no_engine_and_no_file(
+    tmp_path: Path, engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(PROBLEM)
+    before = sorted(engine.iterdir())
+    assert solve(problems, engine, engine) == 2
+    assert "no place for a run" in capsys.readouterr().err
+    assert sorted(engine.iterdir()) == before
+    assert solve(problems, engine, problems) == 1
+    assert "is a file, not a directory" in capsys.readouterr().err
+    assert problems.read_text() == PROBLEM
+
+
+def test_force_replaces_engines_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(practice_dir(), checkpoint)
+    arguments = ["--quiet", "build", "--precision", "bf16", "--force", "--out"]
+    assert run([*arguments, str(checkpoint), "--model", str(checkpoint)]) == 1
+    assert "does not replace" in capsys.readouterr().err
+    assert (checkpoint / "problems.jsonl").is_file()
+    for _ in range(2):
+        assert run([*arguments, str(tmp_path / "engine")]) == 0
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("int8", 1e-6), ("int4", 2e-4)])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from tests.engines import tiny_engine_dir
 from tests.trtllm_double.loader import load_checkpoint
+from trtkit.bundled import practice_dir
 from trtkit.cli.app import run
 
 
@@ -40,6 +42,8 @@ def test_trtllm_with_the_engines_own_head(tmp_path: Path, capsys: pytest.Capture
     assert "TensorRT-LLM checkpoint" in shown
     assert "ReDrafter, tree 1x3" in shown
 
+    assert run(["export", str(out), "--format", "trtllm", "--out", str(tmp_path / "again")]) == 2
+    assert "TensorRT-LLM's layout already" in capsys.readouterr().err
     assert run(["export", source, "--format", "trtllm", "--out", str(out)]) == 1
     assert "already exists" in capsys.readouterr().err
     assert run(["export", source, "--format", "trtllm", "--out", str(out), "--drafter", "none", "--force"]) == 0
@@ -94,7 +98,27 @@ def test_wrong_usage(
 def test_force_replaces_exports_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = str(engine(tmp_path / "engine"))
     other = engine(tmp_path / "other")
-    for place in (other, tmp_path):
-        assert run(["export", source, "--format", "unified-hf", "--out", str(place), "--force"]) == 1
-        assert "not an export" in capsys.readouterr().err
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(practice_dir(), checkpoint)  # with a draft head in it
+    for place in (other, tmp_path, checkpoint, checkpoint / "drafter"):
+        for layout in ("unified-hf", "trtllm"):
+            assert run(["export", source, "--format", layout, "--out", str(place), "--force"]) == 1
+            assert "not an export" in capsys.readouterr().err
     assert (other / "engine.json").is_file()
+    assert (checkpoint / "drafter" / "model.safetensors").is_file()
+
+
+def test_force_replaces_a_quantized_export(tmp_path: Path) -> None:
+    arguments = ["--quiet", "build", "--precision", "int4", "--int4-method", "rtn", "--out", str(tmp_path / "engine")]
+    assert run(arguments) == 0
+    for layout in ("unified-hf", "trtllm", "unified-hf"):
+        out = ["--out", str(tmp_path / "out"), "--force"]
+        assert run(["--quiet", "export", str(tmp_path / "engine"), "--format", layout, *out]) == 0
+    assert (tmp_path / "out" / "hf_quant_config.json").is_file()
+
+
+def test_the_practice_head_goes_by_its_name(tmp_path: Path) -> None:
+    assert run(["--quiet", "build", "--precision", "bf16", "--out", str(tmp_path / "engine")]) == 0
+    head = ["--drafter", "practice", "--tree", "2x3", "--out", str(tmp_path / "out")]
+    assert run(["--quiet", "export", str(tmp_path / "engine"), "--format", "trtllm", *head]) == 0
+    assert load_checkpoint(tmp_path / "out").config["redrafter_num_beams"] == 2

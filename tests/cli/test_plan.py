@@ -115,6 +115,12 @@ def test_published_speeds_beside_the_planners(capsys: pytest.CaptureFixture[str]
     assert all(abs(item["error"]) <= 0.2 for item in figures)
 
 
+def test_a_catalogue_that_cannot_be_written_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run(["plan", "--catalogue", str(tmp_path / "file")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_the_catalogue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--catalogue", str(tmp_path / "recipes"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -118,6 +118,18 @@ def test_wrong_usage(
     assert captured.out == ""
 
 
+def test_the_same_samples_do_not_count_twice(traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = traces.with_name("again.jsonl")
+    again.symlink_to(traces)
+    assert revote(str(traces), str(again), *FIELDS) == 2
+    assert f"- {again}" in capsys.readouterr().err
+    run_dir = traces.with_name("run")
+    run_dir.mkdir()
+    (run_dir / "journal.jsonl").touch()
+    assert revote(str(run_dir), str(run_dir / "journal.jsonl")) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
 def test_no_traces_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert revote(str(tmp_path / "missing.jsonl")) == 1
     assert "no such file" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from trtkit.errors import EngineError, MissingDependency, RequestError, UsageErr
 from trtkit.runtime.api import Engine, FinishReason
 from trtkit.runtime.draft_head import HeadOptions
 from trtkit.runtime.load import OpenOptions, open_engine
-from trtkit.runtime.trtllm_engine import ExecutorOptions, open_compiled, serve_rank
+from trtkit.runtime.trtllm_engine import ExecutorOptions, main, open_compiled, serve_rank
 from trtkit.runtime.trtllm_sampling import EngineKind, notices
 
 PLAIN = EngineKind(redrafter=False, greedy=False)
@@ -373,3 +373,13 @@ def test_a_greedy_engine_says_so(engines: dict[str, Path]) -> None:
         with pytest.raises(UsageError, match="cannot sample like that"):
             engine.submit(request("a", (1,), temperature=0.5))
     assert notices(PLAIN) == ()
+
+
+def test_a_rank_that_cannot_serve_says_so_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code, said in (
+        ([], 2, "usage:"),
+        ([str(tmp_path), "many"], 2, "usage:"),
+        ([str(tmp_path)], 1, "error: "),
+    ):
+        assert main(arguments) == code
+        assert capsys.readouterr().err.startswith(said)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from trtkit.chat import VARIANTS
 from trtkit.errors import ConfigError, InputError
 from trtkit.solve.problems import Problem, read_problems
 from trtkit.solve.prompts import sample_seed, variant_of
+from trtkit.solve.traces import looks_like_journal
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -169,6 +171,17 @@ def test_seeds_are_stable_and_distinct() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Written down: a change here would make every interrupted run resume with other samples.
     assert sample_seed(0, "p", 0) == 6802306895010170043
+
+
+def test_a_pipe_is_refused_and_not_found_empty(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # nobody writes: reading it would wait forever
+    for path in (pipe, Path("-"), Path("/dev/null")):
+        with pytest.raises(InputError, match="read") as refused:
+            read_problems(path)
+        assert "in a file" in (refused.value.hint or "")
+    with pytest.raises(InputError, match="read"):
+        looks_like_journal(pipe)
 
 
 def test_hints_fit_what_is_wrong(tmp_path: Path) -> None:

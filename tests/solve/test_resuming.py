@@ -25,13 +25,14 @@ from tests.solve.scripted import (
     write_problems,
 )
 from trtkit.errors import UsageError
+from trtkit.files import sigterm_as_interrupt
 from trtkit.runtime.api import EngineStats, StepOutput
 from trtkit.runtime.blocks import BlockAllocator
 from trtkit.runtime.counters import Counters
 from trtkit.solve.engine_figures import engine_figures
 from trtkit.solve.journal import read_history
 from trtkit.solve.options import SolveOptions
-from trtkit.solve.run import Places, run_solve, sigterm_as_interrupt
+from trtkit.solve.run import Places, run_solve
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -37,6 +37,7 @@ _AFTER_INTERRUPT = {
     "solve": "what was solved is kept; the same command goes on from there",
     "build": "nothing half-made was kept; run the same command again",
     "compile": "nothing half-made was kept; run the same command again",
+    "train-drafter": "the last saved state is kept; the same command goes on from there",
 }
 # Newer typer brings its own copy of click, older typer uses the package: take the classes from typer itself.
 _UsageProblem = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
@@ -96,6 +97,9 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as problem:
         if debug and not isinstance(problem, _ClickProblem):
             traceback.print_exc()
+        if not arguments and isinstance(problem, _ClickProblem):  # click's way to say: no verb, so here is the help
+            sys.stderr.write(f"{problem.format_message()}\n")
+            return 2
         return _report(problem, verb)
     # Newer typer turns Ctrl-C into an exit with this code, older typer raises Abort.
     if code == _INTERRUPTED:

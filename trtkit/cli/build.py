@@ -10,7 +10,7 @@ import typer
 
 from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.build_report import report_built
-from trtkit.cli.engines import BUILT, DEFAULT_PRECISION, default_engine, stem
+from trtkit.cli.engines import BUILT, DEFAULT_PRECISION, check_replaced, default_engine, stem
 from trtkit.cli.options import Json, Model, refuse_idle, tree_named
 from trtkit.cli.output import finish, notice, quoted
 from trtkit.errors import UsageError
@@ -136,6 +136,7 @@ def command(
     recipe = settled(recipe)
     if not compiled:
         target = out or default_engine(model, precision)
+        check_replaced(target, force=force)
         from trtkit.build.native import build_native
 
         manifest = build_native(recipe, target, calibration=calibration, drafter=drafter, max_kl=max_kl, force=force)
@@ -151,6 +152,7 @@ def command(
         line = equivalent_command(recipe, sources, target)
         notice(line)
         return finish("drop --print-command to build it", {"command": line} if as_json else None)
+    check_replaced(target, force=force)
     if prepare_only:
         manifest = prepare_bundle(recipe, target, sources, force=force)
         return report_built("bundle", manifest, target, f"copy {target} to the GPU host, then: trtkit compile "

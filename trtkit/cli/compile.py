@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trtkit.cli.build_report import report_built
-from trtkit.cli.engines import BUILT
+from trtkit.cli.engines import BUILT, check_replaced
 from trtkit.cli.options import Json
 from trtkit.cli.output import quoted
 
@@ -32,5 +32,6 @@ def command(
     from trtkit.build.bundle import compile_bundle
 
     target = out or BUILT / bundle.resolve().name.removesuffix("-bundle")
+    check_replaced(target, force=force)
     manifest = compile_bundle(bundle, target, workers=workers, force=force)
     report_built("engine", manifest, target, f"trtkit solve problems.jsonl --engine {quoted(target)}", as_json)

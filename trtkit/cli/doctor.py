@@ -80,7 +80,7 @@ def _gpu_check(as_json: bool, only: list[str]) -> None:
     names = [name for name, _ in ITEMS]
     wrong = [f"{name!r}{nearest(name, names)}" for name in only if name not in names]
     if wrong:
-        raise UsageError("no such item", offenders=wrong, hint=f"one of: {', '.join(names)}")
+        raise UsageError("no such item", offenders=wrong, hint=f"one of: {', '.join(map(repr, names))}")
     findings = check_gpu_host(only=only)
     table(
         ("item", "", "found"),

@@ -1,14 +1,15 @@
-"""Which engine a verb means when the user names none."""
+"""Which engine a verb means when the user names none, and what ``--force`` may replace."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from trtkit.errors import EngineError
-from trtkit.recipe import ENGINE_FILE
+from trtkit.errors import EngineError, OutputError
+from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE
 
-__all__ = ["BUILT", "DEFAULT_PRECISION", "chosen_engine", "default_engine", "stem"]
+__all__ = ["BUILT", "DEFAULT_PRECISION", "check_replaced", "chosen_engine", "default_engine", "stem"]
 
 BUILT = Path("engines") / "built"
 """Where builds go by default, below the current directory."""
@@ -28,6 +29,19 @@ def chosen_engine(engine: Path | None) -> Path:
             hint="build one with `trtkit build --precision fp8`, or name one with --engine DIR",
         )
     return max(found, key=lambda path: (path.stat().st_mtime_ns, str(path))).parent
+
+
+def check_replaced(out: Path, *, force: bool, marks: Sequence[str] = (ENGINE_FILE, BUNDLE_FILE)) -> None:
+    """``--force`` replaces what its verb once wrote, which one of the files ``marks`` tells, never another directory.
+
+    Raises :class:`OutputError`: a checkpoint, a trained head or a home directory would be gone for good.
+    """
+    if force and out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in marks):
+        raise OutputError(
+            f"holds something else (no {' or '.join(marks)}), which --force does not replace",
+            where=str(out),
+            hint="choose another --out, or remove the directory yourself",
+        )
 
 
 def default_engine(model: str, precision: str) -> Path:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from trtkit.bundled import drafter_named
 from trtkit.checkpoint.trtllm_config import TrtllmOptions
 from trtkit.cli.options import Json, tree_named
 from trtkit.cli.output import facts, finish, gigabytes, notice, quoted
-from trtkit.errors import OutputError, UsageError
-from trtkit.files import nearest
-from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, output_layer_of, read_manifest
+from trtkit.errors import ConfigError, OutputError, UsageError
+from trtkit.files import nearest, read_json
+from trtkit.recipe import BUNDLE_FILE, DRAFTER_DIR, ENGINE_FILE, output_layer_of, read_manifest
 
 _FORMATS = ("unified-hf", "trtllm")
 _DTYPES = ("bfloat16", "float16")
@@ -30,7 +32,7 @@ def command(
     tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="trtllm: GPUs that share each layer.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option("--pp", min=1, help="trtllm: groups of layers in a row.")] = 1,
     drafter: Annotated[
-        str, typer.Option("--drafter", help="trtllm: auto (the engine's own head), none, or a directory.")
+        str, typer.Option("--drafter", help="trtllm: auto (the engine's own head), none, practice, or a directory.")
     ] = "auto",
     tree: Annotated[
         str | None, typer.Option("--tree", help="trtllm: draft tree, beams x length; default: the engine's.")
@@ -49,6 +51,10 @@ def command(
     if format_name not in _FORMATS:
         raise UsageError(
             f"--format {format_name!r}{nearest(format_name, _FORMATS)}", hint=f"one of: {', '.join(_FORMATS)}"
+        )
+    if (directory / BUNDLE_FILE).is_file() or (directory / "rank0.safetensors").is_file():
+        raise UsageError(
+            "is in TensorRT-LLM's layout already", where=str(directory), hint="export the engine that it was made from"
         )
     _check_target(out, force=force)
     if format_name == "trtllm":
@@ -78,7 +84,7 @@ def _options(
     if drafter == "auto":
         head = directory / DRAFTER_DIR if (directory / DRAFTER_DIR).is_dir() else None
     elif drafter != "none":
-        head = Path(drafter)
+        head = drafter_named(Path(drafter))
     shape = None
     if head is not None and tree is not None:
         shape = tree_named(tree)
@@ -161,10 +167,25 @@ def _size(directory: Path) -> str:
 
 
 def _check_target(out: Path, *, force: bool) -> None:
-    """``--force`` replaces checkpoints without an engine.json, never other directories."""
-    if not force or not out.is_dir() or not any(out.iterdir()):
+    """``--force`` replaces exports, never other directories: an engine, a checkpoint, a draft head."""
+    if not force or not out.is_dir() or not any(out.iterdir()) or _is_export(out):
         return
-    if (out / ENGINE_FILE).is_file() or not (out / "config.json").is_file():
-        raise OutputError(
-            "is not an export, and --force replaces nothing else", where=str(out), hint="choose another --out"
-        )
+    raise OutputError(
+        "is not an export, and --force replaces nothing else",
+        where=str(out),
+        hint="choose another --out, or remove the directory yourself"
+        + ("" if (out / ENGINE_FILE).is_file() else "; an export in bf16 looks like any checkpoint"),
+    )
+
+
+def _is_export(out: Path) -> bool:
+    from trtkit.checkpoint.unified import QUANT_FILE
+
+    if (out / ENGINE_FILE).is_file():
+        return False
+    if all(path.name == "config.json" or re.fullmatch(r"rank\d+\.safetensors", path.name) for path in out.iterdir()):
+        return (out / "rank0.safetensors").is_file()
+    try:
+        return bool(read_json(out / QUANT_FILE)["producer"]["name"] == "trtkit")
+    except (ConfigError, KeyError, TypeError):
+        return False

@@ -87,6 +87,7 @@ def command(
     from trtkit.solve.tradeoff_plot import draw_trade_offs, need_matplotlib
     from trtkit.solve.vote import parse_weighting
 
+    _refuse_twice(paths)
     runs = [path.is_dir() or looks_like_journal(path) for path in paths]
     refuse_idle(context, [
         (all(runs), ("--fields",), "only with files of traces: a run says what is what"),
@@ -129,6 +130,16 @@ def _counts(text: str | None) -> tuple[int, ...]:
     if not parts or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"--samples {text!r}: not numbers of samples", hint="e.g. --samples 8,16,32")
     return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _refuse_twice(paths: Sequence[Path]) -> None:
+    """Refuse samples that would count twice: doubled votes look like agreement. A run is also its own journal."""
+    from trtkit.solve.run_head import JOURNAL_FILE
+
+    named = [(path / JOURNAL_FILE if path.is_dir() else path).resolve() for path in paths]
+    twice = [str(path) for path, place in zip(paths, named, strict=True) if named.count(place) > 1]
+    if twice:
+        raise UsageError("the same samples are named twice", offenders=twice, hint="name each run once")
 
 
 def _read(paths: list[Path], fields: list[str], stop_at: str, problems: Path | None) -> Traces:

@@ -140,9 +140,10 @@ def command(
     began = time.monotonic()
 
     from trtkit.chat import VARIANTS, load_chat
-    from trtkit.errors import UsageError
+    from trtkit.errors import OutputError, UsageError
+    from trtkit.files import sigterm_as_interrupt
     from trtkit.log import logger
-    from trtkit.recipe import read_manifest
+    from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE, read_manifest
     from trtkit.runtime.api import SamplingParams
     from trtkit.runtime.processors import read_switch_penalty
     from trtkit.runtime.trtllm_sampling import notices_for
@@ -219,10 +220,14 @@ def command(
     if time_limit and limit:
         _tell_limit(time_limit, limit, len(rows))
     target = out or Path("runs") / f"{problems.stem}-{directory.resolve().name}"
+    if target.exists() and not target.is_dir():
+        raise OutputError("is a file, not a directory", where=str(target), hint="choose another --out")
+    if any((target / name).is_file() for name in (ENGINE_FILE, BUNDLE_FILE)):  # where the run would be lost with it
+        raise UsageError("is an engine or a bundle, no place for a run", where=str(target), hint="choose another --out")
 
     from trtkit.runtime.load import OpenOptions, open_engine
     from trtkit.solve.display import observer_for, result_table
-    from trtkit.solve.run import Places, run_solve, sigterm_as_interrupt
+    from trtkit.solve.run import Places, run_solve
 
     speculative, shape = drafting_named(tree)
     opening = OpenOptions(

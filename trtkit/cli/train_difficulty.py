@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trtkit.cli.engines import check_replaced
 from trtkit.cli.options import Device, Json, Threads
 from trtkit.cli.output import facts, finish, notice, quoted
 
@@ -41,6 +42,7 @@ def command(
     """
     from dataclasses import asdict
 
+    from trtkit.difficulty import DIFFICULTY_FILE
     from trtkit.runtime.load import device_named, set_threads
     from trtkit.solve.difficulty import is_run, labels_of_run
     from trtkit.training.difficulty import DifficultyPlan, read_labels, train_difficulty
@@ -52,6 +54,7 @@ def command(
         model=model, epochs=epochs, batch=batch, rate=rate, max_tokens=max_tokens, held_out=held_out, seed=seed
     )
     target = out or Path("engines/built/difficulty")
+    check_replaced(target, force=force, marks=[DIFFICULTY_FILE])
     set_threads(threads)
     report = train_difficulty(plan, labels, target, device=device_named(device), replace_out=force)
     held = report.held_out

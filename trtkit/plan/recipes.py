@@ -87,7 +87,6 @@ def catalogue() -> tuple[CatalogueLine, ...]:
 
 def write_catalogue(directory: Path) -> tuple[CatalogueLine, ...]:
     """Write the catalogue's recipes and its README into ``directory``. Files of other names are left alone."""
-    directory.mkdir(parents=True, exist_ok=True)
     lines = catalogue()
     for line in lines:
         if line.recipe is not None:

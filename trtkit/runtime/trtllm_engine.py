@@ -14,17 +14,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtkit.errors import EngineError, UsageError
+from trtkit.errors import EngineError, TrtkitError, UsageError
 from trtkit.recipe import COMPILED_DIR, read_manifest
 from trtkit.runtime.trtllm_facts import CompiledFacts, check_host, eos_ids, read_facts
 from trtkit.runtime.trtllm_requests import TrtllmEngine
 
-__all__ = ["ExecutorOptions", "missing_executor_names", "open_compiled", "serve_rank"]
+__all__ = ["ExecutorOptions", "main", "missing_executor_names", "open_compiled", "serve_rank"]
 
 
 _METHODS = (
@@ -162,6 +162,19 @@ def missing_executor_names() -> list[str]:
     return missing
 
 
+def main(arguments: Sequence[str]) -> int:
+    """``python -m trtkit.runtime.trtllm_engine DIR [BATCH]``; its exit code. Errors are words, as everywhere."""
+    if len(arguments) not in (1, 2) or not all(word.isdigit() for word in arguments[1:]):
+        sys.stderr.write("usage: python -m trtkit.runtime.trtllm_engine DIR [BATCH]\n")
+        return 2
+    try:
+        serve_rank(Path(arguments[0]), *map(int, arguments[1:]))
+    except TrtkitError as problem:
+        sys.stderr.write(f"error: {problem}\n")
+        return problem.exit_code
+    return 0
+
+
 def _mpi_ranks() -> int:
     """Ranks of this MPI run by Open MPI's, MPICH's or Slurm's (PMIx) word; 1 outside MPI."""
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
@@ -171,4 +184,4 @@ def _mpi_ranks() -> int:
 
 
 if __name__ == "__main__":
-    serve_rank(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    sys.exit(main(sys.argv[1:]))

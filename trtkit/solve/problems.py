@@ -14,7 +14,7 @@ from typing import Any
 
 from trtkit.bundled import practice_dir
 from trtkit.errors import ConfigError, InputError
-from trtkit.files import read_text
+from trtkit.files import check_lasting, read_text
 
 __all__ = ["Problem", "read_problems"]
 
@@ -42,6 +42,7 @@ def read_problems(path: Path) -> list[Problem]:
     (string or number), the ``id`` a string or an integer. A file where no row has an id is numbered by
     line. Raises :class:`InputError` naming the file and line of every row that is wrong.
     """
+    check_lasting(path)  # a run reads them again when it goes on, and `report` does
     if not path.exists():
         raise InputError("no such file", where=str(path), hint=_example_file())
     offenders: list[str] = []

@@ -9,7 +9,8 @@ resumed.
 How to call it::
 
     from trtkit.solve.display import observer_for
-    from trtkit.solve.run import Places, run_solve, sigterm_as_interrupt
+    from trtkit.files import sigterm_as_interrupt
+    from trtkit.solve.run import Places, run_solve
 
     places = Places(problems=Path("problems.jsonl"), engine=engine_dir, out=run_dir)
     with sigterm_as_interrupt():
@@ -29,14 +30,11 @@ import contextlib
 import importlib.metadata
 import json
 import platform
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from trtkit import __version__
@@ -61,7 +59,7 @@ from trtkit.solve.sandbox import open_sandbox
 from trtkit.solve.solver import Solver
 from trtkit.solve.summary import Summary, Verdict, judge, solution_row, summarise
 
-__all__ = ["Outcome", "Places", "claim", "identity_of", "run_solve", "sigterm_as_interrupt", "write_results"]
+__all__ = ["Outcome", "Places", "claim", "identity_of", "run_solve", "write_results"]
 
 _FREE = ("problems.path", "engine.path", "arguments.outstanding")
 """What a resumed run may have different: where things lie, and how full the batch is kept (memory may be scarcer)."""
@@ -170,23 +168,6 @@ def write_results(
     )
     write_json(out / SUMMARY_FILE, summary.document())
     return Outcome(summary=summary, verdicts=tuple(verdicts))
-
-
-@contextlib.contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise ``KeyboardInterrupt`` inside the block. Does nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _check_golds(problems: Sequence[Problem], mode: AnswerMode, path: Path) -> None:

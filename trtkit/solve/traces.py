@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from trtkit.chat import THINK_END
 from trtkit.errors import InputError
-from trtkit.files import digest_file
+from trtkit.files import check_lasting, digest_file
 from trtkit.log import logger
 from trtkit.runtime.api import FinishReason
 from trtkit.solve.answers import AnswerMode, extract_box
@@ -112,7 +112,11 @@ def loops(text: str) -> bool:
 
 
 def looks_like_journal(path: Path) -> bool:
-    """Whether the file holds the records of a run rather than rows of a trace file."""
+    """Whether the file holds the records of a run rather than rows of a trace file.
+
+    Raises :class:`InputError` for a pipe, which could not be read after this look.
+    """
+    check_lasting(path)
     if path.name == JOURNAL_FILE:
         return True  # whatever its first line has come to
     try:
