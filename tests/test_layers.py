@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "log", "bundled", "closing"),
+    ("errors", "interrupts", "files", "log", "bundled", "closing"),
     ("model_spec", "scheme", "gpu"),
     ("recipe", "decoder", "known_models"),
     ("quant", "plan"),

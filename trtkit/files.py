@@ -8,16 +8,14 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeAlias
 
 from trtkit.errors import ConfigError, InputError, OutputError, TrtkitError
+from trtkit.interrupts import sigterm_as_interrupt
 
 __all__ = [
     "JsonObject",
@@ -30,7 +28,6 @@ __all__ = [
     "read_jsonl",
     "read_text",
     "read_toml",
-    "sigterm_as_interrupt",
     "staged_dir",
     "write_json",
     "write_text",
@@ -197,23 +194,6 @@ def digest_file(path: Path) -> str:
     """SHA-256 of the file's bytes, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise ``KeyboardInterrupt`` inside the block. Does nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

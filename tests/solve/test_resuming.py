@@ -25,7 +25,7 @@ from tests.solve.scripted import (
     write_problems,
 )
 from trtkit.errors import UsageError
-from trtkit.files import sigterm_as_interrupt
+from trtkit.interrupts import sigterm_as_interrupt
 from trtkit.runtime.api import EngineStats, StepOutput
 from trtkit.runtime.blocks import BlockAllocator
 from trtkit.runtime.counters import Counters

@@ -35,8 +35,8 @@ def read_calibration(path: Path, chat: Chat, *, rows: int, tokens: int, vocab: i
 
     A row has ``problem`` (or ``question``) with ``generated_solution`` (or ``solution``), as in OpenMathReasoning, or
     plain ``text``. The rows are spread evenly over the file, so a file sorted by topic is sampled fairly. Other
-    solutions of a problem that judges calibrate nothing, unless too few rows are left. Raises :class:`InputError` naming
-    every unusable line.
+    solutions of a problem that judges calibrate nothing, unless too few rows are left. Raises :class:`InputError`
+    naming every unusable line.
     """
     found = read_jsonl(path)
     offenders = [f"{path}:{line}: {reason}" for line, row in found if (reason := _wrong(row))]

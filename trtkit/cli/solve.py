@@ -141,7 +141,7 @@ def command(
 
     from trtkit.chat import VARIANTS, load_chat
     from trtkit.errors import OutputError, UsageError
-    from trtkit.files import sigterm_as_interrupt
+    from trtkit.interrupts import sigterm_as_interrupt
     from trtkit.log import logger
     from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE, read_manifest
     from trtkit.runtime.api import SamplingParams

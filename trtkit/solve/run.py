@@ -9,7 +9,7 @@ resumed.
 How to call it::
 
     from trtkit.solve.display import observer_for
-    from trtkit.files import sigterm_as_interrupt
+    from trtkit.interrupts import sigterm_as_interrupt
     from trtkit.solve.run import Places, run_solve
 
     places = Places(problems=Path("problems.jsonl"), engine=engine_dir, out=run_dir)
