@@ -69,6 +69,10 @@ def test_every_offender_of_a_table_is_named_with_its_line(tmp_path: Path) -> Non
     with pytest.raises(InputError) as caught:
         read_problems(path)
     assert "no column is named problem or question: 'id', 'text'" in caught.value.offenders[0]
+    path.write_text("id,problem,note,note, problem\na,x,,,y\n")
+    with pytest.raises(InputError) as caught:
+        read_problems(path)
+    assert caught.value.offenders == (f"{path}:1: several columns are named problem",)
     path.write_text("")
     with pytest.raises(InputError, match="holds no problem") as caught:
         read_problems(path)

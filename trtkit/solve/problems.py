@@ -20,6 +20,7 @@ __all__ = ["Problem", "read_problems"]
 
 _TEXT_FIELDS = ("problem", "question")
 _ANSWER_FIELDS = ("answer", "expected_answer")
+_COLUMNS = ("id", *_TEXT_FIELDS, *_ANSWER_FIELDS)
 _EXAMPLE = 'every line must be one JSON object, e.g. {"id": "1", "problem": "...", "answer": "42"}'
 _HEADER = "the first line names the columns, e.g. id,problem,answer; text with commas, quotes or line ends is quoted"
 _ONE_ID = "give every problem an id of its own, or none of them any: then they are numbered by line"
@@ -112,9 +113,13 @@ def _table(path: Path, offenders: list[str]) -> list[tuple[int, dict[str, Any]]]
     reader = csv.DictReader(io.StringIO(read_text(path, InputError), newline=""), strict=True)
     rows: list[tuple[int, dict[str, Any]]] = []
     try:
-        names = reader.fieldnames or ()
-        if names and not {name.strip() for name in names} & {*_TEXT_FIELDS}:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        twice = sorted({name for name in names if names.count(name) > 1 and name in _COLUMNS})
+        if twice:
+            offenders.append(f"{path}:1: several columns are named {' and '.join(twice)}")
+        if names and not {*names} & {*_TEXT_FIELDS}:
             offenders.append(f"{path}:1: no column is named problem or question: {', '.join(map(_short, names))}")
+        if offenders:
             return []
         while (row := next(reader, None)) is not None:
             # The reader leaves out blank lines: the row's own lines are as many as its values have line ends.
