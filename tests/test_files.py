@@ -23,6 +23,15 @@ def test_json_that_python_cannot_hold_is_an_error_with_its_place(tmp_path: Path,
         read_json(path)
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_a_byte_that_is_no_utf8_is_named_with_its_line(tmp_path: Path, mark: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(mark + b'{"a": 1}\n\xfe')
+    with pytest.raises(InputError, match="byte 0xfe") as caught:
+        read_jsonl(path)
+    assert caught.value.where == f"{path}:2"
+
+
 @pytest.mark.parametrize("before", ["nothing", "empty", "full"])
 def test_a_link_stays_and_what_it_points_to_is_written(tmp_path: Path, before: str) -> None:
     disk, link = tmp_path / "disk", tmp_path / "link"

@@ -62,13 +62,14 @@ def test_a_run_that_has_done_nothing_yet(tmp_path: Path) -> None:
 
 def test_damaged_lines_are_skipped_and_told(tmp_path: Path) -> None:
     rows = [attempt("a", 0, "7"), attempt("a", 1, "7", tokens=-5), solution("a", "7", seconds=float("nan"))]
+    rows.append(attempt("a", 2, "7", seconds=10**400))
     directory = write_run(tmp_path / "run", [{"id": "a", "problem": "x", "answer": "7"}], rows)
     with (directory / "journal.jsonl").open("ab") as stream:
         stream.write(b'[1]\n"x"\n{"kind": "attempt", "problem": "a"}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"kind": "att')
     (read,) = read_runs([directory])
     assert len(read.results[0].samples) == 1
     assert not read.results[0].settled
-    assert read.notices == ("8 damaged line(s) of journal.jsonl were skipped: line 3, 4, 5, 6, 7, 8, 9, 10.",)
+    assert read.notices == ("9 damaged line(s) of journal.jsonl were skipped: line 3, 4, 5, 6, 7, 8, 9, 10, 11.",)
 
 
 def test_a_problems_file_that_changed_gives_no_texts(solved: Path, tmp_path: Path) -> None:

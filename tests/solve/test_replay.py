@@ -242,6 +242,8 @@ def test_sample_counts_follow_what_is_there() -> None:
     assert sample_counts(lottery(3, 64)) == (4, 8, 16, 32, 64)
     assert sample_counts(lottery(3, 20)) == (4, 8, 16)
     assert sample_counts(lottery(3, 2)) == (2,)
+    half = (*lottery(2, 4).problems, *lottery(2, 64).problems)
+    assert sample_counts(Traces(problems=half)) == (4,), "half of the problems are not most of them"
 
 
 def test_options_name_everything_that_is_wrong() -> None:

@@ -110,9 +110,11 @@ def test_fields_are_checked() -> None:
 
 def test_cutting_at_the_end_of_the_thought() -> None:
     text = "hm \\boxed{1} " + "x" * 87 + "</think>" + "so \\boxed{2}" + " " * 96
-    whole, cut = (trace_of_text(text, 0, tokens=50, stop_at=where) for where in ("eos", "think"))  # type: ignore[arg-type]
-    assert (whole.box, whole.tokens) == ("2", 50)
+    whole = trace_of_text(text, 0, tokens=50, seconds=8.0)
+    cut = trace_of_text(text, 0, tokens=50, seconds=8.0, stop_at="think")
+    assert (whole.box, whole.tokens, whole.seconds) == ("2", 50, 8.0)
     assert (cut.box, cut.tokens) == ("1", 25)
+    assert cut.seconds == pytest.approx(4.0, rel=0.05)  # emitted at an even pace
     assert whole.closed
     assert cut.closed
 
