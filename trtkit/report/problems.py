@@ -13,7 +13,6 @@ __all__ = ["Bar", "Dot", "Line", "ProblemRow", "problem_rows"]
 
 _SHOWN_VOTES = 4
 _LONGEST_ANSWER = 60
-_LONGEST_BOX = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +265,7 @@ def _flags(result: Result) -> tuple[str, ...]:
     return tuple(flags)
 
 
-def _short(text: str, longest: int = _LONGEST_BOX) -> str:
+def _short(text: str, longest: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
