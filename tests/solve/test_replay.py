@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from trtkit.solve.replay import arrivals, one_spelling, parse_policy, replay
 from trtkit.solve.solver import Solver
 from trtkit.solve.traces import Trace, TracedProblem, Traces, read_run
 from trtkit.solve.tradeoff import ReplayOptions, sample_counts, saved_order, trade_offs
+from trtkit.solve.vote import Weighting
 
 RULES = ("agree(2)", "agree(3)", "beta(0.9)", "beta(0.95)+stragglers(2)", "ladder", "stragglers(4)", "certificate(0.2)")
 
@@ -158,6 +161,20 @@ def test_equal_answers_are_one_vote_however_they_are_written(grader: Grader) -> 
     assert estimate.accuracy.value == 1.0
 
 
+def test_votes_are_weighed_as_the_options_say(grader: Grader) -> None:
+    boxes = [("8", -3.0), ("8", -3.0), ("7", -0.1)]
+    traces = tuple(
+        replace(trace(index, box, 10), confidence=confidence) for index, (box, confidence) in enumerate(boxes)
+    )
+    saved = Traces(problems=(TracedProblem(id="p", gold="7", traces=traces),))
+    for weighting, right in ((Weighting(), False), (Weighting(by="confidence"), True)):
+        options = ReplayOptions(samples=(3,), weighting=weighting)
+        assert [row.correct for row in saved_order(saved, [parse_policy("full")], options, grader)] == [right]
+        [estimate] = trade_offs(saved, [parse_policy("full")], options, grader)
+        assert estimate.accuracy is not None
+        assert estimate.accuracy.value == right
+
+
 def lottery(problems: int, each: int, seed: int = 0) -> Traces:
     """Samples of 100 to 1000 tokens; problem n's are right with a probability of its own."""
     rng = random.Random(seed)
@@ -171,8 +188,10 @@ def lottery(problems: int, each: int, seed: int = 0) -> Traces:
 
 def test_estimates_agree_with_plain_counting(grader: Grader) -> None:
     saved = lottery(60, 16)
-    rows = trade_offs(saved, [parse_policy("full")], ReplayOptions(samples=(1, 16), draws=60), grader)
-    single, whole = rows
+    steps = itertools.count()
+    options = ReplayOptions(samples=(1, 16), draws=60)
+    single, whole = trade_offs(saved, [parse_policy("full")], options, grader, advance=lambda: next(steps) and None)
+    assert next(steps) == 2 * 60, "one step of the progress per problem and number of samples"
     right = [[t.box == "1" for t in problem.traces] for problem in saved.problems]
     share = sum(map(sum, right)) / (60 * 16)
     assert single.accuracy is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.report.run_dirs import attempt, solution, write_run
 from tests.solve.scripted import run, write_engine, write_problems
 from trtkit.errors import InputError, UsageError
 from trtkit.solve.answers import AnswerMode
@@ -188,6 +189,23 @@ def test_an_interrupted_run_gives_its_finished_problems(tmp_path: Path, caplog: 
         read_run(out)
 
 
+@pytest.mark.parametrize("text", [{}, {"text": "hm"}], ids=["no text", "text"])
+def test_how_a_recorded_sample_ended(tmp_path: Path, text: dict[str, str]) -> None:
+    ends = [("stop", "think"), ("length", "loop"), ("length", "length")]
+    rows = [
+        attempt("a", 2 - n, None, 10 + n, finish=finish, ending=ending, seconds=1.5 + n, confidence=-0.5, **text)
+        for n, (finish, ending) in enumerate(ends)
+    ]
+    out = write_run(tmp_path / "run", [{"id": "a", "problem": "x"}], [*rows, solution("a", None)], full_vote=True)
+    [problem] = read_run(out).problems
+    found = [(t.index, t.tokens, t.closed, t.looped, t.seconds, t.confidence) for t in problem.traces]
+    assert found == [
+        (0, 12, False, False, 3.5, -0.5),
+        (1, 11, False, True, 2.5, -0.5),
+        (2, 10, True, False, 1.5, -0.5),
+    ]
+
+
 def test_a_journal_is_told_from_traces(tmp_path: Path) -> None:
     out = full_run(tmp_path, full_vote=True)
     assert looks_like_journal(out / "journal.jsonl")
@@ -204,6 +222,8 @@ def test_several_files_are_put_together(tmp_path: Path) -> None:
     [problem] = both.problems
     assert [(trace.index, trace.box) for trace in problem.traces] == [(0, "7"), (1, "8")]
     assert both.estimated
+    three = read_trace_file(write(tmp_path / "4.jsonl", {"problem": "a", "text": "\\boxed{8}"}))
+    assert [merge(order).problems[0].gold for order in ([one, three], [three, one])] == ["7", "7"]
     bad = read_trace_file(write(tmp_path / "3.jsonl", {"problem": "a", "gold": "9", "text": "\\boxed{8}"}))
     with pytest.raises(InputError, match="different gold answers"):
         merge([one, bad])
