@@ -159,7 +159,11 @@ def test_a_run_is_read_with_golds_and_answer_mode(tmp_path: Path, caplog: pytest
     }
     assert read_run(out / "journal.jsonl") == found
 
-    (tmp_path / "p.jsonl").unlink()  # then the solutions say it
+    assert merge([merge([]), found]).mode == mode
+
+    write_problems(tmp_path / "p.jsonl", 3)  # another file by now: then the solutions say it
+    assert read_run(out) == found
+    (tmp_path / "p.jsonl").unlink()
     assert read_run(out) == found
     (out / "solutions.jsonl").unlink()
     assert {problem.gold for problem in read_run(out).problems} == {None}
