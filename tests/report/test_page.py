@@ -122,6 +122,20 @@ def test_runs_with_other_budgets_are_not(tmp_path: Path, arguments: dict[str, ob
     assert set(document(report)["differences"]) == {name}
 
 
+def test_the_majority_curve_begins_at_one_sample_and_has_its_error_as_a_band(tmp_path: Path) -> None:
+    rows = [attempt(name, index, "7" if name == "a" else "8") for name in "abc" for index in (0, 1)]
+    rows += [solution(name, "7" if name == "a" else "8") for name in "abc"]
+    text = html(report_on([write_run(tmp_path / "run", PROBLEMS, rows)]))
+    assert re.findall(r"<title>run: (\d) k, samples in the vote, ([\d.]+%)</title>", text) == [
+        ("1", "33.3%"),
+        ("2", "33.3%"),
+    ]
+    [band] = re.findall(r'<polygon [^>]*points="([^"]*)"', text)
+    heights = [float(point.split(",")[1]) for point in band.split()]
+    [bottom, top] = (float(at) for at in re.findall(r'y="([\d.]+)" text-anchor="end">(?:0%|100%)<', text))
+    assert (max(heights) - min(heights)) / (bottom - top) == pytest.approx(2 / 3, abs=0.01)  # 33.3% above and below
+
+
 def test_other_problems_are_another_budget_and_other_rows(tmp_path: Path) -> None:
     first = run_dir(tmp_path / "one" / "run", 1)
     second = write_run(

@@ -64,6 +64,31 @@ def test_usual_names_are_found_and_tokens_estimated(tmp_path: Path) -> None:
     assert found.estimated
 
 
+def test_one_row_may_say_what_another_leaves_out(tmp_path: Path) -> None:
+    rows = [{"problem": "a", "text": "x" * 30}, {"problem": "a", "gold": "7", "text": "y", "tokens": 5}]
+    for place, order in enumerate((rows, rows[::-1])):
+        found = read_trace_file(write(tmp_path / f"{place}.jsonl", *order))
+        assert found.problems[0].gold == "7"
+        assert found.estimated
+
+
+def test_columns_named_are_not_taken_for_something_else(tmp_path: Path) -> None:
+    outs = [{"t": "\\boxed{7}", "took": 1.5}, {"t": "none", "took": 2}]
+    path = write(tmp_path / "t.jsonl", {"id": "x", "answer": outs}, {"id": "y", "answer": [{"t": "late"}]})
+    first, second = read_trace_file(path, {"text": "answer.t", "seconds": "answer.took"}).problems
+    assert [(trace.box, trace.seconds) for trace in (*first.traces, *second.traces)] == [
+        ("7", 1.5),
+        (None, 2),
+        (None, None),
+    ]
+    plain = write(tmp_path / "plain.jsonl", {"id": "x", "answer": "so \\boxed{7}"})
+    assert read_trace_file(plain, {"text": "answer"}).problems[0].gold is None
+    wrong = write(tmp_path / "wrong.jsonl", {"id": "x", "text": "y", "tokens": True})
+    with pytest.raises(InputError, match=r"1 thing\(s\) wrong") as caught:
+        read_trace_file(wrong)
+    assert "tokens: expected 1 number" in caught.value.offenders[0]
+
+
 def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path / "t.jsonl",
