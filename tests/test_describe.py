@@ -11,10 +11,14 @@ from drafter.config import DrafterConfig
 from drafter.model import Drafter
 from tests.engines import tiny_engine_dir
 from tests.tiny import save_tiny
-from trtkit.describe import CHECKPOINT, DIFFICULTY, DRAFTER, ENGINE, RUN, describe
+from trtkit.checkpoint.convert import convert
+from trtkit.checkpoint.hf import open_source
+from trtkit.describe import BUNDLE, CHECKPOINT, DIFFICULTY, DRAFTER, ENGINE, QUANTIZED, RUN, describe
 from trtkit.errors import CheckpointError, InputError, TrtkitError, UsageError
-from trtkit.files import digest_file, read_json, write_json
-from trtkit.recipe import ENGINE_FILE
+from trtkit.files import digest_file, read_json, staged_dir, write_json
+from trtkit.quant.calibrate import DataFree
+from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE
+from trtkit.scheme import SCHEMES
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:
@@ -84,6 +88,41 @@ def test_a_value_that_is_no_number_is_found_where_it_is_looked_for(tmp_path: Pat
     found = describe(tmp_path, verify=True)
     assert found.verified is False
     assert name in found.offenders[0]
+
+
+def test_a_quantized_checkpoint_is_held_against_its_layout(tmp_path: Path) -> None:
+    source, out = open_source(save_tiny(tmp_path / "source")), tmp_path / "out"
+    with staged_dir(out) as stage:
+        convert(source, stage, SCHEMES["int8"], DataFree(), pre_scale=False)
+    found = describe(out, verify=True)
+    assert (found.kind, found.verified, found.offenders) == (QUANTIZED, True, ())
+    assert found.facts["precision"].startswith("quant_algo W8A16")
+    [shard] = out.glob("*.safetensors")
+    tensors = load_file(shard)
+    lost = next(name for name in tensors if name.endswith("weight_scale"))
+    del tensors[lost]
+    save_file(tensors, shard)
+    found = describe(out, verify=True)
+    assert found.verified is False
+    assert lost in " ".join(found.offenders)
+
+
+def test_a_bundles_weights_are_those_of_its_checkpoint(tmp_path: Path) -> None:
+    engine, bundle = tiny_engine_dir(tmp_path / "engine"), tmp_path / "bundle"
+    manifest = read_json(engine / ENGINE_FILE)
+    (engine / ENGINE_FILE).unlink()
+    manifest["backend"] = manifest["recipe"]["backend"] = "tensorrt-llm"
+    manifest["checkpoint_digest"] = {
+        f"checkpoint/{path.name}": digest_file(path) for path in engine.iterdir() if path.is_file()
+    }
+    bundle.mkdir()
+    engine.rename(bundle / "checkpoint")
+    write_json(bundle / BUNDLE_FILE, manifest)
+    found = describe(bundle, verify=True)
+    assert (found.kind, found.verified, found.offenders) == (BUNDLE, True, ())
+    assert found.data["weights"]["tensors"] == len(load_file(bundle / "checkpoint" / "model.safetensors"))
+    (bundle / "checkpoint" / "model.safetensors").write_bytes(b"x")
+    assert describe(bundle, verify=True).verified is False
 
 
 def test_a_truncated_file_is_found_without_verify(tmp_path: Path) -> None:
