@@ -43,12 +43,13 @@ def test_progress_in_a_file_is_a_line_now_and_then(
 ) -> None:
     set_up_logging()
     clock = Clock(monkeypatch)
-    with Progress("convert", total=4, unit="layers") as progress:
+    with Progress("convert", total=5, unit="layers") as progress:
         for seconds in (1.0, 5.0, 2.0, 12.0):
             clock.now += seconds
             progress.advance(note="int8")
     assert capsys.readouterr().err.splitlines() == [
-        "convert: 2/4 layers, 6.0s left  int8",  # 6 seconds for the first two
+        "convert: 2/5 layers, 9.0s left  int8",  # 6 seconds for the first two
+        "convert: 4/5 layers, 5.0s left  int8",
         "convert: 4 layers in 20.0s",
     ]
 
