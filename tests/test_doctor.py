@@ -27,6 +27,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert {support.precision for support in diagnosis.precisions} == {"bf16", "int8", "int8-sq", "fp8", "int4"}
     assert {"python", "torch", "device", "disk", "practice"} <= {check.name for check in diagnosis.checks}
     assert all(check.status != "fail" or check.hint for check in diagnosis.checks)
+    assert {check.status for check in diagnosis.checks if check.name in ("python", "practice")} == {"ok"}
 
 
 @pytest.mark.parametrize(
