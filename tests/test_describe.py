@@ -11,10 +11,14 @@ from drafter.config import DrafterConfig
 from drafter.model import Drafter
 from tests.engines import tiny_engine_dir
 from tests.tiny import save_tiny
-from trtkit.describe import CHECKPOINT, DIFFICULTY, DRAFTER, ENGINE, RUN, describe
-from trtkit.errors import CheckpointError, InputError, TrtkitError
-from trtkit.files import digest_file, read_json, write_json
-from trtkit.recipe import ENGINE_FILE
+from trtkit.checkpoint.convert import convert
+from trtkit.checkpoint.hf import open_source
+from trtkit.describe import BUNDLE, CHECKPOINT, DIFFICULTY, DRAFTER, ENGINE, QUANTIZED, RUN, describe
+from trtkit.errors import CheckpointError, InputError, TrtkitError, UsageError
+from trtkit.files import digest_file, read_json, staged_dir, write_json
+from trtkit.quant.calibrate import DataFree
+from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE
+from trtkit.scheme import SCHEMES
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:
@@ -52,11 +56,82 @@ def test_an_engine_says_its_output_layer(tmp_path: Path, field: str | None, said
     assert describe(directory).facts["precision"] == f"int4, KV cache model, output layer {said}"
 
 
+@pytest.mark.parametrize(("positions", "said"), [(512, False), (256, False), (128, True)])
+def test_an_engine_with_limits_beyond_the_models_positions_says_so(tmp_path: Path, positions: int, said: bool) -> None:
+    found = describe(tiny_engine_dir(tmp_path, max_position_embeddings=positions))  # limits: 256 tokens in all
+    assert (f"the model has {positions} positions" in found.facts["limits"]) is said
+
+
+def test_weights_are_counted_by_their_type(tmp_path: Path) -> None:
+    directory = save_tiny(tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    first, *others = tensors
+    rest = {name: tensors[name].to(torch.float32) for name in others}
+    save_file({first: tensors[first].to(torch.float16)}, directory / "model-00001-of-00002.safetensors")
+    save_file(rest, directory / "model-00002-of-00002.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = {first: "model-00001-of-00002.safetensors"} | dict.fromkeys(rest, "model-00002-of-00002.safetensors")
+    write_json(directory / "model.safetensors.index.json", {"weight_map": names})
+    weights = describe(directory).data["weights"]
+    sizes = {"float16": 2 * tensors[first].numel(), "float32": 4 * sum(tensor.numel() for tensor in rest.values())}
+    assert (weights["files"], weights["tensors"], weights["by_dtype"]) == (2, len(tensors), sizes)
+    assert weights["bytes"] == sum(sizes.values())
+
+
+def test_a_value_that_is_no_number_is_found_where_it_is_looked_for(tmp_path: Path) -> None:
+    weights = save_tiny(tmp_path) / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, weights)
+    assert describe(tmp_path).offenders == ()
+    found = describe(tmp_path, verify=True)
+    assert found.verified is False
+    assert name in found.offenders[0]
+
+
+def test_a_quantized_checkpoint_is_held_against_its_layout(tmp_path: Path) -> None:
+    source, out = open_source(save_tiny(tmp_path / "source")), tmp_path / "out"
+    with staged_dir(out) as stage:
+        convert(source, stage, SCHEMES["int8"], DataFree(), pre_scale=False)
+    found = describe(out, verify=True)
+    assert (found.kind, found.verified, found.offenders) == (QUANTIZED, True, ())
+    assert found.facts["precision"].startswith("quant_algo W8A16")
+    [shard] = out.glob("*.safetensors")
+    tensors = load_file(shard)
+    lost = next(name for name in tensors if name.endswith("weight_scale"))
+    del tensors[lost]
+    save_file(tensors, shard)
+    found = describe(out, verify=True)
+    assert found.verified is False
+    assert lost in " ".join(found.offenders)
+
+
+def test_a_bundles_weights_are_those_of_its_checkpoint(tmp_path: Path) -> None:
+    engine, bundle = tiny_engine_dir(tmp_path / "engine"), tmp_path / "bundle"
+    manifest = read_json(engine / ENGINE_FILE)
+    (engine / ENGINE_FILE).unlink()
+    manifest["backend"] = manifest["recipe"]["backend"] = "tensorrt-llm"
+    manifest["checkpoint_digest"] = {
+        f"checkpoint/{path.name}": digest_file(path) for path in engine.iterdir() if path.is_file()
+    }
+    bundle.mkdir()
+    engine.rename(bundle / "checkpoint")
+    write_json(bundle / BUNDLE_FILE, manifest)
+    found = describe(bundle, verify=True)
+    assert (found.kind, found.verified, found.offenders) == (BUNDLE, True, ())
+    assert found.data["weights"]["tensors"] == len(load_file(bundle / "checkpoint" / "model.safetensors"))
+    (bundle / "checkpoint" / "model.safetensors").write_bytes(b"x")
+    assert describe(bundle, verify=True).verified is False
+
+
 def test_a_truncated_file_is_found_without_verify(tmp_path: Path) -> None:
     weights = save_tiny(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert any("model.safetensors" in text for text in describe(tmp_path).offenders)
-    assert describe(tmp_path, verify=True).verified is False
+    found = describe(tmp_path, verify=True)
+    assert found.verified is False
+    assert len(set(found.offenders)) == len(found.offenders), "each thing once"
 
 
 def test_a_run_and_a_draft_head(tmp_path: Path) -> None:
@@ -66,6 +141,11 @@ def test_a_run_and_a_draft_head(tmp_path: Path) -> None:
     found = describe(run)
     assert found.kind == RUN
     assert "2 entries" in found.facts["journal"]
+    assert "not finished" in found.facts["result"]
+    write_json(run / "summary.json", {"answered": 2, "problems": 3, "accuracy": 0.5})
+    assert describe(run).facts["result"] == "2 of 3 answered, accuracy 50.0%"
+    with pytest.raises(UsageError, match="neither digests nor tensors"):
+        describe(run, verify=True)
     write_json(head / "config.json", {"hidden_size": 8, "exit_dim": 16, "num_draft_layers": 2, "rnn": True})
     with pytest.raises(CheckpointError):
         describe(head)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert {support.precision for support in diagnosis.precisions} == {"bf16", "int8", "int8-sq", "fp8", "int4"}
     assert {"python", "torch", "device", "disk", "practice"} <= {check.name for check in diagnosis.checks}
     assert all(check.status != "fail" or check.hint for check in diagnosis.checks)
+    assert {check.status for check in diagnosis.checks if check.name in ("python", "practice")} == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,49 @@ def test_which_kernels_a_cpu_runs(
     assert said in check.detail
 
 
+def test_kernels_that_are_turned_off_are_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "detect", lambda: profile_named("cpu"))
+    monkeypatch.setenv(loader.SWITCH, "0")
+    check = found(tmp_path, "kernels")
+    assert (check.status, check.hint.startswith("unset it")) == ("warn", True)
+
+
+@pytest.mark.parametrize(
+    ("free", "writable", "status", "said"),
+    [(20e9, True, "ok", "20.0 GB free"), (4e9, True, "warn", "4.0 GB free"), (20e9, False, "warn", "not writable")],
+)
+def test_the_disk_that_outputs_would_go_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, writable: bool, status: str, said: str
+) -> None:
+    asked = []
+
+    def usage(place: Path) -> SimpleNamespace:
+        asked.append(place)
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(doctor.shutil, "disk_usage", usage)
+    monkeypatch.setattr(doctor.os, "access", lambda place, mode: writable)
+    for directory in (tmp_path, tmp_path / "not" / "made yet"):
+        check = found(directory, "disk")
+        assert (check.status, said in check.detail) == (status, True)
+    assert asked == [tmp_path, tmp_path]
+
+
+def test_a_busy_machine_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    for load, status in ((3.2, "ok"), (4.0, "warn")):
+        monkeypatch.setattr(doctor.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert found(tmp_path, "threads").status == status
+
+
+@pytest.mark.parametrize(("version", "status"), [("2.7.0+cpu", "ok"), ("2.10.1", "ok"), ("2.6.9", "fail")])
+def test_versions_are_numbers_and_the_least_one_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, status: str
+) -> None:
+    versions(monkeypatch, torch=version)
+    assert found(tmp_path, "torch").status == status
+
+
 def test_a_missing_practice_checkpoint_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Path:
         raise ConfigError("not here", hint="get it")
@@ -91,6 +136,10 @@ def test_a_missing_practice_checkpoint_is_a_failure(tmp_path: Path, monkeypatch:
 
 
 def test_precisions_by_device() -> None:
-    assert doctor.precision_support(scheme_named("fp8"), profile_named("l4")).native
+    assert doctor.precision_support(scheme_named("fp8"), profile_named("l4")).native  # 8.9, the least that has it
+    on_cpu = {
+        name: doctor.precision_support(scheme_named(name), profile_named("cpu")).native for name in ("bf16", "fp8")
+    }
+    assert on_cpu == {"bf16": True, "fp8": False}
     assert not doctor.precision_support(scheme_named("fp8"), profile_named("a100")).native
     assert not doctor.precision_support(scheme_named("int8"), None).native

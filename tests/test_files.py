@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from trtkit.errors import ConfigError, InputError, OutputError
-from trtkit.files import append_jsonl, read_json, read_jsonl, staged_dir
+from trtkit.files import append_jsonl, read_json, read_jsonl, staged_dir, write_text
 
 
 @pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000], ids=["digits", "depth"])
@@ -23,6 +25,15 @@ def test_json_that_python_cannot_hold_is_an_error_with_its_place(tmp_path: Path,
     path.write_text(f'{{"a": {value}}}')
     with pytest.raises(ConfigError, match="not valid JSON"):
         read_json(path)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_a_byte_that_is_no_utf8_is_named_with_its_line(tmp_path: Path, mark: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(mark + b'{"a": 1}\n\xfe')
+    with pytest.raises(InputError, match="byte 0xfe") as caught:
+        read_jsonl(path)
+    assert caught.value.where == f"{path}:2"
 
 
 @pytest.mark.parametrize("before", ["nothing", "empty", "full"])
@@ -101,15 +112,50 @@ def test_sigterm_leaves_nothing_half_made(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_what_is_written_is_for_all_to_read_and_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "text"
+    write_text(path, "before")
+    with staged_dir(tmp_path / "made"):
+        pass
+    assert (path.stat().st_mode & 0o777, (tmp_path / "made").stat().st_mode & 0o777) == (0o644, 0o755)
+    with pytest.raises(OutputError, match="cannot be written"), little_room(100):
+        write_text(path, "x" * 1000)
+    assert path.read_text() == "before"
+    with pytest.raises(ValueError, match="on the way"), staged_dir(tmp_path / "never") as stage:
+        fail_after_writing(stage / "part")
+    assert sorted(place.name for place in tmp_path.rglob("*")) == ["deep", "made", "text"]
+
+
+def fail_after_writing(path: Path) -> None:
+    path.touch()
+    raise ValueError("on the way")
+
+
+def test_lines_without_content_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\n{"a": 1}\r\n  \n\r\n{"a": 2}')
+    assert read_jsonl(path) == [(2, {"a": 1}), (5, {"a": 2})]
+    path.write_text("1\n[]\n{}\nnull\n")
+    with pytest.raises(InputError, match="3 malformed") as caught:
+        read_jsonl(path)
+    assert [offender.split(": ")[0] for offender in caught.value.offenders] == [f"{path}:{line}" for line in (1, 2, 4)]
+
+
+@contextlib.contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """A disk on which a file can have ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_rows_are_appended_all_or_none(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, [{"a": 1}])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, hard))  # a disk with 100 bytes left
-    try:
-        with pytest.raises(OutputError, match="cannot be written"):
-            append_jsonl(path, [{"b": "x" * 20}, {"c": "y" * 200}])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(OutputError, match="cannot be written"), little_room(path.stat().st_size + 100):
+        append_jsonl(path, [{"b": "x" * 20}, {"c": "y" * 200}])
     append_jsonl(path, [{"d": 2}, {"e": 3}])
     assert [row for _, row in read_jsonl(path)] == [{"a": 1}, {"d": 2}, {"e": 3}]

@@ -58,6 +58,7 @@ def read_text(path: Path, error: type[TrtkitError] = ConfigError) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
+        raw = problem.object  # its places count from behind a byte order mark
         line = raw[: problem.start].count(b"\n") + 1
         raise error(
             f"not UTF-8 text (byte 0x{raw[problem.start]:02x})",

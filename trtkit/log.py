@@ -83,7 +83,8 @@ class Progress:
             return
         self._shown = now
         left = (now - self._start) / max(self.done, 1) * max(self.total - self.done, 0)
-        text = f"{self.title}: {self.done}/{self.total} {self.unit}, {format_seconds(left)} left"
+        counted = f"{self.done}/{self.total} {self.unit}".rstrip()
+        text = f"{self.title}: {counted}, {format_seconds(left)} left"
         text += f"  {note}" if note else ""
         self._emit(f"\r\x1b[K{text}" if self._tty else text, end="" if self._tty else "\n")
 

@@ -123,10 +123,23 @@ def test_rates_totals_and_standard_errors(tmp_path: Path) -> None:
     assert (figures.truncated_rate, figures.forced_rate, figures.looped_rate) == pytest.approx((1 / 6,) * 3)
     assert (figures.cancelled, figures.stopped_early) == (2, 1)
     assert (figures.tokens, figures.cancelled_tokens) == (310, 30)
+    lengths = [10, 20, 100, 100, 40, 10]
+    assert figures.tokens_median == statistics.median(lengths)
+    assert figures.tokens_p90 == pytest.approx(statistics.quantiles(lengths, n=10, method="inclusive")[-1])
+    assert figures.tokens_per_second == pytest.approx(310 / 2.0)
     assert figures.tokens_per_step == 2.0
     assert figures.accepted_by_depth == pytest.approx((0.6, 0.2))
     assert dict(figures.phase_seconds) == {"verify": 1.5, "draft": 0.5}
     assert figures.bank == ((1.0, 5.0), (2.0, 6.5))
+
+
+def test_rates_are_of_settled_problems_and_tokens_of_all_work(tmp_path: Path) -> None:
+    problems = [{"id": name, "problem": "x", "answer": "7"} for name in "ab"]
+    rows = [attempt("a", 0, "7", 10), solution("a", "7", 10), attempt("b", 0, None, 30, clock=4.0)]
+    (run,) = read_runs([write_run(tmp_path / "run", problems, rows)])
+    figures = figures_of(run)
+    assert (figures.samples, figures.blank_rate) == (1, 0.0)
+    assert (figures.tokens, figures.tokens_per_second) == (40, 10.0)
 
 
 def test_speed_over_time_adds_up_to_all_tokens(tmp_path: Path) -> None:

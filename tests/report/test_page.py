@@ -102,7 +102,16 @@ def test_runs_with_the_same_budget_are_compared(tmp_path: Path) -> None:
     for words in (Page(html(report)).words, markdown(report)):
         assert "must not be compared" not in words
         assert "+66.7 ± 33.3 points" in words
-    assert document(report)["comparable"] is True
+    said = document(report)
+    assert said["comparable"] is True
+    assert [(one["accuracy"], one["maj_at"], one["tokens"], one["seconds"]) for one in said["runs"]] == [
+        (pytest.approx(1 / 3, abs=1e-6), [pytest.approx(1 / 3, abs=1e-6)], 30, 3.0),
+        (1.0, [1.0], 30, 3.0),
+    ]
+    assert [(one["accuracy_error"], one["tokens_per_second"]) for one in said["runs"]] == [
+        (pytest.approx(1 / 3, abs=1e-6), 10.0),
+        (0.0, 10.0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +128,31 @@ def test_runs_with_other_budgets_are_not(tmp_path: Path, arguments: dict[str, ob
         assert "must not be compared" in words
         assert name in words
         assert "points" not in words
+        assert words.count("(not comparable between these runs)") == 1, "of the answers"
     assert set(document(report)["differences"]) == {name}
+
+
+def test_the_majority_curve_begins_at_one_sample_and_has_its_error_as_a_band(tmp_path: Path) -> None:
+    rows = [attempt(name, index, "7" if name == "a" else "8") for name in "abc" for index in (0, 1)]
+    rows += [solution(name, "7" if name == "a" else "8") for name in "abc"]
+    text = html(report_on([write_run(tmp_path / "run", PROBLEMS, rows)]))
+    assert re.findall(r"<title>run: (\d) k, samples in the vote, ([\d.]+%)</title>", text) == [
+        ("1", "33.3%"),
+        ("2", "33.3%"),
+    ]
+    [band] = re.findall(r'<polygon [^>]*points="([^"]*)"', text)
+    heights = [float(point.split(",")[1]) for point in band.split()]
+    [bottom, top] = (float(at) for at in re.findall(r'y="([\d.]+)" text-anchor="end">(?:0%|100%)<', text))
+    assert (max(heights) - min(heights)) / (bottom - top) == pytest.approx(2 / 3, abs=0.01)  # 33.3% above and below
+
+
+def test_runs_with_more_and_fewer_finished_samples_share_a_table(tmp_path: Path) -> None:
+    runs = []
+    for name, count in (("one", 1), ("two", 2)):
+        rows = [attempt("a", index, "7") for index in range(count)]
+        runs.append(write_run(tmp_path / name, PROBLEMS[:1], [*rows, solution("a", "7", cancelled=4 - count)]))
+    text = markdown(report_on(runs))
+    assert "| 1 | 100.0% | 100.0% |\n| 2 | - | 100.0% |\n" in text
 
 
 def test_other_problems_are_another_budget_and_other_rows(tmp_path: Path) -> None:
@@ -132,6 +165,30 @@ def test_other_problems_are_another_budget_and_other_rows(tmp_path: Path) -> Non
     report = report_on([first, second])
     assert {item.name for item in report.comparison.budgets} == {"problems", "problems settled"}
     assert [(row.id, len(row.lines)) for row in report.rows] == [("a", 1), ("b", 1), ("c", 1), ("a", 1)]
+
+
+@pytest.mark.parametrize("lost", ["one", "two"])
+def test_a_problem_is_one_row_though_only_one_run_still_finds_its_text(tmp_path: Path, lost: str) -> None:
+    runs = [run_dir(tmp_path / name / "run", 1) for name in ("one", "two")]
+    (tmp_path / lost / "problems.jsonl").unlink()
+    report = report_on(runs)
+    assert report.comparison.comparable
+    assert [(row.id, row.text, len(row.lines)) for row in report.rows] == [(name, "x", 2) for name in "abc"]
+
+
+def test_a_known_answer_that_was_corrected_is_not_shown_for_both_runs(tmp_path: Path) -> None:
+    runs = []
+    for name, gold in (("one", "7"), ("two", "8"), ("three", None)):
+        problems = [{"id": "a", "problem": "x", "answer": gold} if gold else {"id": "a", "problem": "x"}]
+        runs.append(write_run(tmp_path / name / "run", problems, [attempt("a", 0, "8"), solution("a", "8")]))
+    shown = [(row.gold, [(line.run, line.state) for line in row.lines]) for row in report_on(runs).rows]
+    assert shown == [("7", [("one/run", "wrong"), ("three/run", "unknown")]), ("8", [("two/run", "right")])]
+
+
+def test_the_time_bank_at_the_end_is_what_the_last_record_says(tmp_path: Path) -> None:
+    rows = [solution(name, "7", bank=bank, share=1.0, clock=5.0) for name, bank in (("c", 1.0), ("a", 9.0), ("b", 4.0))]
+    report = report_on([write_run(tmp_path / "run", PROBLEMS, rows)])  # one step settled them all
+    assert document(report)["runs"][0]["bank_seconds"] == 4.0
 
 
 def test_time_is_shown_against_its_share_and_ends_are_counted(tmp_path: Path) -> None:
@@ -150,7 +207,11 @@ def test_time_is_shown_against_its_share_and_ends_are_counted(tmp_path: Path) ->
         ("blank", 25.0, 25.0),
         ("cancelled", 50.0, 50.0),
     ]
-    assert "Time bank at the end" in Page(html(report)).words
+    text = html(report)
+    assert "Time bank at the end" in Page(text).words
+    assert "forced to answer, token budget" in Page(text).words
+    drawn = re.findall(r'<rect class="(\w+)" x="([\d.]+)%" width="([\d.]+)%"', text)
+    assert drawn == [("right", "0.0", "25.0"), ("blank", "25.0", "25.0"), ("cancelled", "50.0", "50.0")]
 
 
 def test_runs_in_which_nothing_happened_have_a_page(tmp_path: Path) -> None:

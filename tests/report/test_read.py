@@ -62,13 +62,14 @@ def test_a_run_that_has_done_nothing_yet(tmp_path: Path) -> None:
 
 def test_damaged_lines_are_skipped_and_told(tmp_path: Path) -> None:
     rows = [attempt("a", 0, "7"), attempt("a", 1, "7", tokens=-5), solution("a", "7", seconds=float("nan"))]
+    rows.append(attempt("a", 2, "7", seconds=10**400))
     directory = write_run(tmp_path / "run", [{"id": "a", "problem": "x", "answer": "7"}], rows)
     with (directory / "journal.jsonl").open("ab") as stream:
         stream.write(b'[1]\n"x"\n{"kind": "attempt", "problem": "a"}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"kind": "att')
     (read,) = read_runs([directory])
     assert len(read.results[0].samples) == 1
     assert not read.results[0].settled
-    assert read.notices == ("8 damaged line(s) of journal.jsonl were skipped: line 3, 4, 5, 6, 7, 8, 9, 10.",)
+    assert read.notices == ("9 damaged line(s) of journal.jsonl were skipped: line 3, 4, 5, 6, 7, 8, 9, 10, 11.",)
 
 
 def test_a_problems_file_that_changed_gives_no_texts(solved: Path, tmp_path: Path) -> None:
@@ -81,8 +82,32 @@ def test_a_problems_file_that_changed_gives_no_texts(solved: Path, tmp_path: Pat
     assert accuracy.count == 12
 
 
+def test_votes_are_ranked_as_the_run_weighs_them_and_its_own_answer_comes_first(tmp_path: Path) -> None:
+    problems = [{"id": name, "problem": "x", "answer": "7"} for name in "ab"]
+    rows = [
+        attempt(name, index, box, confidence=confidence)
+        for name in "ab"
+        for index, (box, confidence) in enumerate([("8", -3.0), ("8", -3.0), ("7", -0.1)])
+    ]
+    rows.append(solution("b", "8"))  # whatever it was that made it say so
+    (read,) = read_runs([write_run(tmp_path / "run", problems, rows, weighting="confidence")])
+    going_on, settled = read.results
+    assert [(vote.answer, vote.count) for vote in going_on.votes] == [("7", 1), ("8", 2)]
+    assert [(vote.answer, vote.count) for vote in settled.votes] == [("8", 2), ("7", 1)]
+    assert (settled.answer, settled.correct) == ("8", False)
+    assert [sample.vote for sample in settled.samples] == [0, 0, 1]
+
+
+def test_older_journals_do_not_say_how_many_samples_were_cancelled(tmp_path: Path) -> None:
+    problems = [{"id": name, "problem": "x"} for name in "abc"]
+    rows = [attempt("a", 0, "7"), solution("a", "7"), solution("b", None, error="too long"), attempt("c", 0, "7")]
+    (read,) = read_runs([write_run(tmp_path / "run", problems, rows, samples=4)])
+    assert [result.cancelled for result in read.results] == [3, 0, 0]
+
+
 def test_answers_that_are_equal_are_one_vote_and_a_default_answer_is_no_vote(tmp_path: Path) -> None:
     problems = [{"id": "a", "problem": "x", "answer": "1/2"}, {"id": "b", "problem": "x", "answer": "0"}]
+    problems.append({"id": "c", "problem": "x", "answer": "1"})
     rows = [
         attempt("a", 0, "0.5", 10),
         attempt("a", 1, "\\frac{1}{2}", 20),
@@ -90,13 +115,16 @@ def test_answers_that_are_equal_are_one_vote_and_a_default_answer_is_no_vote(tmp
         solution("a", "1/2"),
         attempt("b", 0, None),
         solution("b", "0"),
+        attempt("c", 0, None),
+        solution("c", "0"),
     ]
     (read,) = read_runs([write_run(tmp_path / "run", problems, rows, default_answer="0")])
-    first, second = read.results
+    first, second, third = read.results
     assert [(vote.answer, vote.count, vote.correct) for vote in first.votes] == [("0.5", 2, True), ("3", 1, False)]
     assert [sample.correct for sample in first.samples] == [True, True, False]
     assert (second.answer, second.correct, second.defaulted) == ("0", True, True)
-    assert (figures_of(read).answered, figures_of(read).defaulted) == (1, 1)
+    assert (third.answer, third.correct, third.defaulted) == ("0", False, True)
+    assert (figures_of(read).answered, figures_of(read).defaulted) == (1, 2)
 
 
 def test_a_summary_that_says_something_else_is_told(solved: Path) -> None:

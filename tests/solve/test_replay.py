@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from trtkit.solve.replay import arrivals, one_spelling, parse_policy, replay
 from trtkit.solve.solver import Solver
 from trtkit.solve.traces import Trace, TracedProblem, Traces, read_run
 from trtkit.solve.tradeoff import ReplayOptions, sample_counts, saved_order, trade_offs
+from trtkit.solve.vote import Weighting
 
 RULES = ("agree(2)", "agree(3)", "beta(0.9)", "beta(0.95)+stragglers(2)", "ladder", "stragglers(4)", "certificate(0.2)")
 
@@ -129,10 +132,10 @@ def test_recorded_order_needs_no_relation_to_length(grader: Grader) -> None:
     samples = [trace(0, "7", 100, 1.0), trace(1, "7", 80, 4.0), trace(2, "8", 10, 8.0)]
     stopped = one(samples, "agree(2)", order="recorded")
     assert (stopped.wall, stopped.tokens) == (4.0, 100 + 80 + 5)
-    with pytest.raises(InputError, match="seconds were not recorded"):
-        trade_offs(
-            traced(("7", [("7", 5)])), [parse_policy("full")], ReplayOptions(samples=(1,), order="recorded"), grader
-        )
+    partly = Traces(problems=(TracedProblem(id="p", gold="7", traces=(*samples, trace(3, "7", 5))),))
+    for saved in (traced(("7", [("7", 5)])), partly):
+        with pytest.raises(InputError, match="seconds were not recorded"):
+            trade_offs(saved, [parse_policy("full")], ReplayOptions(samples=(1,), order="recorded"), grader)
 
 
 def test_unassailable_goes_along_and_full_means_full() -> None:
@@ -152,6 +155,24 @@ def test_equal_answers_are_one_vote_however_they_are_written(grader: Grader) -> 
     [row] = saved_order(saved, [parse_policy("full")], ReplayOptions(samples=(6,)), grader)
     assert sorted(vote.count for vote in row.outcome.tally.votes) == [1, 2, 3]
     assert row.correct
+    saved = traced(("\\sqrt{12}", [("3", 10), ("2\\sqrt{3}", 12), ("\\sqrt{12}", 13)]))
+    [estimate] = trade_offs(saved, [parse_policy("full")], ReplayOptions(samples=(3,)), grader)
+    assert estimate.accuracy is not None
+    assert estimate.accuracy.value == 1.0
+
+
+def test_votes_are_weighed_as_the_options_say(grader: Grader) -> None:
+    boxes = [("8", -3.0), ("8", -3.0), ("7", -0.1)]
+    traces = tuple(
+        replace(trace(index, box, 10), confidence=confidence) for index, (box, confidence) in enumerate(boxes)
+    )
+    saved = Traces(problems=(TracedProblem(id="p", gold="7", traces=traces),))
+    for weighting, right in ((Weighting(), False), (Weighting(by="confidence"), True)):
+        options = ReplayOptions(samples=(3,), weighting=weighting)
+        assert [row.correct for row in saved_order(saved, [parse_policy("full")], options, grader)] == [right]
+        [estimate] = trade_offs(saved, [parse_policy("full")], options, grader)
+        assert estimate.accuracy is not None
+        assert estimate.accuracy.value == right
 
 
 def lottery(problems: int, each: int, seed: int = 0) -> Traces:
@@ -167,8 +188,10 @@ def lottery(problems: int, each: int, seed: int = 0) -> Traces:
 
 def test_estimates_agree_with_plain_counting(grader: Grader) -> None:
     saved = lottery(60, 16)
-    rows = trade_offs(saved, [parse_policy("full")], ReplayOptions(samples=(1, 16), draws=60), grader)
-    single, whole = rows
+    steps = itertools.count()
+    options = ReplayOptions(samples=(1, 16), draws=60)
+    single, whole = trade_offs(saved, [parse_policy("full")], options, grader, advance=lambda: next(steps) and None)
+    assert next(steps) == 2 * 60, "one step of the progress per problem and number of samples"
     right = [[t.box == "1" for t in problem.traces] for problem in saved.problems]
     share = sum(map(sum, right)) / (60 * 16)
     assert single.accuracy is not None
@@ -189,11 +212,23 @@ def test_estimates_agree_with_plain_counting(grader: Grader) -> None:
 
 
 def test_the_interval_knows_that_other_problems_could_have_come(grader: Grader) -> None:
-    saved = traced(*(("1", [("1" if number % 2 else "2", 10)] * 4) for number in range(40)))
+    saved = traced(*(("1", [("1" if number % 2 else "2", 10 + 90 * (number % 2))] * 4) for number in range(40)))
     [row] = trade_offs(saved, [parse_policy("full")], ReplayOptions(samples=(4,)), grader)
     assert row.accuracy is not None
     assert row.accuracy.value == 0.5
     assert row.accuracy.high - row.accuracy.low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 40), rel=0.15)
+    # 40 problems of 40 or 400 tokens, and of 10 or 100 steps.
+    assert row.tokens.high - row.tokens.low == pytest.approx(2 * 1.96 * 180 * math.sqrt(40), rel=0.15)
+    assert row.wall.high - row.wall.low == pytest.approx(2 * 1.96 * 45 * math.sqrt(40), rel=0.15)
+
+
+def test_what_is_saved_is_held_against_the_same_problems(grader: Grader) -> None:
+    """A rule that saves the same share of every problem has no doubt about it, however much the problems differ."""
+    sizes = [10, 20, 500, 3000, 70]
+    saved = traced(*(("1", [("1", size), ("1", size), ("2", 4 * size), (None, 4 * size)]) for size in sizes))
+    [row] = trade_offs(saved, [parse_policy("agree(2)")], ReplayOptions(samples=(4,)), grader)
+    for share, interval in ((0.6, row.tokens_saved), (0.75, row.wall_saved)):
+        assert (interval.value, interval.low, interval.high) == pytest.approx((share,) * 3)
 
 
 def test_policies_are_compared_on_the_same_subsets(grader: Grader) -> None:
@@ -217,6 +252,7 @@ def test_the_same_seed_gives_the_same_figures(grader: Grader) -> None:
         for seed in (1, 1, 2)
     ]
     assert rows[0] == rows[1] != rows[2]
+    assert rows[1][0].tokens.value != rows[2][0].tokens.value, "the subsets depend on it, not the bootstrap alone"
 
 
 def test_problems_without_gold_or_without_enough_samples(grader: Grader) -> None:
@@ -242,6 +278,8 @@ def test_sample_counts_follow_what_is_there() -> None:
     assert sample_counts(lottery(3, 64)) == (4, 8, 16, 32, 64)
     assert sample_counts(lottery(3, 20)) == (4, 8, 16)
     assert sample_counts(lottery(3, 2)) == (2,)
+    half = (*lottery(2, 4).problems, *lottery(2, 64).problems)
+    assert sample_counts(Traces(problems=half)) == (4,), "half of the problems are not most of them"
 
 
 def test_options_name_everything_that_is_wrong() -> None:

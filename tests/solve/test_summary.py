@@ -3,20 +3,24 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from trtkit.runtime.api import FinishReason
-from trtkit.solve.answers import AnswerMode
+from trtkit.solve.answers import AnswerMode, read_answer
 from trtkit.solve.display import LiveDisplay, PlainLines, observer_for, result_table
+from trtkit.solve.ends import Ending
 from trtkit.solve.grading import Grader
 from trtkit.solve.observer import Observer
 from trtkit.solve.problems import Problem
-from trtkit.solve.records import Attempt, Solution, count_attempts
+from trtkit.solve.records import DEADLINE, TIME_LIMIT, Attempt, Solution, count_attempts
 from trtkit.solve.summary import Verdict, judge, solution_row, summarise
+from trtkit.solve.vote import Tally, Weighting
 
 MODE = AnswerMode()
 
@@ -97,6 +101,36 @@ def test_figures(verdicts: list[Verdict]) -> None:
         "time_limit": None,
         "engine": None,
     }
+
+
+def test_weighted_votes_and_default_answers(grader: Grader) -> None:
+    weighed = solved("weighed", ["8", "8", "7"])
+    sure = [replace(one, confidence=value) for one, value in zip(weighed.attempts, (-3.0, -3.0, -0.1), strict=True)]
+    empty = Tally(weighting=Weighting(by="confidence"))
+    tally = count_attempts(sure, MODE, lambda one, other: False, empty)
+    blank = replace(solved("blank", [None]), fallback=read_answer("0", MODE))
+    looped = tuple(replace(one, ending=Ending.LOOP, forced=True) for one in blank.attempts)
+    solutions = [
+        replace(weighed, tally=tally, attempts=tuple(sure), share_seconds=4.0, stopped_early=TIME_LIMIT),
+        replace(blank, attempts=looped, share_seconds=2.0, used_seconds=1.25, cancelled=3, stopped_early=DEADLINE),
+        replace(solved("tied", ["1", "2"]), cancelled=2, stopped_early="agree(1)"),
+    ]
+    problems = [Problem(id=one.problem_id, text="x", answer=gold) for one, gold in zip(solutions, "701", strict=True)]
+    verdicts = judge(problems, solutions, MODE, grader)
+    summary = summarise(verdicts, samples=3, seconds=1.0, run_dir=Path("x"), loading_seconds=2.5, time_limit=9.0)
+    assert (summary.accuracy, summary.maj_at_k) == (1.0, 2 / 3)
+    assert (summary.answered, summary.defaulted, summary.answers_per_problem) == (2, 1, 5 / 3)
+    assert (summary.stopped_early, summary.out_of_time, summary.cancelled) == (3, 2, 5)
+    assert (summary.looped, summary.forced) == (1, 1)
+    assert (summary.share_seconds, summary.loading_seconds, summary.time_limit) == (3.0, 2.5, 9.0)
+    rows = [solution_row(verdict) for verdict in verdicts]
+    assert [(vote["answer"], vote["count"], vote["weight"]) for vote in rows[0]["votes"]] == [
+        ("7", 1, round(math.exp(-0.1), 4)),
+        ("8", 2, round(2 * math.exp(-3), 4)),
+    ]
+    assert [row["tied"] for row in rows] == [False, False, True]
+    assert (rows[1]["answer"], rows[1]["defaulted"], rows[1]["correct"], rows[1]["votes"]) == ("0", True, True, [])
+    assert (rows[1]["share_seconds"], rows[1]["used_seconds"], rows[1]["looped"]) == (2.0, 1.25, 1)
 
 
 def test_nothing_at_all() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.report.run_dirs import attempt, solution, write_run
 from tests.solve.scripted import run, write_engine, write_problems
 from trtkit.errors import InputError, UsageError
 from trtkit.solve.answers import AnswerMode
@@ -63,6 +64,31 @@ def test_usual_names_are_found_and_tokens_estimated(tmp_path: Path) -> None:
     assert found.estimated
 
 
+def test_one_row_may_say_what_another_leaves_out(tmp_path: Path) -> None:
+    rows = [{"problem": "a", "text": "x" * 30}, {"problem": "a", "gold": "7", "text": "y", "tokens": 5}]
+    for place, order in enumerate((rows, rows[::-1])):
+        found = read_trace_file(write(tmp_path / f"{place}.jsonl", *order))
+        assert found.problems[0].gold == "7"
+        assert found.estimated
+
+
+def test_columns_named_are_not_taken_for_something_else(tmp_path: Path) -> None:
+    outs = [{"t": "\\boxed{7}", "took": 1.5}, {"t": "none", "took": 2}]
+    path = write(tmp_path / "t.jsonl", {"id": "x", "answer": outs}, {"id": "y", "answer": [{"t": "late"}]})
+    first, second = read_trace_file(path, {"text": "answer.t", "seconds": "answer.took"}).problems
+    assert [(trace.box, trace.seconds) for trace in (*first.traces, *second.traces)] == [
+        ("7", 1.5),
+        (None, 2),
+        (None, None),
+    ]
+    plain = write(tmp_path / "plain.jsonl", {"id": "x", "answer": "so \\boxed{7}"})
+    assert read_trace_file(plain, {"text": "answer"}).problems[0].gold is None
+    wrong = write(tmp_path / "wrong.jsonl", {"id": "x", "text": "y", "tokens": True})
+    with pytest.raises(InputError, match=r"1 thing\(s\) wrong") as caught:
+        read_trace_file(wrong)
+    assert "tokens: expected 1 number" in caught.value.offenders[0]
+
+
 def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path / "t.jsonl",
@@ -110,9 +136,11 @@ def test_fields_are_checked() -> None:
 
 def test_cutting_at_the_end_of_the_thought() -> None:
     text = "hm \\boxed{1} " + "x" * 87 + "</think>" + "so \\boxed{2}" + " " * 96
-    whole, cut = (trace_of_text(text, 0, tokens=50, stop_at=where) for where in ("eos", "think"))  # type: ignore[arg-type]
-    assert (whole.box, whole.tokens) == ("2", 50)
+    whole = trace_of_text(text, 0, tokens=50, seconds=8.0)
+    cut = trace_of_text(text, 0, tokens=50, seconds=8.0, stop_at="think")
+    assert (whole.box, whole.tokens, whole.seconds) == ("2", 50, 8.0)
     assert (cut.box, cut.tokens) == ("1", 25)
+    assert cut.seconds == pytest.approx(4.0, rel=0.05)  # emitted at an even pace
     assert whole.closed
     assert cut.closed
 
@@ -156,7 +184,11 @@ def test_a_run_is_read_with_golds_and_answer_mode(tmp_path: Path, caplog: pytest
     }
     assert read_run(out / "journal.jsonl") == found
 
-    (tmp_path / "p.jsonl").unlink()  # then the solutions say it
+    assert merge([merge([]), found]).mode == mode
+
+    write_problems(tmp_path / "p.jsonl", 3)  # another file by now: then the solutions say it
+    assert read_run(out) == found
+    (tmp_path / "p.jsonl").unlink()
     assert read_run(out) == found
     (out / "solutions.jsonl").unlink()
     assert {problem.gold for problem in read_run(out).problems} == {None}
@@ -186,6 +218,23 @@ def test_an_interrupted_run_gives_its_finished_problems(tmp_path: Path, caplog: 
         read_run(out)
 
 
+@pytest.mark.parametrize("text", [{}, {"text": "hm"}], ids=["no text", "text"])
+def test_how_a_recorded_sample_ended(tmp_path: Path, text: dict[str, str]) -> None:
+    ends = [("stop", "think"), ("length", "loop"), ("length", "length")]
+    rows = [
+        attempt("a", 2 - n, None, 10 + n, finish=finish, ending=ending, seconds=1.5 + n, confidence=-0.5, **text)
+        for n, (finish, ending) in enumerate(ends)
+    ]
+    out = write_run(tmp_path / "run", [{"id": "a", "problem": "x"}], [*rows, solution("a", None)], full_vote=True)
+    [problem] = read_run(out).problems
+    found = [(t.index, t.tokens, t.closed, t.looped, t.seconds, t.confidence) for t in problem.traces]
+    assert found == [
+        (0, 12, False, False, 3.5, -0.5),
+        (1, 11, False, True, 2.5, -0.5),
+        (2, 10, True, False, 1.5, -0.5),
+    ]
+
+
 def test_a_journal_is_told_from_traces(tmp_path: Path) -> None:
     out = full_run(tmp_path, full_vote=True)
     assert looks_like_journal(out / "journal.jsonl")
@@ -202,6 +251,8 @@ def test_several_files_are_put_together(tmp_path: Path) -> None:
     [problem] = both.problems
     assert [(trace.index, trace.box) for trace in problem.traces] == [(0, "7"), (1, "8")]
     assert both.estimated
+    three = read_trace_file(write(tmp_path / "4.jsonl", {"problem": "a", "text": "\\boxed{8}"}))
+    assert [merge(order).problems[0].gold for order in ([one, three], [three, one])] == ["7", "7"]
     bad = read_trace_file(write(tmp_path / "3.jsonl", {"problem": "a", "gold": "9", "text": "\\boxed{8}"}))
     with pytest.raises(InputError, match="different gold answers"):
         merge([one, bad])

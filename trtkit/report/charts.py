@@ -112,8 +112,9 @@ def chart(
         )
 
     x_ticks = [value for value in ticks(x_low, x_high, 7) if not whole_x or value == int(value)]
-    if whole_x and x_low not in x_ticks and (not x_ticks or across(x_ticks[0]) - across(x_low) > 24):
-        x_ticks = [x_low, *x_ticks]
+    first = min(xs)  # not x_low: around a single point the axis begins half a step before it
+    if whole_x and first not in x_ticks and (not x_ticks or across(x_ticks[0]) - across(first) > 24):
+        x_ticks = [first, *x_ticks]
     return Chart(
         title=title,
         note=note,

@@ -64,7 +64,7 @@ class Figures:
     tokens_per_second: float | None
     tokens_per_step: float | None
     accepted_by_depth: tuple[float, ...]
-    """Share of row-steps in which at least 1, 2, ... drafted tokens were accepted."""
+    """Share of the row-steps that drafted in which at least 1, 2, ... drafted tokens were accepted."""
     phase_seconds: tuple[tuple[str, float], ...]
     speed: tuple[tuple[float, float], ...]
     """(second of the run, tokens per second)."""
@@ -108,7 +108,7 @@ def figures_of(run: Run, advance: Callable[[], None] = lambda: None) -> Figures:
         accepted_by_depth=engine.accepted_by_depth,
         phase_seconds=tuple(engine.phase_seconds.items()),
         speed=speed_over_time(run),
-        bank=tuple(sorted((r.ended or 0.0, r.bank_seconds) for r in settled if r.bank_seconds is not None)),
+        bank=run.bank,
     )
 
 

@@ -42,6 +42,8 @@ _SMALL = {
     "_": str.maketrans("0123456789+-=()aijkmn", "₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₐᵢⱼₖₘₙ"),
 }
 _NESTED = 8
+_FACTOR = re.compile(r"[\w(^!⁻⁽√∛∜]|\\(?:[dt]?frac|[dt]?binom|sqrt|left|bigl?|Big|mathbb|mathrm|text)(?![A-Za-z])")
+_LETTER = re.compile(r"\\([A-Za-z]+)")
 
 
 def readable(source: str) -> str:
@@ -52,9 +54,9 @@ def readable(source: str) -> str:
         text = _FONTS.sub(r"\1", text)
         text = re.sub(r"\\mathbb\s*(?:\{([NZQRC])\}|([NZQRC]))", lambda m: _SETS[m[1] or m[2]], text)
         text = _SCRIPT.sub(_script, text)
-        text = _FRACTION.sub(lambda m: f"{_atom(m[1] or m[3])}/{_atom(m[2] or m[4])}", text)
+        text = _FRACTION.sub(_fraction, text)
         text = _BINOMIAL.sub(r"C(\1, \2)", text)
-        text = _ROOT.sub(lambda m: f"{_root(m[1])}{_atom(m[2])}", text)
+        text = _ROOT.sub(_root, text)
         if text == before:
             break
     text = re.sub(r"\\pmod\s*" + _GROUP, r"(mod \1)", text)
@@ -75,8 +77,41 @@ def _script(match: re.Match[str]) -> str:
     return sign + (body if len(body) == 1 else f"({match[2]})")
 
 
-def _root(degree: str | None) -> str:
-    return {None: "√", "3": "∛", "4": "∜"}.get(degree, f"{degree}√")
+def _fraction(match: re.Match[str]) -> str:
+    above, below = (match[1], match[2]) if match[1] is not None else (match[3], match[4])
+    text = f"{_atom(above)}/{_atom(below)}"
+    if _goes_on(match):
+        text = f"({text})"
+    # 3 1/2 is not 31/2.
+    return f" {text}" if text[0].isalnum() and _stands_behind(match) else text
+
+
+def _root(match: re.Match[str]) -> str:
+    degree, inside = match[1], _atom(match[2])
+    if _goes_on(match) and not inside.startswith("("):
+        inside = f"({inside})"
+    sign = {None: "√", "3": "∛", "4": "∜"}.get(degree)
+    if sign is None:  # the fifth root of 3 is not 5√3, and twice it is not 2⁵√3
+        sign = ("·" if _stands_behind(match) else "") + _raised(str(degree)) + "√"
+    return sign + inside
+
+
+def _raised(text: str) -> str:
+    table = _SMALL["^"]
+    return text.translate(table) if all(ord(letter) in table for letter in text) else f"^({text})"
+
+
+def _stands_behind(match: re.Match[str]) -> bool:
+    """Something stands before it that its first sign would be read with."""
+    return match.string[: match.start()][-1:].isalnum()
+
+
+def _goes_on(match: re.Match[str]) -> bool:
+    """What follows it would be read into its last part: 1/2x, √2³."""
+    if _FACTOR.match(match.string, match.end()):
+        return True
+    command = _LETTER.match(match.string, match.end())
+    return command is not None and _SYMBOLS.get(command[1], "").isalpha()
 
 
 def _symbol(match: re.Match[str]) -> str:

@@ -172,8 +172,9 @@ def _charts(report: Report) -> list[Chart]:
                 for place, (run, figures) in pairs
             ],
             x_label="drafted tokens, at least",
-            y_label="Share of decode steps",
-            note="How often at least so many drafted tokens held.",
+            y_label="Share of drafting steps",
+            note="How often at least so many drafted tokens held. Steps that decode without drafts, as an engine may "
+            "choose to at a large batch, do not count.",
             percent=True,
             whole_x=True,
         ),

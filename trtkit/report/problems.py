@@ -13,7 +13,6 @@ __all__ = ["Bar", "Dot", "Line", "ProblemRow", "problem_rows"]
 
 _SHOWN_VOTES = 4
 _LONGEST_ANSWER = 60
-_LONGEST_BOX = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,15 +92,16 @@ def problem_rows(runs: Sequence[Run]) -> list[ProblemRow]:
     """Problems in the order of the first run's file, then those that only later runs have."""
     longest = max((s.tokens for run in runs for r in run.results for s in r.samples), default=1) or 1
     slowest = max((max(_spent(r), r.share_seconds or 0.0) for run in runs for r in run.results), default=0.0)
-    found: dict[tuple[str, str], list[tuple[int, Run, Result]]] = {}
+    found: dict[tuple[str | None, ...], list[tuple[int, Run, Result]]] = {}
+    # What the runs of one problems file know of a problem, those that still find the file say for all of them.
+    texts = {(_file(run), result.id): result.text for run in runs for result in run.results if result.text}
+    golds = {(r.id, r.text): r.gold for run in reversed(runs) for r in run.results if r.gold is not None}
     for place, run in enumerate(runs):
         for result in run.results:
-            # The same id in another problems file may be another problem.
-            key = (
-                (result.id, run.problems_digest or run.label)
-                if _differ(runs) and not result.text
-                else (result.id, result.text or "")
-            )
+            text = texts.get((_file(run), result.id))
+            # The same id in another problems file may be another problem, or have another known answer.
+            gold = golds.get((result.id, text)) if result.gold is None else result.gold
+            key = (result.id, text, gold) if text and _differ(runs) else (result.id, _file(run))
             found.setdefault(key, []).append((place, run, result))
     return [
         _row(order, tuple((_line(place, run, result, longest, slowest or 1.0)) for place, run, result in group))
@@ -109,8 +109,12 @@ def problem_rows(runs: Sequence[Run]) -> list[ProblemRow]:
     ]
 
 
+def _file(run: Run) -> str:
+    return run.problems_digest or run.label
+
+
 def _differ(runs: Sequence[Run]) -> bool:
-    return len({run.problems_digest for run in runs}) > 1
+    return len(set(map(_file, runs))) > 1
 
 
 def _row(order: int, lines: tuple[Line, ...]) -> ProblemRow:
@@ -261,7 +265,7 @@ def _flags(result: Result) -> tuple[str, ...]:
     return tuple(flags)
 
 
-def _short(text: str, longest: int = _LONGEST_BOX) -> str:
+def _short(text: str, longest: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
 

@@ -104,6 +104,7 @@ def _read(path: Path, label: str, grader: Grader) -> Run:
         sessions=rows.sessions,
         limit_seconds=_number(arguments.get("time_limit")),
         loading_seconds=rows.loading,
+        bank=tuple((row.ended, row.bank_seconds) for row in rows.solutions.values() if row.bank_seconds is not None),
         engine=engine_figures(rows.engines) if rows.engines else None,
         notices=tuple(notices),
     )
@@ -174,7 +175,6 @@ class _Reading:
             tied=tally.tied,
             share_seconds=settled.share_seconds if settled else None,
             used_seconds=settled.used_seconds if settled else None,
-            bank_seconds=settled.bank_seconds if settled else None,
             stopped_early=settled.stopped_early if settled else None,
             error=settled.error if settled else None,
             cancelled=_cancelled(settled, self.asked, len(samples)) if settled else 0,

@@ -86,8 +86,6 @@ class Result:
     """What the clock granted it."""
     used_seconds: float | None = None
     """What the clock charged it: its part of each step that it shared with others."""
-    bank_seconds: float | None = None
-    """What lay in the time bank when it was settled."""
     stopped_early: str | None = None
     error: str | None = None
     cancelled: int = 0
@@ -124,6 +122,9 @@ class Run:
     limit_seconds: float | None = None
     """Time limit for the whole run."""
     loading_seconds: float | None = None
+    bank: tuple[tuple[float, float], ...] = ()
+    """(second of the run, seconds in the time bank) whenever a problem was settled, in the order of the journal: those
+    that one step settled share their second."""
     engine: EngineFigures | None = None
     """What the engine counted; None where the run did not record it."""
     notices: tuple[str, ...] = ()

@@ -241,6 +241,6 @@ _SPEED: tuple[tuple[str, str, _Text], ...] = (
     ("Speed", "All rows of the batch together.", lambda f: _number(f.tokens_per_second, " tok/s")),
     ("Tokens per step", "What one row gains in a decode step; 1.0 without a draft head.", _per_step),
 )
-_ACCEPTED = ("Draft accepted", "Steps in which at least 1, 2, ... drafted tokens held.", _accepted)
+_ACCEPTED = ("Draft accepted", "Drafting steps in which at least 1, 2, ... drafted tokens held.", _accepted)
 _PHASES = ("Time by phase", "Where the engine's seconds went.", _phases)
 _BANK = ("Time bank at the end", "Time that no problem had a claim to.", _bank)

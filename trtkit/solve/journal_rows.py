@@ -119,7 +119,7 @@ def read_settled(row: dict[str, Any]) -> Settled:
     )
 
 
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 """What reading a line raises that is no whole record."""
 
 

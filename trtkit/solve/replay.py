@@ -97,7 +97,7 @@ def arrivals(
 ) -> tuple[Arrival, ...]:
     """Put the traces on the time axis, submitted in the order given. By ``recorded``, each must have its seconds."""
     if order == "recorded":
-        ends = [(0.0, max(trace.seconds or 0.0, 1e-9)) for trace in traces]
+        ends = [(0.0, trace.seconds or 0.0) for trace in traces]
     else:
         ends = []
         free = [0.0] * min(batch or len(traces), len(traces))  # when each row of the batch becomes free

@@ -98,8 +98,10 @@ def _columns(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], fields: Map
     if not rows:
         raise InputError("holds no trace", where=str(path))
     there = dict.fromkeys(name for _, row in rows for name in row)
+    # A column that a path leads into holds objects: it is nothing else besides.
+    taken = {column if column in there else column.partition(".")[0] for column in fields.values()}
     columns = {
-        field: next((name for name in names if name in there and name not in fields.values()), "")
+        field: next((name for name in names if name in there and name not in taken), "")
         for field, names in FIELDS.items()
     }
     columns = {field: name for field, name in {**columns, **fields}.items() if name}

@@ -90,12 +90,15 @@ class Traces:
 def trace_of_text(
     text: str, index: int, *, tokens: int | None = None, seconds: float | None = None, stop_at: StopAt = "eos"
 ) -> Trace:
-    """A sample from its text. ``stop_at="think"`` cuts it behind the first ``</think>``, its tokens in proportion."""
+    """A sample from its text. ``stop_at="think"`` cuts it behind the first ``</think>``, its tokens and its seconds in
+    proportion."""
     thought, closed, _ = text.partition(THINK_END)
     count = len(text) / CHARACTERS_PER_TOKEN if tokens is None else tokens
     if closed and stop_at == "think":
         kept = thought + closed
-        count, text = count * len(kept) / len(text), kept
+        share = len(kept) / len(text)
+        count, text = count * share, kept
+        seconds = None if seconds is None else seconds * share
     return Trace(
         index=index,
         box=extract_box(text),

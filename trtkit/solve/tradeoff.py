@@ -105,7 +105,7 @@ def sample_counts(traces: Traces) -> tuple[int, ...]:
     """The numbers of samples to try when none is given: powers of two from 4 up that most problems can fill, or what
     they have."""
     counts = sorted(len(problem.traces) for problem in traces.problems)
-    most = counts[len(counts) // 2]
+    most = counts[(len(counts) - 1) // 2]  # more than half have as many
     powers = tuple(2**power for power in range(2, most.bit_length()) if 2**power <= most)
     return powers or (most,)
 

@@ -39,9 +39,9 @@ def draw_trade_offs(rows: Sequence[Tradeoff], path: Path) -> None:
         tokens = [row.tokens.value / row.problems for row, _ in points]
         values = [100 * accuracy.value for _, accuracy in points]
         axes.plot(tokens, values, marker=markers[number % len(markers)], label=rule, alpha=0.85)
-        for spent, (row, _) in zip(tokens, points, strict=True):
+        for spent, value, (row, _) in zip(tokens, values, points, strict=True):
             axes.annotate(
-                str(row.samples), (spent, values[tokens.index(spent)]), textcoords="offset points",
+                str(row.samples), (spent, value), textcoords="offset points",
                 xytext=(4, -10), fontsize=7, color="0.35",
             )  # fmt: skip
     axes.set_xscale("log")
