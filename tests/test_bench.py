@@ -197,7 +197,7 @@ def test_the_roofline_counts_the_output_layer_that_runs(tmp_path: Path) -> None:
     for asked in (None, "model", "int8"):
         options = BenchOptions(
             batches=(1,), prompt_tokens=8, new_tokens=4, repeats=1, device="cpu",
-            output_layer=asked,  # type: ignore[arg-type]
+            output_layer=asked,
         )  # fmt: skip
         (found[asked],) = measure([tmp_path / "engine"], options).points
     assert {asked: point.output_layer for asked, point in found.items()} == {
@@ -207,7 +207,7 @@ def test_the_roofline_counts_the_output_layer_that_runs(tmp_path: Path) -> None:
     assert found["model"].step_bytes - found["int8"].step_bytes == 320 * 256
     assert found[None].step_bytes == found["int8"].step_bytes
     with pytest.raises(UsageError, match="must be model or int8"):
-        BenchOptions(output_layer="int4")  # type: ignore[arg-type]
+        BenchOptions(output_layer="int4")
 
 
 def test_bad_options_are_listed_together() -> None:

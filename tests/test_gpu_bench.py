@@ -168,7 +168,7 @@ def test_the_forced_acceptance_follows_the_profile() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int8-sq", "fp8", "int4"])
 def test_random_weights_make_a_model(precision: str) -> None:
-    weights = RandomWeights(spec=shape_spec("tiny"), precision=precision, device=torch.device("cpu"))  # type: ignore[arg-type]
+    weights = RandomWeights(spec=shape_spec("tiny"), precision=precision, device=torch.device("cpu"))
     qkv = weights.linear(0, "qkv")
     assert linear_reference(torch.randn(2, 256), qkv).std() == pytest.approx(0.02 * 16, rel=0.2)
     model = DecoderModel(weights, device=torch.device("cpu"), dtype=torch.float32, max_tokens=8)

@@ -23,7 +23,7 @@ def test_a_checkpoint_that_changes_under_the_build_is_noticed(tmp_path: Path, mo
     real = native.convert
 
     def replaced_meanwhile(*arguments: object, **more: object) -> dict[str, str]:
-        digests = real(*arguments, **more)  # type: ignore[arg-type]
+        digests = real(*arguments, **more)
         weights = source / "model.safetensors"
         aside = source / "new.safetensors.part"
         aside.write_bytes(weights.read_bytes())
@@ -70,7 +70,7 @@ def test_weights_that_are_not_finite_are_found_before_minutes_of_calibration(
     for precision, calibration in (("int8", None), ("fp8", text)):
         recipe = Recipe(
             model=str(source), precision=precision, limits=Limits(batch=2, prompt_tokens=64, total_tokens=128)
-        )  # type: ignore[arg-type]
+        )
         with pytest.raises(CheckpointError, match="not finite") as caught:
             native.build_native(recipe, tmp_path / "engine", calibration=calibration, device="cpu")
         assert caught.value.offenders == tuple(f"{name}: 1 value(s) are NaN or Inf" for name in bad)
@@ -84,7 +84,7 @@ def test_a_quality_that_is_no_number_misses_the_gate(tmp_path: Path, monkeypatch
     real = native.measure_quality
 
     def broken(*arguments: object, **more: object) -> Quality:
-        return dataclasses.replace(real(*arguments, **more), kl_mean=float("nan"))  # type: ignore[arg-type]
+        return dataclasses.replace(real(*arguments, **more), kl_mean=float("nan"))
 
     monkeypatch.setattr(native, "measure_quality", broken)
     recipe = Recipe(model=str(source), precision="int8", limits=Limits(batch=2, prompt_tokens=64, total_tokens=128))

@@ -25,7 +25,7 @@ Change = Callable[[dict[str, torch.Tensor]], None]
 
 def changed(directory: Path, change: Change, **options: object) -> Path:
     """A tiny checkpoint with its tensors changed."""
-    save_tiny(directory, **options)  # type: ignore[arg-type]
+    save_tiny(directory, **options)
     path = directory / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -79,7 +79,7 @@ def test_all_offenders_are_listed_at_once(tmp_path: Path) -> None:
 
 def test_long_lists_are_cut_with_a_count(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
-        open_source(changed(tmp_path, lambda tensors: [tensors.pop(name) for name in list(tensors)[1:]]))  # type: ignore[arg-type,return-value]
+        open_source(changed(tmp_path, lambda tensors: [tensors.pop(name) for name in list(tensors)[1:]]))
     assert len(caught.value.offenders) == 21
     assert caught.value.offenders[-1].startswith("... and")
     assert "problem(s)" in str(caught.value)

@@ -50,7 +50,7 @@ def test_heads_stay_whole_and_kv_heads_are_repeated(ranks: int) -> None:
 @pytest.mark.parametrize("linear", LINEARS, ids=lambda linear: linear.name)
 def test_shares_merge_to_what_was_shared(linear: TrtLinear, ranks: int) -> None:
     for tensor, kind in (("weight", "bf16"), ("weight_scale", "int4"), ("weight_scale", "int8"), ("bias", "bf16")):
-        axes = tensor_axes(tensor, kind)  # type: ignore[arg-type]
+        axes = tensor_axes(tensor, kind)
         if tensor == "bias" and linear.split == "columns":
             continue
         sizes = [SPEC.linear_shapes[part] for part in linear.parts]

@@ -80,7 +80,7 @@ def test_the_models_that_this_is_for_fit(spec: ModelSpec, precision: str, tp: in
     ],
 )  # fmt: skip
 def test_shapes(spec: ModelSpec, precision: str, change: dict[str, int], said: str) -> None:
-    found = reasons(spec, precision, TrtllmOptions(**change))  # type: ignore[arg-type]
+    found = reasons(spec, precision, TrtllmOptions(**change))
     assert said in found
     assert bool(found) == bool(said)
 

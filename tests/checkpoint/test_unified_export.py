@@ -25,7 +25,7 @@ def behind_norm(checkpoint: UnifiedCheckpoint, product: str, hidden: torch.Tenso
     """Norm and product together: what folding must keep."""
     norms = checkpoint.norms(0)
     normed = rms_norm(hidden, getattr(norms, NORM_OF[product]), checkpoint.spec.norm_eps)
-    return linear_reference(normed, checkpoint.linear(0, product))  # type: ignore[arg-type]
+    return linear_reference(normed, checkpoint.linear(0, product))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def _head(**changes: object) -> Drafter:
-    return Drafter(DrafterConfig(**{"hidden_size": 4, "vocab_size": 6, "exit_dim": 5, **changes}))  # type: ignore[arg-type]
+    return Drafter(DrafterConfig(**{"hidden_size": 4, "vocab_size": 6, "exit_dim": 5, **changes}))
 
 
 @pytest.mark.parametrize("rnn", [True, False])

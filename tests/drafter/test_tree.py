@@ -46,7 +46,7 @@ _trees = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)).flat
 def test_trees_and_paths_match_the_loops(rows: list[list[list[int]]], random: object) -> None:
     beams = torch.tensor(rows)
     tree = build_tree(torch.full((len(rows),), 1), beams)
-    generator = torch.Generator().manual_seed(random.randrange(2**31))  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(random.randrange(2**31))
     picks = torch.randint(0, 3, tree.tokens.shape, generator=generator)
     path = follow(tree, picks)
     for r, row_beams in enumerate(rows):

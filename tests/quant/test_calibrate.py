@@ -26,7 +26,7 @@ def calibrate(source: HfCheckpoint, precision: str, **options: object) -> list[L
     """The scales of every layer."""
     calibrator = LayerwiseCalibrator(
         source.spec, SCHEMES[precision], ROWS, source.shards.tensor(EMBEDDING),
-        options=CalibrationOptions(**options),  # type: ignore[arg-type]
+        options=CalibrationOptions(**options),
     )  # fmt: skip
     return [
         calibrator.layer(
@@ -43,7 +43,7 @@ def seen_by_transformers(family: str, **changes: object) -> tuple[dict[str, torc
     model, seen = tiny_model(family, **changes), {}
     kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in model.model.layers]
 
-    def record(name: str):  # type: ignore[no-untyped-def]
+    def record(name: str):
         def hook(module: object, inputs: tuple[torch.Tensor, ...]) -> None:
             seen.setdefault(name, []).append(inputs[0][0])
 
@@ -281,7 +281,7 @@ def test_blocks_of_rows_change_nothing(precision: str, monkeypatch: pytest.Monke
         close = effective_weight(one, dequantize(one.weight))
         assert (close - part.weight.data.float()).norm() / part.weight.data.float().norm() < 0.3
     if precision == "fp8":
-        assert whole[0].weight.scale.equal(whole[1].weight.scale), "fused parts share their scale"  # type: ignore[union-attr]
+        assert whole[0].weight.scale.equal(whole[1].weight.scale), "fused parts share their scale"
 
 
 def test_shared_scales_across_fused_parts(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from trtkit.report.latex import readable
         (r"Find $\frac{x+1}{2} \le \sqrt{3}$.", "Find (x+1)/2 ≤ √3."),
         (r"\(2^{10} \cdot 3\) and \[a \neq b\]", "2¹⁰ · 3 and a ≠ b"),
         (r"$\frac{1}{\sqrt[3]{x}}$", "1/(∛x)"),
-        (r"$60^\circ$, $n \in \mathbb{Z}$, $\binom{n}{k}$", "60°, n ∈ ℤ, C(n, k)"),  # noqa: RUF001
+        (r"$60^\circ$, $n \in \mathbb{Z}$, $\binom{n}{k}$", "60°, n ∈ ℤ, C(n, k)"),
         (r"cost \$5 and 3\% of $\text{all apples}$", "cost $5 and 3% of all apples"),
         (r"$a_{i+1}^{2} + a_i x_1^{ab} = 2^n$, 3^10", "aᵢ₊₁² + aᵢ x₁^(ab) = 2^n, 3^10"),
         (r"$3\frac{1}{2}$, $1\frac34$, $2\frac{x+1}{3}$", "3 1/2, 1 3/4, 2(x+1)/3"),

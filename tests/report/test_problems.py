@@ -48,8 +48,8 @@ def test_colours_say_what_is_right_and_marks_how_it_ended(
     assert [bar.said.split(": ")[1] for bar in line.bars] == ["2 votes", "1 vote", "1 vote", "2 samples", "2 samples"]
     assert tuple(dot.kind for dot in line.dots) == (*dots, "blank", "blank")
     assert [dot.mark for dot in line.dots] == ["stop", "cut", "forced", "cut", "looped", "cut"]
-    assert line.votes == "8 ×2, 7 ×1, 9 ×1, no answer ×2"  # noqa: RUF001
-    assert line.tokens == "10 – 100, median 45"  # noqa: RUF001
+    assert line.votes == "8 ×2, 7 ×1, 9 ×1, no answer ×2"
+    assert line.tokens == "10 – 100, median 45"
     assert line.flags == ("1 truncated", "1 forced", "1 looped", "2 cancelled", "2 cut by the deadline")
 
 
@@ -57,8 +57,8 @@ def test_answers_beyond_the_first_four_are_counted(tmp_path: Path) -> None:
     boxes = ["1", "1", "2", "3", "4", "5", "6"]
     rows = [attempt("a", index, box, 10 + index) for index, box in enumerate(boxes)]
     line = line_of(tmp_path, "1", [*rows, solution("a", "1")])
-    assert line.votes == "1 ×2, 2 ×1, 3 ×1, 4 ×1, 2 more"  # noqa: RUF001
-    assert line.tokens == "10 – 16, median 13"  # noqa: RUF001
+    assert line.votes == "1 ×2, 2 ×1, 3 ×1, 4 ×1, 2 more"
+    assert line.tokens == "10 – 16, median 13"
 
 
 def test_what_problems_are_sorted_by(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ PRODUCTS: dict[str, list[Product]] = {
 def pytest_configure() -> None:
     """Tests that are skipped for want of a kernel would pass unseen: it has to be there."""
     name = os.environ["TRTKIT_TEST_CPU"]
-    loader._FLAGS = (*loader._FLAGS, *KINDS[name][1])  # type: ignore[assignment]
+    loader._FLAGS = (*loader._FLAGS, *KINDS[name][1])
     assert loader.load(), f"no kernels for {name}: see the debug log"
     ops, wanted = torch.ops.trtkit_cpu, PRODUCTS[name]
     assert ops.tiles_ready() == ("tiles" in wanted)

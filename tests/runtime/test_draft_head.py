@@ -41,7 +41,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _head(directory: Path, dtype: torch.dtype = torch.float32, **options: object) -> Drafter:
     spec = read_model_spec(directory)
     return open_head(
-        directory / DRAFTER_DIR, spec, HeadOptions(**options), device=CPU, dtype=dtype  # type: ignore[arg-type]
+        directory / DRAFTER_DIR, spec, HeadOptions(**options), device=CPU, dtype=dtype
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_the_tokens_are_those_of_plain_decoding(directory: Path, options: dict[s
     with open_engine(directory, opening) as engine:
         plain, _ = run_all(engine, requests)
     opening = OpenOptions(
-        device="cpu", dtype="float32", tree=TreeShape(beams=2, length=3), head=HeadOptions(**options)  # type: ignore[arg-type]
+        device="cpu", dtype="float32", tree=TreeShape(beams=2, length=3), head=HeadOptions(**options)
     )  # fmt: skip
     with open_engine(directory, opening) as engine:
         drafted, _ = run_all(engine, requests)
@@ -84,7 +84,7 @@ def test_kernels_change_the_speed_and_not_the_logits(precision: str) -> None:
     head = Drafter(DrafterConfig(hidden_size=64, vocab_size=96, exit_dim=32)).bfloat16().requires_grad_(False)
     context, state, embedding = (torch.randn(3, 2, 64, dtype=torch.bfloat16) for _ in range(3))
     expected, expected_state = head.step(context, state, embedding)
-    fast = with_kernels(head, precision, device=CPU, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    fast = with_kernels(head, precision, device=CPU, dtype=torch.bfloat16)
     logits, next_state = fast.step(context, state, embedding)
     torch.testing.assert_close(next_state, expected_state)
     spread = float(expected.float().std())
@@ -107,7 +107,7 @@ def test_what_cannot_be_trimmed_says_so(directory: Path, tmp_path: Path) -> None
     with pytest.raises(UsageError, match="draft vocabulary 0"):
         HeadOptions(vocabulary=0)
     with pytest.raises(UsageError, match="must be model or int8"):
-        HeadOptions(precision="int3")  # type: ignore[arg-type]
+        HeadOptions(precision="int3")
     head = tmp_path / DRAFTER_DIR
     head.mkdir()
     for name in ("config.json", "model.safetensors"):

@@ -154,7 +154,7 @@ def test_nothing_in_a_step_waits_for_the_device(
 ) -> None:
     engine, rows = _prepared(model, head, 3)
     for row in rows:
-        row.request = dataclasses.replace(row.request, logprobs=True, sampling=SamplingParams(**sampling))  # type: ignore[arg-type]
+        row.request = dataclasses.replace(row.request, logprobs=True, sampling=SamplingParams(**sampling))
     graphs = StepGraphs(engine._stepper, max_rows=8, max_path=5)
     key = graphs.load(rows, shape)
     with _NoWaiting() as watched:

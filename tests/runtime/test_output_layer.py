@@ -60,7 +60,7 @@ def test_the_head_stays_near_in_every_compute_dtype(tmp_path: Path, dtype: torch
 def head_of(directory: Path, **options: Any) -> str:
     """Which lm_head an engine multiplies with, from what it makes of the unit vectors."""
     with open_engine(directory, OpenOptions(device="cpu", dtype="float32", **options)) as engine:
-        model: DecoderModel = engine._model  # type: ignore[attr-defined]
+        model: DecoderModel = engine._model
         found = model.logits(torch.eye(model.spec.hidden)).T
     stored = open_unified(directory).lm_head().float()
     if torch.equal(found, stored):
@@ -97,7 +97,7 @@ def test_a_run_may_ask_for_the_other_one(source: Path, tmp_path: Path) -> None:
     assert head_of(directory, output_layer="model") == "model"
     assert head_of(built(source, tmp_path / "plain", "bf16"), output_layer="int8") == "int8"
     with pytest.raises(UsageError, match="'int4'"):
-        OpenOptions(output_layer="int4")  # type: ignore[arg-type]
+        OpenOptions(output_layer="int4")
 
 
 def test_an_engine_from_before_the_choice_runs_the_models_dtype(source: Path, tmp_path: Path) -> None:

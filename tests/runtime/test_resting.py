@@ -36,7 +36,7 @@ def _engine(model: DecoderModel, *, rows: int = 8, blocks: int = 200, tree: Tree
 
 
 def _held(name: str, prompt: tuple[int, ...], **more: int) -> Request:
-    plain = request(name, prompt, **more)  # type: ignore[arg-type]
+    plain = request(name, prompt, **more)
     return Request(id=name, prompt=plain.prompt, sampling=plain.sampling, max_tokens=plain.max_tokens,
                    seed=plain.seed, hold=True)  # fmt: skip
 
@@ -138,7 +138,7 @@ def test_what_cannot_rest_or_go_on_is_refused(model: DecoderModel) -> None:
         "the engine takes 256": {"tokens": (1,) * 300, "max_tokens": 3},
     }.items():
         with pytest.raises(RequestError, match=words):
-            engine.extend("a", **arguments)  # type: ignore[arg-type]
+            engine.extend("a", **arguments)
     with pytest.raises(RequestError, match="in use"):
         engine.submit(_held("a", prompt))
     engine.cancel("a")

@@ -104,6 +104,26 @@ def test_steps_that_cannot_be_compared_decide_nothing() -> None:
         assert chooser.count == 4
 
 
+def test_what_a_number_costs_the_first_time_does_not_count() -> None:
+    """Libraries build their kernels for each number of threads: the first step with one fewer takes 20 times as long."""
+    chooser, used, steps = ThreadChooser(2), {2}, 0
+    while chooser.count == 2 and steps < 1000:
+        threads, cost = chooser.threads, busy(2)(chooser.threads)
+        chooser.observe(8, None, cost * (1 if threads in used else 20))
+        used.add(threads)
+        steps += 1
+    assert steps < 40
+
+
+def test_a_look_at_a_hopeless_number_is_short() -> None:
+    chooser, slow, steps = ThreadChooser(2), 0, 0
+    while slow == 0 or chooser.looks:
+        fewer = chooser.threads == 1
+        chooser.observe(8, None, 0.2 if fewer else 0.02)
+        slow, steps = slow + fewer, steps + 1
+    assert (chooser.count, slow) == (2, 2), "one to warm up, one to see"
+
+
 def test_one_core_leaves_nothing_to_choose() -> None:
     chooser = ThreadChooser(1)
     assert run(chooser, quiet, 5.0) > 0

@@ -179,7 +179,7 @@ def test_an_eight_bit_cache_is_calibrated_and_used(kv_dtype: str, tmp_path: Path
     save_chat_files(source)
     save_problems(source / "calibration.jsonl")
     limits = Limits(batch=4, prompt_tokens=64, total_tokens=128)
-    recipe = Recipe(model=str(source), precision="bf16", kv_dtype=kv_dtype, limits=limits)  # type: ignore[arg-type]
+    recipe = Recipe(model=str(source), precision="bf16", kv_dtype=kv_dtype, limits=limits)
     build_native(recipe, tmp_path / "engine")
     requests = [request(str(i), p, temperature=0, max_tokens=12) for i, p in enumerate(random_prompts(0, [20, 40]))]
     with open_engine(tmp_path / "engine", OpenOptions(device="cpu", dtype="float32")) as engine:

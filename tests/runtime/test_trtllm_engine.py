@@ -96,7 +96,7 @@ def test_an_end_id_that_the_executor_swallows_is_put_back(engines: dict[str, Pat
     with opened(engines["torch"]) as engine:
         said, _ = run_all(engine, [request("a", prompt, max_tokens=6, temperature=0.0)])
     with opened(engines["plain"]) as engine:
-        engine._eos_ids = frozenset(said["a"][3:4])  # type: ignore[attr-defined]
+        engine._eos_ids = frozenset(said["a"][3:4])
         stop = (said["a"][3],)
         tokens, finish = run_all(engine, [request("a", prompt, max_tokens=6, temperature=0.0, stop_ids=stop)])
         heard = last_executor().enqueued[0]
@@ -368,7 +368,7 @@ def test_what_is_baked_in_cannot_be_asked_for(engines: dict[str, Path]) -> None:
 
 def test_a_greedy_engine_says_so(engines: dict[str, Path]) -> None:
     with opened(engines["greedy"]) as engine:
-        assert engine.notices == notices(GREEDY)  # type: ignore[attr-defined]
+        assert engine.notices == notices(GREEDY)
         assert "nearly identical" in notices(GREEDY)[0]
         with pytest.raises(UsageError, match="cannot sample like that"):
             engine.submit(request("a", (1,), temperature=0.5))

@@ -289,7 +289,7 @@ def test_modes_that_make_no_sense() -> None:
     for make in (
         lambda: AnswerMode(modulus=1000),
         lambda: AnswerMode(kind="integer", modulus=0),
-        lambda: AnswerMode(kind="float"),  # type: ignore[arg-type]
+        lambda: AnswerMode(kind="float"),
     ):
         with pytest.raises(UsageError):
             make()

@@ -58,7 +58,7 @@ def test_the_surer_samples_win(grader: Grader, burst: int, tmp_path: Path) -> No
     def winner(**options: object) -> tuple[str, list[float | None]]:
         path = tmp_path / f"{len(options)}-{options.get('weighting')}.jsonl"
         with Journal(path) as journal:
-            chosen = SolveOptions(samples=3, stop=(), **options)  # type: ignore[arg-type]
+            chosen = SolveOptions(samples=3, stop=(), **options)
             engine = Sure(("7", "8", "8"), burst)
             [solution] = Solver(engine, CHAT, chosen, grader, journal).solve([Problem(id="p", text="x")])
         assert solution.answer is not None

@@ -164,3 +164,17 @@ def test_loops_in_real_traces() -> None:
             never_closed, caught = never_closed + 1, caught + looped
     assert (caught, never_closed) == (19, 23)
     assert (wrongly, closed) == (5, 177)
+
+
+def test_a_stream_that_is_cut_and_added_to_keeps_its_loop_check() -> None:
+    chat, ends = FakeChat(), rules(loops=True)
+    for seed in range(20):
+        rng, stream = random.Random(seed), Stream()
+        for _ in range(30):
+            ends.add(stream, [rng.randrange(32, 127) for _ in range(rng.randrange(200))], None)
+            if rng.random() < 0.4:
+                inserted = [rng.randrange(32, 127) for _ in range(rng.randrange(300))]
+                ends.replace(stream, max(0, len(stream.tokens) - rng.randrange(100)), inserted)
+        text = chat.decode(stream.tokens)
+        assert stream.chunks == [text[at : at + 256] for at in range(0, len(text) // 256 * 256, 256)]
+        assert len(text) > 1000

@@ -199,3 +199,8 @@ def test_lines_are_plain_json(tmp_path: Path) -> None:
         journal.record([attempt("p", 2)], [])
     kinds = [json.loads(line)["kind"] for line in path.read_text("utf-8").splitlines()]
     assert kinds == ["session", "attempt"]
+
+
+def test_attempts_of_older_journals_have_no_calls() -> None:
+    plain = {"problem_id": "p", "index": 0, "variant": "solve", "tokens": 1, "finish": FinishReason.STOP}
+    assert Attempt(**plain, box=None, seconds=0.0).tool_calls == 0

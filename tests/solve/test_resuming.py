@@ -69,7 +69,7 @@ def test_resuming_gives_what_an_unbroken_run_gives(places: Places, tmp_path: Pat
     interruptions = 0
     for after in (0, 5, 9, 14, 20, 30, 50):
         try:
-            run_solve(places, lambda after=after: Stopping(after), CHAT, options)  # type: ignore[misc]
+            run_solve(places, lambda after=after: Stopping(after), CHAT, options)
         except KeyboardInterrupt:
             interruptions += 1
             partial = answers(places)

@@ -37,7 +37,7 @@ def verdict_of(machine: str) -> Verdict:
                 }[operation]
                 at += yes if truth else no
 
-    return verdict  # type: ignore[return-value]
+    return verdict
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def solve(
     grader: Grader, engine: FakeEngine, count: int = 1, chat: FakeChat | None = None, **options: Any
 ) -> list[Solution]:
     chat = chat or FakeChat()
-    return Solver(engine, chat, SolveOptions(**options), grader).solve(problems(count))  # type: ignore[arg-type]
+    return Solver(engine, chat, SolveOptions(**options), grader).solve(problems(count))
 
 
 @pytest.mark.parametrize("single", [True, False])
@@ -187,7 +187,7 @@ def test_a_refused_problem_fails_alone(grader: Grader) -> None:
         Problem(id="huge", text="z" * 10_000_000),
         Problem(id="last", text="x"),
     ]
-    found = Solver(engine, chat, SolveOptions(samples=2), grader).solve(rows)  # type: ignore[arg-type]
+    found = Solver(engine, chat, SolveOptions(samples=2), grader).solve(rows)
     assert [bool(solution.error) for solution in found] == [False, True, True, False]
     assert found[1].error is not None
     assert "too long" in found[1].error
@@ -272,7 +272,7 @@ def test_observer_hears_everything_in_order(grader: Grader) -> None:
 
     chat = FakeChat()
     engine = FakeEngine(scripted("\\boxed{7}</think>", chat=chat))
-    solver = Solver(engine, chat, SolveOptions(samples=2), grader, observer=Listening())  # type: ignore[arg-type]
+    solver = Solver(engine, chat, SolveOptions(samples=2), grader, observer=Listening())
     solver.solve(problems(1))
     assert heard == [
         "began 1 0 2",
@@ -290,10 +290,10 @@ def test_options_name_everything_that_is_wrong() -> None:
         SolveOptions(
             samples=0,
             seed=-1,
-            order="both",  # type: ignore[arg-type]
+            order="both",
             variants=("solv",),
             stop=("agre(4)",),
-            stop_at="never",  # type: ignore[arg-type]
+            stop_at="never",
         )
     text = str(caught.value)
     for word in (

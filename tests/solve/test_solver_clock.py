@@ -73,7 +73,7 @@ def solve(
 ) -> list[Solution]:
     settings = {"samples": 4, "order": "sequential"} | options
     chosen = SolveOptions(**settings)
-    solver = Solver(engine, CHAT, chosen, grader, journal, clock=lambda: engine.now)  # type: ignore[arg-type]
+    solver = Solver(engine, CHAT, chosen, grader, journal, clock=lambda: engine.now)
     found = solver.solve(problems(count), loading_seconds=loading)
     assert not engine.has_work
     return found

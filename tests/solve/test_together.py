@@ -37,7 +37,7 @@ class Watched(FakeEngine):
 def _solve(grader: Grader, problems: int, **options: object) -> tuple[list[Solution], Watched]:
     engine = Watched()
     asked = [Problem(id=f"p{n}", text=f"problem {n}") for n in range(problems)]
-    chosen = SolveOptions(samples=24, outstanding=24, force_close=False, **options)  # type: ignore[arg-type]
+    chosen = SolveOptions(samples=24, outstanding=24, force_close=False, **options)
     return Solver(engine, CHAT, chosen, grader).solve(asked), engine
 
 

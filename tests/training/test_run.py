@@ -46,7 +46,7 @@ def _plan(model_dir: Path, **changes: object) -> TrainingPlan:
         model=str(model_dir), data=str(model_dir / "calibration.jsonl"), rows=20, held_out=0.2, exit_dim=64, depths=3,
         tokens_per_part=400, epochs=3, max_tokens=140, trees=(TreeShape(beams=2, length=2),),
     )  # fmt: skip
-    return dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(plan, **changes)
 
 
 @pytest.fixture(scope="module")

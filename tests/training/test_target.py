@@ -51,7 +51,7 @@ def test_the_target_answers_each_problem_once_with_noise_of_its_own() -> None:
 
     engine = FakeEngine(script, burst=4, max_total_tokens=50)
     made = own_answers(
-        _rows(), engine, FakeChat(), TWO, sampling=SamplingParams(), max_tokens=50, seed=7  # type: ignore[arg-type]
+        _rows(), engine, FakeChat(), TWO, sampling=SamplingParams(), max_tokens=50, seed=7
     )  # fmt: skip
     asked = {"1+1": b"solve|1+1", "2+2": b"solve|2+2", "3+3": b"reason|3+3"}  # in turns; one does not fit
     assert [sample.problem for sample in made] == list(asked)
@@ -62,10 +62,10 @@ def test_the_target_answers_each_problem_once_with_noise_of_its_own() -> None:
 
 
 def test_worked_solutions_are_cut_and_need_room_behind_the_prompt() -> None:
-    made = written_answers(_rows(), WritingChat(), TWO, max_tokens=14)  # type: ignore[arg-type]
+    made = written_answers(_rows(), WritingChat(), TWO, max_tokens=14)
     assert [bytes(sample.tokens) for sample in made] == [b"solve|1+11+11+", b"solve|2+22+22+", b"reason|3+33+33"]
     assert [sample.prompt for sample in made] == [9, 9, 10]
-    whole = written_answers(_rows()[:1], WritingChat(), TWO, max_tokens=99)  # type: ignore[arg-type]
+    whole = written_answers(_rows()[:1], WritingChat(), TWO, max_tokens=99)
     assert whole[0].tokens == (*b"solve|1+11+11+11+1", EOS_ID)
 
 
@@ -164,17 +164,24 @@ class Watched:
             monkeypatch.setattr(run, fake.__name__, fake)
 
 
+def small_training(directory: Path, problems: int, **more: Any) -> tuple[Path, run.TrainingPlan]:
+    """A tiny model with its problems, and how to train a head of it on them."""
+    save_tiny(directory / "model", max_position_embeddings=160)
+    save_chat_files(directory / "model")
+    rows = save_problems(directory / "rows.jsonl", problems)
+    plan = run.TrainingPlan(
+        model=str(directory / "model"), data=str(rows), held_out=0.3, exit_dim=8, layers=0, depths=2, **more
+    )
+    return rows, plan
+
+
 def test_an_epoch_sees_every_training_problem_once_and_no_held_out_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tiny(tmp_path / "model", max_position_embeddings=160)
-    save_chat_files(tmp_path / "model")
-    rows = save_problems(tmp_path / "rows.jsonl", 24)
     watched = Watched(monkeypatch)
-    plan = run.TrainingPlan(
-        model=str(tmp_path / "model"), data=str(rows), own=False, held_out=0.3, exit_dim=8, layers=0, window=16,
-        tokens_per_part=1, parts=2, epochs=2, max_tokens=150, depths=2, rate=0.0,
-    )  # fmt: skip
+    rows, plan = small_training(
+        tmp_path, 24, own=False, window=16, tokens_per_part=1, parts=2, epochs=2, max_tokens=150, rate=0.0
+    )
     run.train_head(plan, tmp_path / "out", device=CPU)
     problems = {json.loads(line)["problem"] for line in rows.read_text().splitlines()}
     trained = {window.sample.problem for window in watched.windows}
@@ -199,13 +206,7 @@ def test_an_epoch_sees_every_training_problem_once_and_no_held_out_one(
 def test_an_interrupted_training_keeps_the_answers_and_ends_in_the_same_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tiny(tmp_path / "model", max_position_embeddings=160)
-    save_chat_files(tmp_path / "model")
-    rows = save_problems(tmp_path / "rows.jsonl", 12)
-    plan = run.TrainingPlan(
-        model=str(tmp_path / "model"), data=str(rows), held_out=0.3, exit_dim=8, layers=0, max_tokens=120, depths=2,
-        trees=(),
-    )  # fmt: skip
+    rows, plan = small_training(tmp_path, 12, max_tokens=120, trees=())
     assert run.train_head(plan, tmp_path / "whole", device=CPU) is not None
 
     def interrupted(*_: Any, **__: Any) -> None:

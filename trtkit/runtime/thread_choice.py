@@ -1,9 +1,9 @@
 """How many CPU threads a step takes: measured, not assumed. Pure Python.
 
 The threads of a step wait for each other some hundred times. While another process has one of the cores, each wait may
-last until the system gives that core back, and a step on all cores takes ten times as long as one on fewer. And a small
-model gains nothing from many cores. So now and then a few steps run with fewer threads, or with more, in turns with
-steps as before, and the faster number stays. The tokens do not depend on it, only their speed does.
+last until the system gives that core back, and a step on all cores takes longer than one on fewer. And a small model
+gains nothing from many cores. So now and then a few steps run with fewer threads, or with more, in turns with steps as
+before, and the faster number stays. A row's bits do not depend on it in the C++ kernels, in plain torch up to rounding.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def made(kind: str, columns: int, depth: int, *, bias: bool = True, pre: bool = 
 def tile(kind: str, **changes: object) -> Choice:
     depth = 256 if kind == "int4" else 128
     plain = Choice(kernel="product", rows=16, columns=32, depth=depth, stages=2)
-    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(plain, **changes)
 
 
 def close(found: torch.Tensor, weights: LinearWeights, x: torch.Tensor) -> None:
