@@ -105,7 +105,7 @@ def test_steps_that_cannot_be_compared_decide_nothing() -> None:
 
 
 def test_what_a_number_costs_the_first_time_does_not_count() -> None:
-    """Libraries build their kernels for each number of threads: the first step with one fewer takes 20 times as long."""
+    """Libraries build their kernels for each number of threads: the first step with one fewer takes 20 times longer."""
     chooser, used, steps = ThreadChooser(2), {2}, 0
     while chooser.count == 2 and steps < 1000:
         threads, cost = chooser.threads, busy(2)(chooser.threads)
