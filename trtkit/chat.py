@@ -7,12 +7,14 @@ the deployed chat template.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtkit.errors import CheckpointError, ConfigError
+from jinja2 import TemplateError
+
+from trtkit.errors import CheckpointError, ConfigError, InputError
 from trtkit.files import nearest, read_json
 
 __all__ = ["THINK_END", "THINK_START", "VARIANTS", "Chat", "PromptVariant", "load_chat", "variant_named"]
@@ -103,18 +105,31 @@ class Chat:
         """Ids of the chat turn that asks ``problem``, up to where the model's answer begins."""
         messages = [{"role": "system", "content": variant.system}] if variant.system is not None else []
         messages.append({"role": "user", "content": variant.user.replace("{problem}", problem)})
-        ids = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        return self.conversation(messages)
+
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Ids of turns with ``role`` and ``content``, up to where the model's next answer begins.
+
+        Raises :class:`InputError` where the chat template refuses them.
+        """
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                list(map(dict, messages)), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as problem:
+            raise InputError(f"the chat template refuses these messages: {problem}") from None
         return tuple(ids)
+
+    def thinking(self, prompt: Sequence[int]) -> bool:
+        """The chat template has opened the thought already, so that the answer does not begin with ``<think>``."""
+        return self.decode(prompt[-16:]).rstrip().endswith(THINK_START)
 
     def completion(self, prompt: Sequence[int], solution: str) -> tuple[int, ...]:
         """Ids of a worked solution as the model would have written it after ``prompt``, with the end of turn.
 
         Solutions start with ``<think>``; where the template has already opened the thought, that tag is dropped.
         """
-        opened = self.decode(prompt).rstrip().endswith(THINK_START)
-        if opened and solution.lstrip().startswith(THINK_START):
+        if self.thinking(prompt) and solution.lstrip().startswith(THINK_START):
             solution = solution.lstrip().removeprefix(THINK_START).lstrip("\n")
         ids = self._tokenizer.encode(solution, add_special_tokens=False)
         return (*ids, *self.eos_ids[:1])

@@ -22,6 +22,7 @@ from trtkit.cli import (
     plan,
     report,
     revote,
+    serve,
     solve,
     train_difficulty,
     train_drafter,
@@ -74,7 +75,7 @@ def _global_options(
 
 
 for _module in (
-    build, compile, export, train_drafter, train_difficulty, solve, revote, report, plan, doctor, inspect, bench,
+    build, compile, export, train_drafter, train_difficulty, solve, serve, revote, report, plan, doctor, inspect, bench,
 ):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 

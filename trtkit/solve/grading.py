@@ -8,6 +8,7 @@ import re
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +34,7 @@ class Grader(Closing):
 
     Two numbers are compared exactly, equal spellings are equal, and everything else goes to math-verify, with
     ``timeout_seconds`` of processor time for each question. An answer that alone takes too long is not asked
-    about again.
+    about again. Threads may share one: they ask one after the other.
 
     >>> with Grader() as grader:
     ...     grader.equal(gold, answer)
@@ -45,6 +46,7 @@ class Grader(Closing):
         self._known: dict[tuple[str, str], bool] = {}
         self._slow: set[str] = set()
         self._harmless: set[str] = set()
+        self._turn = threading.Lock()
 
     def equal(self, gold: Answer, answer: Answer) -> bool:
         """True when ``answer`` says the same as ``gold``. False for anything undecided within the timeout."""
@@ -57,9 +59,10 @@ class Grader(Closing):
         if gold.key in self._slow or answer.key in self._slow:
             return False
         pair = (gold.key, answer.key)
-        if pair not in self._known:
-            self._known[pair] = self._ask(*pair)
-        return self._known[pair]
+        with self._turn:
+            if pair not in self._known:
+                self._known[pair] = self._ask(*pair)
+            return self._known[pair]
 
     def same(self, one: Answer, other: Answer) -> bool:
         """Equal in both directions: math-verify is more lenient towards the answer than towards the gold."""

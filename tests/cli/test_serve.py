@@ -1,0 +1,106 @@
+"""``trtkit serve`` as a user runs it: ready when it says so, gone on Ctrl-C, and what it refuses before it loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chat_files import save_chat_files
+from tests.engines import tiny_engine_dir
+from tests.serve.serving import call
+from trtkit.cli.app import run
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tiny_engine_dir(tmp_path_factory.mktemp("built") / "engine")
+    save_chat_files(directory)
+    return directory
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_a_signal(engine: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "trtkit.cli", "serve", str(engine), "--port", "0", "--json", "--device", "cpu"]
+    options = ["--threads", "1", "--samples", "4", "--max-tokens", "8", "--temperature", "0"]
+    environment = {**os.environ, "TRTKIT_API_KEY": ""}
+    child = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    with child:
+        assert child.stdout is not None
+        lines = []
+        for line in child.stdout:
+            lines.append(line)
+            if line.startswith("{"):
+                break
+        document = json.loads(lines[-1])
+        assert document.keys() == {"url", "models", "engine", "rows", "total_tokens"}
+        assert (document["models"], document["rows"], document["total_tokens"]) == (["tiny", "tiny:maj"], 16, 256)
+        url = document["url"].removesuffix("/v1")
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8}
+        texts = {call(url, "/v1/chat/completions", body)[1].partition('"choices"')[2] for _ in range(2)}
+        assert len(texts) == 1  # the temperature of the command line, where the request names none
+        status, reply = call(url, "/v1/chat/completions", {**body, "model": "tiny:maj"})
+        assert status == 200
+        assert json.loads(reply)["vote"]["samples"] + json.loads(reply)["vote"]["cancelled"] == 4
+        child.send_signal(number)
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == 0, err
+    assert err.splitlines()[-1].startswith("stopped: ")
+    assert "Traceback" not in err
+
+
+def test_the_next_line_is_a_request_that_runs(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trtkit.cli import serve
+    from trtkit.serve.run import Serving
+
+    serving = Serving(url="http://127.0.0.1:8000", models=("it's", "it's:maj"), rows=1, total_tokens=2)
+    words = shlex.split(serve._example(serving, keyed=True))
+    assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
+    assert "Authorization: Bearer $TRTKIT_API_KEY" in words
+    assert json.loads(words[-1])["model"] == "it's:maj"
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(
+    engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(["serve", str(engine), "--port", str(port)]) == 1
+    err = capsys.readouterr().err
+    assert f"127.0.0.1:{port}: cannot listen there" in err
+    assert "--port 0" in err
+    assert run(["serve", str(engine), "--host", "no.such.host.invalid"]) == 2
+    assert "--host 'no.such.host.invalid'" in capsys.readouterr().err
+
+
+def test_what_makes_no_sense_is_refused(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", str(engine), "--reasoning", "loud", "--name", "x:maj", "--api-key", "schlüssel"]) == 2
+    err = capsys.readouterr().err
+    assert [part for part in ("reasoning 'loud'", "name 'x:maj'", "the API key") if part not in err] == []
+    assert run(["serve", str(engine), "--top-p", "0"]) == 2
+    assert run(["serve", str(tmp_path)]) == 1
+    assert "engine" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else real(name, *rest)
+    )
+    assert run(["serve", str(engine)]) == 1
+    err = capsys.readouterr().err
+    assert "not installed: uvicorn" in err
+    assert "pip install 'trtkit[serve]'" in err

@@ -1,0 +1,81 @@
+"""Text as it comes: the same as all tokens decoded at once, however they were cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fakes import FakeChat
+from tests.reference.text_stream import split_thought, stopped_text
+from trtkit.bundled import practice_dir
+from trtkit.chat import load_chat
+from trtkit.serve.text_stream import TextStream, ThoughtSplitter
+
+CHAT = FakeChat()
+T = TypeVar("T")
+PIECES = st.sampled_from(
+    ["a", "b", "ab", "\n", "\n\n", "<", "<think>", "</think>", "</thi", "nk>", "é", "∞", "🧮", "\\boxed{7}"]
+)
+TEXTS = st.lists(PIECES, max_size=12).map("".join)
+CUTS = st.lists(st.integers(1, 5), min_size=1, max_size=8)
+
+
+def cut(items: Sequence[T], sizes: list[int]) -> list[Sequence[T]]:
+    parts, place = [], 0
+    while place < len(items):
+        size = sizes[len(parts) % len(sizes)]
+        parts.append(items[place : place + size])
+        place += size
+    return parts
+
+
+@given(
+    text=TEXTS, cuts=CUTS, stops=st.lists(st.sampled_from(["ab", "b\n", "</think>", "∞", "ba", "aba", "a"]), max_size=3)
+)
+def test_pieces_are_the_text_up_to_the_first_stop(text: str, cuts: list[int], stops: list[str]) -> None:
+    tokens = list(text.encode())  # characters of several bytes are torn between tokens
+    stream = TextStream(CHAT.decode, stops)
+    got = "".join(stream.push(part) for part in cut(tokens, cuts)) + stream.finish()
+    expected, used, stopped = stopped_text(tokens, stops, CHAT.decode)
+    assert (got, stream.stopped) == (expected, stopped)
+    if stops:
+        assert stream.tokens == used
+
+
+def test_nothing_that_may_become_a_stop_is_shown_early() -> None:
+    stream = TextStream(CHAT.decode, ["</think>"])
+    assert stream.push(list(b"so </thi")) == "so "
+    assert stream.push(list(b"s")) == "</this"
+    assert stream.push(list(b" </think> more")) == " "
+    assert stream.stopped
+    assert stream.finish() == stream.push(list(b"more")) == ""
+
+
+def test_half_a_character_waits_and_is_shown_as_such_at_the_end() -> None:
+    stream = TextStream(CHAT.decode)
+    first, rest = "∞".encode()[:2], "∞".encode()[2:]
+    assert stream.push([*b"x", *first]) == ""
+    assert stream.push(list(rest)) == "x∞"
+    assert stream.push(list(first)) == ""
+    assert stream.finish() == "�"
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_real_tokenizer(size: int) -> None:
+    chat = load_chat(Path(practice_dir()))
+    text = "17/6:17=2*6+5->2 r5\n8+6=14\nSo the answer is \\boxed{12}.\n</think>\n\nThe answer is é∞ \\boxed{12}."
+    tokens = list(chat.encode(text))
+    stream = TextStream(chat.decode)
+    assert "".join(stream.push(part) for part in cut(tokens, [size])) + stream.finish() == chat.decode(tokens)
+
+
+@given(text=TEXTS, cuts=CUTS, opened=st.booleans())
+def test_the_thought_is_split_off_the_same_in_any_pieces(text: str, cuts: list[int], opened: bool) -> None:
+    splitter = ThoughtSplitter(opened=opened)
+    pieces = [splitter.push(part) for part in map("".join, cut(text, cuts))] + [splitter.finish()]
+    assert ("".join(it[0] for it in pieces), "".join(it[1] for it in pieces)) == split_thought(text, opened=opened)

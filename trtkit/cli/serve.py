@@ -1,0 +1,123 @@
+"""``trtkit serve``: an engine behind the OpenAI HTTP interface."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trtkit.cli.engines import chosen_engine, stem
+from trtkit.cli.options import ChosenThreads, Device, Json, OutputLayer, Tree, drafting_named, out_of_range_is_usage
+from trtkit.cli.output import facts, finish, quoted
+
+if TYPE_CHECKING:
+    from trtkit.serve.run import Serving
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def command(
+    engine: Annotated[
+        Path | None, typer.Argument(help="Engine directory; default: the latest in engines/built.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0 for other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What clients call the model; default: as its checkpoint.")
+    ] = None,
+    reasoning: Annotated[
+        str,
+        typer.Option("--reasoning", help="inline: the thought is part of the content; separate: reasoning_content."),
+    ] = "inline",
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Of NAME:maj, per problem.")] = 32,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest sample of NAME:maj.")] = 16384,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, max=100, help="This and the next: where a request does not say.")
+    ] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1)] = 0.9,
+    top_k: Annotated[int, typer.Option("--top-k", min=0)] = 0,
+    min_p: Annotated[float, typer.Option("--min-p", min=0, max=1)] = 0.05,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, help="Samples under way or waiting beyond which clients get a 429.")
+    ] = 1024,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="TRTKIT_API_KEY", help="What clients must present; default: nothing."),
+    ] = None,
+    device: Device = "auto",
+    threads: ChosenThreads = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Rows that run at once; default: the engine's own limit.")
+    ] = None,
+    tree: Tree = "auto",
+    output_layer: OutputLayer = None,
+    as_json: Json = False,
+) -> None:
+    """Serve an engine to OpenAI clients.
+
+    /v1/chat/completions and /v1/completions give samples of NAME; as NAME:maj, the answer that many samples of a
+    problem vote for. Everybody's samples run in one in-flight batch. It ends on Ctrl-C.
+    """
+    from trtkit.errors import MissingDependency
+    from trtkit.log import logger
+    from trtkit.recipe import read_manifest
+
+    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingDependency(f"not installed: {', '.join(missing)}", hint="pip install 'trtkit[serve]'")
+    directory = chosen_engine(engine)
+    manifest = read_manifest(directory)
+
+    from trtkit.runtime.api import SamplingParams
+    from trtkit.runtime.load import OpenOptions
+    from trtkit.serve.run import ServeOptions, run_serve
+    from trtkit.solve.options import SolveOptions
+
+    speculative, shape = drafting_named(tree)
+    opening = OpenOptions(
+        device=device, threads=threads, rows=batch, speculative=speculative, tree=shape,
+        output_layer=output_layer,  # type: ignore[arg-type]  # checked there
+    )  # fmt: skip
+    with out_of_range_is_usage():
+        sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    options = ServeOptions(
+        name=name or stem(manifest.recipe.model), host=host, port=port,
+        reasoning=reasoning,  # type: ignore[arg-type]  # checked there
+        voting=SolveOptions(samples=samples, max_tokens=max_tokens, sampling=sampling),
+        most_unfinished=queue, key=api_key or None,
+    )  # fmt: skip
+
+    def tell(serving: Serving) -> None:
+        shown = {
+            "engine": f"{directory} ({manifest.recipe.precision})",
+            "models": f"{serving.models[0]} samples, {serving.models[1]} answers by the vote of {samples}",
+            "limits": f"{serving.rows} samples at once, {serving.total_tokens:,} tokens each with the prompt",
+            "address": f"{serving.url}/v1",
+        }
+        facts("serving; ends on Ctrl-C", shown)
+        finish(_example(serving, keyed=options.key is not None), _document(serving, directory) if as_json else None)
+
+    stats = run_serve(directory, opening, options, on_ready=tell)
+    logger.info(
+        "stopped: %s tokens generated, %.2f per row and step, %s of %s prompt tokens computed",
+        f"{stats.new_tokens:,}", stats.tokens_per_step, f"{stats.prefill_tokens:,}", f"{stats.prompt_tokens:,}",
+    )  # fmt: skip
+
+
+def _document(serving: Serving, directory: Path) -> dict[str, Any]:
+    """The machine form, printed when requests are taken."""
+    return {
+        "url": f"{serving.url}/v1", "models": list(serving.models), "engine": str(directory),
+        "rows": serving.rows, "total_tokens": serving.total_tokens,
+    }  # fmt: skip
+
+
+def _example(serving: Serving, *, keyed: bool) -> str:
+    """A request to paste."""
+    body = {"model": serving.models[1], "messages": [{"role": "user", "content": "For which x is 9x+61=556?"}]}
+    key = '-H "Authorization: Bearer $TRTKIT_API_KEY" ' if keyed else ""
+    kind = "-H 'Content-Type: application/json'"
+    return f"curl {serving.url}/v1/chat/completions {key}{kind} -d {quoted(json.dumps(body))}"
