@@ -120,6 +120,22 @@ def test_a_cancelled_resting_request_is_forgotten() -> None:
         assert engine.unfinished == 0
 
 
+def test_a_cancelled_paused_request_is_forgotten() -> None:
+    """The engine reports it as cancelled later, when nobody waits for that any more."""
+    opened = GatedEngine(echo)
+    with EngineThread(lambda: opened) as engine:
+        caller = Caller()
+        engine.submit(asking("a", hold=True), caller).result(SECONDS)
+        opened.gate.release(2)
+        engine.pause("a").result(SECONDS)
+        engine.cancel("a")
+        opened.gate.release(1000)
+        other = Caller()
+        engine.submit(asking("b"), other).result(SECONDS)
+        assert other.to_the_end()[0] == "olleh"
+        assert engine.unfinished == 0
+
+
 class Breaking(FakeEngine):
     def step(self) -> list[StepOutput]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -153,6 +169,25 @@ def test_an_engine_that_cannot_be_opened_again_refuses_everything() -> None:
         with pytest.raises(EngineError, match="cannot be opened again"):
             engine.submit(asking("b"), Caller())
         engine.cancel("a")
+
+
+def test_whoever_asks_while_it_breaks_is_told_too() -> None:
+    opening, go_on = threading.Event(), threading.Event()
+    left = [Breaking(echo)]
+
+    def open_engine() -> FakeEngine:
+        if not left:
+            opening.set()
+            assert go_on.wait(SECONDS)
+        return left.pop()
+
+    with EngineThread(open_engine) as engine:
+        engine.submit(asking("a"), Caller())
+        assert opening.wait(SECONDS)
+        late = engine.submit(asking("b"), Caller())
+        go_on.set()
+        with pytest.raises(EngineError, match="cannot be opened again"):
+            late.result(SECONDS)
 
 
 def test_opening_fails_where_it_was_asked_for() -> None:

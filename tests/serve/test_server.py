@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -149,6 +150,19 @@ def test_a_stream_says_what_the_whole_says(real: str) -> None:
         assert all(score.logprob <= 0 for score in scores)
 
 
+def test_streamed_completions_and_where_their_tokens_stand(real: str) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "x", "seed": 3, "n": 2, "max_tokens": 20, "logprobs": 0}
+    reply = client(real).completions.create(**asked)
+    chunks = list(client(real).completions.create(**asked, stream=True))
+    for choice in reply.choices:
+        mine = [it.choices[0] for it in chunks if it.choices[0].index == choice.index]
+        assert "".join(it.text for it in mine) == choice.text
+        offsets = [offset for it in mine if it.logprobs for offset in it.logprobs.text_offset]
+        assert offsets == choice.logprobs.text_offset
+        places = [0, *itertools.accumulate(map(len, choice.logprobs.tokens))]
+        assert offsets == places[:-1]
+
+
 def test_without_a_seed_every_request_draws_anew(real: str) -> None:
     texts = {whole(client(real), max_tokens=20).choices[0].message.content for _ in range(3)}
     assert len(texts) == 3
@@ -162,6 +176,15 @@ def test_stop_strings_end_a_choice_and_its_row(url: str) -> None:
     for index in (0, 1):
         text = "".join(it.choices[0].delta.content or "" for it in chunks if it.choices[0].index == index)
         assert text == "<think>\nsix is é∞"
+
+
+def test_a_stop_string_ends_the_row_and_the_count() -> None:
+    """What the engine made after the token that completed the text is neither shown nor counted."""
+    opened = Slow(lambda request: [*CHAT.encode("one END and " + "on and " * 500)], burst=7)
+    with serving(lambda: opened, CHAT) as (url, _):
+        reply = whole(client(url), stop="END", logprobs=False)
+        assert (reply.choices[0].message.content, reply.usage.completion_tokens) == ("one ", len("one END"))
+        wait_for(lambda: opened.cancelled)
 
 
 def test_the_end_of_turn_is_no_text_and_a_budget_is_told(url: str) -> None:

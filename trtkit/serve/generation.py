@@ -158,7 +158,7 @@ def _piece(chat: Chat, row: _Row, output: StepOutput, *, scores: bool) -> Piece:
         )
     row.counted += len(tokens)
     offset, thought = row.offset, None
-    row.offset += len(text)
+    row.offset += sum(len(it.text) for it in scored or ())
     if row.splitter is not None:
         thought, text = row.splitter.push(text)
         if row.finish is not None:

@@ -31,7 +31,7 @@ class Piece:
     scored: tuple[Scored, ...] | None = None
     """None where they were not asked for."""
     offset: int = 0
-    """Characters of the choice before this piece."""
+    """Characters of the scored tokens before this piece."""
     finish: str | None = None
     """``stop`` or ``length`` in its last piece."""
     tokens: int = 0
