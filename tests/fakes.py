@@ -115,8 +115,8 @@ class FakeEngine(Closing):
         self._left[request_id] = (longer, list(self._script(longer))[:max_tokens])
 
     def cancel(self, request_id: str) -> None:
-        self._resting.pop(request_id, None)
-        if self._left.pop(request_id, None) is not None:
+        _, unsaid = self._resting.pop(request_id, (None, []))  # nothing unsaid: it has ended, and was reported
+        if unsaid or self._left.pop(request_id, None) is not None:
             self.cancelled.append(request_id)
             self._ended.append(request_id)
 

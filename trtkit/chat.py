@@ -17,7 +17,16 @@ from jinja2 import TemplateError
 from trtkit.errors import CheckpointError, ConfigError, InputError
 from trtkit.files import nearest, read_json
 
-__all__ = ["THINK_END", "THINK_START", "VARIANTS", "Chat", "PromptVariant", "load_chat", "variant_named"]
+__all__ = [
+    "THINK_END",
+    "THINK_START",
+    "VARIANTS",
+    "Chat",
+    "PromptVariant",
+    "load_chat",
+    "prompt_names",
+    "variant_named",
+]
 
 THINK_START = "<think>"
 THINK_END = "</think>"
@@ -78,6 +87,11 @@ def variant_named(name: str) -> PromptVariant:
             f"unknown prompt variant {name!r}{nearest(name, VARIANTS)}", hint=f"one of: {', '.join(VARIANTS)}"
         )
     return VARIANTS[name]
+
+
+def prompt_names(*, tools: bool) -> tuple[str, ...]:
+    """The variants that tell the model that its code runs, or those that do not."""
+    return tuple(name for name, variant in VARIANTS.items() if variant.tools == tools)
 
 
 class Chat:

@@ -30,13 +30,18 @@ MANIFEST = EngineManifest(
 
 @contextlib.contextmanager
 def serving(
-    open_engine: Callable[[], Engine], chat: Chat, *, voting: SolveOptions | None = None, **options: Any
+    open_engine: Callable[[], Engine],
+    chat: Chat,
+    *,
+    voting: SolveOptions | None = None,
+    manifest: EngineManifest = MANIFEST,
+    **options: Any,
 ) -> Iterator[tuple[str, Service]]:
     """(base URL, service) of a server that takes requests."""
     ready, ends = threading.Event(), threading.Event()
     with EngineThread(open_engine) as engine, Voting(engine, chat) as votes:
         service = Service(
-            engine=engine, voting=votes, chat=chat, manifest=MANIFEST, name="tiny",
+            engine=engine, voting=votes, chat=chat, manifest=manifest, name="tiny",
             options=voting or SolveOptions(samples=8, max_tokens=100), **options,
         )  # fmt: skip
         listening = bound_socket("127.0.0.1", 0)

@@ -61,6 +61,7 @@ def command(
     /v1/chat/completions and /v1/completions give samples of NAME; as NAME:maj, the answer that many samples of a
     problem vote for. Everybody's samples run in one in-flight batch. It ends on Ctrl-C.
     """
+    from trtkit.chat import prompt_names
     from trtkit.errors import MissingDependency
     from trtkit.log import logger
     from trtkit.recipe import read_manifest
@@ -83,10 +84,12 @@ def command(
     )  # fmt: skip
     with out_of_range_is_usage():
         sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    # Samples of one prompt are all but the same there, so that only different prompts make votes.
+    variants: dict[str, Any] = {"variants": prompt_names(tools=False)} if manifest.recipe.greedy else {}
     options = ServeOptions(
         name=name or stem(manifest.recipe.model), host=host, port=port,
         reasoning=reasoning,  # type: ignore[arg-type]  # checked there
-        voting=SolveOptions(samples=samples, max_tokens=max_tokens, sampling=sampling),
+        voting=SolveOptions(samples=samples, max_tokens=max_tokens, sampling=sampling, **variants),
         most_unfinished=queue, key=api_key or None,
     )  # fmt: skip
 

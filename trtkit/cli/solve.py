@@ -139,7 +139,7 @@ def command(
     """Solve problems by majority vote. Interrupt it at any time: the same command goes on from there."""
     began = time.monotonic()
 
-    from trtkit.chat import VARIANTS, load_chat
+    from trtkit.chat import VARIANTS, load_chat, prompt_names
     from trtkit.errors import OutputError, UsageError
     from trtkit.interrupts import sigterm_as_interrupt
     from trtkit.log import logger
@@ -168,7 +168,7 @@ def command(
         (not pooled, ("--together",), waves),
     ])  # fmt: skip
     code = _tools_named(tools, calls=tool_calls, seconds=tool_seconds, unsafe=tools_unsafe)
-    fitting = tuple(name for name, variant in VARIANTS.items() if variant.tools == (code is not None))
+    fitting = prompt_names(tools=code is not None)
     variants = tuple(prompt) if prompt else fitting if code else defaults.variants
     given: dict[str, Any] = {"order": order, "together": together, "stop": tuple(stop or ()) or None}
     given |= {"kill_loops": kill_loops, "force_close": force_close}

@@ -146,7 +146,7 @@ class EngineThread(Closing):
         opened.set_result(engine)
         while self._obey(engine):
             try:
-                outputs = engine.step()
+                self._deliver(engine.step())
             except Exception as failure:
                 with contextlib.suppress(Exception):
                     engine.close()
@@ -154,8 +154,6 @@ class EngineThread(Closing):
                 if again is None:
                     return
                 engine = again
-            else:
-                self._deliver(outputs)
         self._drop_all(EngineError(_CLOSING))
         engine.close()
 

@@ -11,6 +11,7 @@ from typing import get_args
 
 from trtkit.chat import load_chat
 from trtkit.errors import EngineError, UsageError
+from trtkit.log import logger
 from trtkit.recipe import read_manifest
 from trtkit.runtime.api import EngineStats
 from trtkit.runtime.load import OpenOptions, open_engine
@@ -75,7 +76,8 @@ def run_serve(
     engine fails and cannot be opened again, and what opening it raises.
     """
     manifest = read_manifest(directory)
-    notices_for(manifest, options.voting.sampling, logprobs=options.voting.wants_logprobs)
+    for text in notices_for(manifest, options.voting.sampling, logprobs=options.voting.wants_logprobs):
+        logger.warning("note: %s", text)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(bound_socket(options.host, options.port))
         chat = load_chat(directory)
