@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,6 +116,11 @@ def test_a_cancelled_resting_request_is_forgotten() -> None:
         engine.submit(asking("a", hold=True), caller).result(SECONDS)
         assert caller.to_the_end()[1] is FinishReason.LENGTH
         engine.cancel("a")
+        engine.stats().result(SECONDS)
+        gone = weakref.ref(caller)
+        del caller
+        gc.collect()
+        assert gone() is None  # a server that runs for weeks keeps nothing of it
         again = Caller()
         engine.submit(asking("a", "free"), again).result(SECONDS)
         assert again.to_the_end()[0] == "eerf"

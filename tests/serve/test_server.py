@@ -180,7 +180,7 @@ def test_stop_strings_end_a_choice_and_its_row(url: str) -> None:
 
 def test_a_stop_string_ends_the_row_and_the_count() -> None:
     """What the engine made after the token that completed the text is neither shown nor counted."""
-    opened = Slow(lambda request: [*CHAT.encode("one END and " + "on and " * 500)], burst=7)
+    opened = Slow(lambda request: [*CHAT.encode("one END and " + "on and " * 500)], burst=5)
     with serving(lambda: opened, CHAT) as (url, _):
         reply = whole(client(url), stop="END", logprobs=False)
         assert (reply.choices[0].message.content, reply.usage.completion_tokens) == ("one ", len("one END"))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from trtkit.runtime.api import EngineStats
 
@@ -17,7 +16,7 @@ def exposition(stats: EngineStats, unfinished: int) -> tuple[bytes, str]:
     """(text, content type) of ``stats`` and of the ``unfinished`` requests. Counters start anew with the engine."""
     registry = CollectorRegistry()
     registry.register(_Engine(stats, unfinished))
-    return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+    return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
 class _Engine:
