@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import queue
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,13 @@ import pytest
 from tests.chat_files import save_chat_files
 from tests.engines import tiny_engine_dir
 from tests.serve.serving import call
+from tests.serve.test_engine_thread import Breaking
+from trtkit.cli import serve
 from trtkit.cli.app import run
+from trtkit.errors import EngineError
+from trtkit.runtime.load import OpenOptions
+from trtkit.serve.run import ServeOptions, Serving, run_serve
+from trtkit.solve.options import SolveOptions
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +68,7 @@ def test_it_serves_until_a_signal(engine: Path, number: signal.Signals) -> None:
     assert "Traceback" not in err
 
 
-def test_the_next_line_is_a_request_that_runs(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trtkit.cli import serve
-    from trtkit.serve.run import Serving
-
+def test_the_next_line_is_a_request_that_runs() -> None:
     serving = Serving(url="http://127.0.0.1:8000", models=("it's", "it's:maj"), rows=1, total_tokens=2)
     words = shlex.split(serve._example(serving, keyed=True))
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
@@ -91,6 +96,26 @@ def test_what_makes_no_sense_is_refused(engine: Path, tmp_path: Path, capsys: py
     assert run(["serve", str(engine), "--top-p", "0"]) == 2
     assert run(["serve", str(tmp_path)]) == 1
     assert "engine" in capsys.readouterr().err
+
+
+def test_an_engine_that_is_gone_ends_the_server(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [Breaking(lambda _: [1])]
+    monkeypatch.setattr("trtkit.serve.run.open_engine", lambda *_: left.pop())
+    ready: queue.Queue[str] = queue.Queue()
+    ended: queue.Queue[Exception] = queue.Queue()
+
+    def work() -> None:
+        options = ServeOptions(name="tiny", port=0, voting=SolveOptions())
+        try:
+            run_serve(engine, OpenOptions(), options, on_ready=lambda serving: ready.put(serving.url))
+        except EngineError as problem:
+            ended.put(problem)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert call(ready.get(timeout=30), "/v1/completions", {"prompt": "x"})[0] == 500
+    assert "illegal memory access" in str(ended.get(timeout=30))
+    thread.join(30)
 
 
 def test_missing_packages_are_named(

@@ -208,6 +208,21 @@ def test_the_thought_apart() -> None:
         assert whole(client(url), messages=again).choices[0].finish_reason == "stop"
 
 
+def test_half_a_tag_at_the_end_is_text() -> None:
+    chat = cast(Chat, Talk(single_think_end=False))
+    with serving(lambda: FakeEngine(lambda _: list(b"<think>six</thi")), chat, reasoning="separate") as (url, _):
+        message = whole(client(url)).choices[0].message
+        assert (message.reasoning_content, message.content) == ("six</thi", "")
+
+
+def test_a_thought_that_the_prompt_has_opened() -> None:
+    with serving(lambda: FakeEngine(lambda _: CHAT.encode("six</think>6")), CHAT, reasoning="separate") as (url, _):
+        opened = whole(client(url), messages=[{"role": "user", "content": "opened"}]).choices[0].message
+        assert (opened.reasoning_content, opened.content) == ("six", "6")
+        plain = whole(client(url)).choices[0].message
+        assert (plain.reasoning_content, plain.content) == ("", "six</think>6")
+
+
 def test_completions_go_on_with_a_text(url: str) -> None:
     reply = client(url).completions.create(model="tiny", prompt="once", logprobs=0)
     assert reply.choices[0].text == "<think>\nsix is �"  # 16 tokens, where OpenAI's default ends, are 16 bytes here
@@ -274,6 +289,23 @@ def test_what_is_wrong_is_said_all_at_once(url: str, asked: dict[str, Any], said
     assert [part for part in said if part not in error["message"]] == []
 
 
+def test_so_many_choices_and_no_more(url: str) -> None:
+    status, text = call(url, "/v1/completions", {"prompt": ["x"] * 100, "n": 3})
+    assert status == 400
+    assert "300 choices in all: at most 256" in text
+    status, text = call(url, "/v1/completions", {"prompt": [[1, 99999]], "max_tokens": 1})
+    assert status == 200  # the scripted engine knows no vocabulary
+    status, text = call(url, "/v1/completions", {"model": "tiny:maj", "prompt": "x"})
+    assert (status, "POST /v1/chat/completions" in text) == (400, True)
+
+
+def test_what_the_engine_refuses_is_a_bad_request(real: str) -> None:
+    for stream in (False, True):
+        status, text = call(real, "/v1/completions", {"prompt": [[1, 99999]], "stream": stream})
+        assert status == 400
+        assert "token id 99999 lies outside the vocabulary" in text
+
+
 def test_what_asks_for_nothing_is_no_error(url: str) -> None:
     idle = {"frequency_penalty": 0, "logit_bias": None, "tools": [], "user": "me", "response_format": {"type": "text"}}
     assert whole(client(url), extra_body=idle).choices[0].finish_reason == "stop"
@@ -325,6 +357,14 @@ def test_too_much_is_turned_away() -> None:
             wait_for(lambda: service.engine.unfinished == 3)
             with pytest.raises(openai.RateLimitError, match="3 samples run or wait"):
                 whole(client(url), n=2)
+            with pytest.raises(openai.RateLimitError):
+                client(url).completions.create(model="tiny", prompt=["a", "b"])
+            whole(client(url), max_tokens=2)
+        wait_for(lambda: service.engine.unfinished == 0)
+        with sent(url, json.dumps({"messages": ASK, "n": 4}).encode()):
+            wait_for(lambda: service.engine.unfinished == 4)
+            with pytest.raises(openai.RateLimitError):
+                whole(client(url), model="tiny:maj")
         wait_for(lambda: service.engine.unfinished == 0)
         assert whole(client(url), n=5, max_tokens=2).usage.completion_tokens == 10  # alone it may
 

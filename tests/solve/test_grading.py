@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -120,3 +121,11 @@ def test_a_broken_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grading, "_STARTUP_SECONDS", 0.0)
     with Grader() as grader, pytest.raises(TrtkitError, match="cannot be used"):
         grader.equal(answer("x+1"), answer("1+x"))
+
+
+def test_threads_share_a_grader(grader: Grader) -> None:
+    """Each gets the reply to its own question."""
+    questions = [(f"x^2+{number}", f"{number}+x^2" if number % 2 else f"x^2-{number}") for number in range(2, 42)]
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        replies = list(threads.map(lambda pair: grader.equal(answer(pair[0]), answer(pair[1])), questions))
+    assert replies == [bool(number % 2) for number in range(2, 42)]
