@@ -219,6 +219,8 @@ def test_solutions_of_a_problem_stay_on_one_side() -> None:
     many = [Sample(problem=f"p{i}", tokens=(1,), prompt=1) for i in range(2000)]
     assert len(split_by_problem(many, 0.2)[1]) == pytest.approx(400, abs=60)
     assert split_by_problem(many, 0.0) == (many, [])
+    held = [{sample.problem for sample in split_by_problem(many, share)[1]} for share in (0.05, 0.2)]
+    assert held[0] < held[1], "what a head was not trained on is held out again by every share up to its own"
 
 
 def test_a_window_that_costs_too_much_stands_alone() -> None:

@@ -1,0 +1,99 @@
+"""Trainings that are interrupted, begun twice or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.chat_files import save_problems
+from tests.tiny import save_tiny
+from tests.training.small import small_training
+from trtkit.errors import InputError, OutputError, UsageError
+from trtkit.training import answers, run, work
+
+CPU = torch.device("cpu")
+
+
+def test_an_interrupted_training_keeps_the_answers_and_ends_in_the_same_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, plan = small_training(tmp_path, 12, max_tokens=120, trees=())
+    assert run.train_head(plan, tmp_path / "whole", device=CPU) is not None
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.train_head(plan, tmp_path / "out", device=CPU)
+    rows.unlink()
+    monkeypatch.setattr(work, "own_answers", interrupted)
+    assert run.train_head(plan, tmp_path / "out", device=CPU) is not None
+    whole, again = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert whole.read_bytes() == again.read_bytes()
+    assert oct(again.stat().st_mode)[-3:] == "644"
+
+
+def test_two_processes_do_not_train_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan = small_training(tmp_path, 12, own=False, max_tokens=120, trees=())
+
+    def meanwhile(*_: Any, **__: Any) -> None:
+        with pytest.raises(OutputError, match="another process is working on this training"):
+            run.train_head(plan, tmp_path / "out", device=CPU)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", meanwhile)
+        with pytest.raises(KeyboardInterrupt):
+            run.train_head(plan, tmp_path / "out", device=CPU)
+    assert run.train_head(plan, tmp_path / "out", device=CPU) is not None, "the lock went with its holder"
+
+
+def test_kept_answers_are_not_mixed_with_those_of_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plan = small_training(tmp_path, 12, max_tokens=120, trees=())
+    with monkeypatch.context() as patch:
+        patch.setattr(answers.KeptAnswers, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.train_head(plan, tmp_path / "out", device=CPU)
+    save_tiny(tmp_path / "model", seed=1, max_position_embeddings=160)
+    with pytest.raises(UsageError, match="for something else") as refused:
+        run.train_head(plan, tmp_path / "out", device=CPU)
+    assert "checkpoint_sha256" in refused.value.offenders[0]
+
+
+def test_a_start_that_failed_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan = small_training(tmp_path, 12, own=False, max_tokens=120, trees=())
+    few = save_problems(tmp_path / "few.jsonl", 1)
+    with pytest.raises(InputError, match="would be held out") as refused:
+        run.train_head(dataclasses.replace(plan, data=str(few)), tmp_path / "out", device=CPU)
+    assert refused.value.where == str(few)
+    assert not (tmp_path / "out").exists(), "before the model writes its answers"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "read_samples", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            run.train_head(dataclasses.replace(plan, exit_dim=10**6), tmp_path / "out", device=CPU)
+    assert run.train_head(plan, tmp_path / "out", device=CPU) is not None
+
+
+def test_a_head_is_not_measured_on_what_the_first_one_was_trained_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, plan = small_training(tmp_path, 24, own=False, max_tokens=120, trees=())
+    head = tmp_path / "head"
+    assert run.train_head(plan, head, device=CPU) is not None
+    more = dataclasses.replace(plan, start_from=str(head), epochs=0.1)
+    with pytest.raises(UsageError, match=r"50% of the problems .* all but 30%") as refused:
+        run.train_head(dataclasses.replace(more, held_out=0.5), tmp_path / "larger", device=CPU)
+    assert refused.value.where == str(head)
+    assert run.train_head(dataclasses.replace(more, held_out=0.3), tmp_path / "same", device=CPU) is not None
+    assert not caplog.records
+    (head / "training.json").unlink()
+    assert run.train_head(more, tmp_path / "unknown", device=CPU) is not None
+    assert "does not say what it was trained on" in caplog.text

@@ -1,0 +1,127 @@
+"""The ``work`` folder of a training: whose it is, and the texts to train on. An interrupted training goes on from it.
+
+work/plan.json        what was asked for; nothing else may go on here
+work/training.lock    held by the process that works here
+work/answers.jsonl    the target's own answers as they come (answers.py)
+work/samples.jsonl    all texts, once they are whole
+work/state.pt         head, optimizer and number of updates (drafter/train.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from drafter.data import Sample, is_held_out
+from drafter.train import STATE_FILE
+from trtkit.chat import Chat, variant_named
+from trtkit.checkpoint.unified import UnifiedCheckpoint
+from trtkit.errors import InputError, UsageError
+from trtkit.files import append_jsonl, read_json, read_jsonl, write_json
+from trtkit.locks import exclusive
+from trtkit.runtime.api import SamplingParams
+from trtkit.runtime.model import DecoderModel
+from trtkit.training.answers import Asking, checkpoint_digest, own_answers
+from trtkit.training.plan import TrainingPlan
+from trtkit.training.rows import Row, read_rows
+from trtkit.training.target import target_engine, written_answers
+
+__all__ = ["ANSWERS_FILE", "PLAN_FILE", "SAMPLES_FILE", "WORK", "claimed", "read_samples"]
+
+WORK = "work"
+PLAN_FILE = "plan.json"
+ANSWERS_FILE = "answers.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+_OF_TEXTS = {"model", "data", "own", "rows", "split", "variants", "seed", "max_tokens"}
+"""The settings that the texts depend on."""
+
+
+@contextlib.contextmanager
+def claimed(out: Path, plan: TrainingPlan) -> Iterator[list[Row]]:
+    """The work folder as this process's own, for this plan; the rows to make texts of, none when these are made.
+
+    Unusable rows leave no trace. Raises :class:`UsageError` when the folder belongs to another plan,
+    :class:`OutputError` when another process works in it, and what :func:`read_rows` raises.
+    """
+    work = out / WORK
+    _is_there(work, plan)
+    rows = [] if (work / SAMPLES_FILE).is_file() else _rows(plan)
+    with exclusive(work / "training.lock", "this training"):
+        if not _is_there(work, plan):
+            write_json(work / PLAN_FILE, _as_json(plan))
+        yield rows
+
+
+def _is_there(work: Path, plan: TrainingPlan) -> bool:
+    """Whether the folder is this plan's. A plan alone is a start that failed: there is nothing to protect."""
+    path = work / PLAN_FILE
+    if not path.is_file():
+        return False
+    there, wanted = read_json(path), _as_json(plan)
+    names = [name for name, value in wanted.items() if there.get(name) != value]
+    if names and any((work / name).is_file() for name in (ANSWERS_FILE, SAMPLES_FILE, STATE_FILE)):
+        texts = "" if {*names} & _OF_TEXTS else f" (all but {SAMPLES_FILE}: then the texts are not made again)"
+        raise UsageError(
+            "this directory holds another training",
+            where=str(work.parent),
+            offenders=[f"{name}: {there.get(name)} there, {wanted[name]} now" for name in names],
+            hint=f"choose another --out, or delete its {WORK}/ folder{texts}",
+        )
+    return not names
+
+
+def _as_json(plan: TrainingPlan) -> dict[str, object]:
+    data: dict[str, object] = json.loads(json.dumps(asdict(plan)))
+    return data
+
+
+def _rows(plan: TrainingPlan) -> list[Row]:
+    rows = read_rows(plan.data, count=plan.rows, split=plan.split, solutions=not plan.own)
+    held = sum(is_held_out(row.problem, plan.held_out) for row in rows)
+    if held in (0, len(rows)):  # now, not after the hours in which the target writes its answers
+        raise InputError(
+            f"of {len(rows)} usable row(s) {'all' if held else 'none'} would be held out to measure the head on",
+            where=plan.data,
+            hint=f"pass more rows: {plan.held_out:.0%} of the problems are held out, chosen by their text",
+        )
+    return rows
+
+
+def read_samples(
+    plan: TrainingPlan, work: Path, rows: list[Row], chat: Chat, model: DecoderModel, checkpoint: UnifiedCheckpoint
+) -> list[Sample]:
+    """Tokenized texts, made of ``rows`` once and kept in ``work``."""
+    path = work / SAMPLES_FILE
+    if not path.is_file():
+        aside = work / "samples.tmp"
+        aside.unlink(missing_ok=True)
+        append_jsonl(aside, (asdict(sample) for sample in _texts(plan, work, rows, chat, model, checkpoint)))
+        aside.rename(path)
+        (work / ANSWERS_FILE).unlink(missing_ok=True)
+    return [
+        Sample(problem=row["problem"], tokens=tuple(row["tokens"]), prompt=row["prompt"]) for _, row in read_jsonl(path)
+    ]
+
+
+def _texts(
+    plan: TrainingPlan, work: Path, rows: list[Row], chat: Chat, model: DecoderModel, checkpoint: UnifiedCheckpoint
+) -> list[Sample]:
+    variants = [variant_named(name) for name in plan.variants]
+    longest = min(plan.max_tokens, model.spec.max_positions)
+    if not plan.own:
+        return written_answers(rows, chat, variants, max_tokens=longest)
+    asking = Asking(
+        checkpoint=checkpoint_digest(checkpoint),
+        problems=tuple(row.problem for row in rows),
+        prompts=tuple(chat.prompt(row.problem, variants[n % len(variants)]) for n, row in enumerate(rows)),
+        stop_ids=chat.eos_ids,
+        # The Fast-Math cards' sampling would cut the tail; the head should know the model at temperature 1.
+        sampling=SamplingParams(),
+        max_tokens=longest,
+        seed=plan.seed,
+    )
+    with target_engine(model, None, longest) as engine:
+        return own_answers(asking, engine, work / ANSWERS_FILE)
