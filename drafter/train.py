@@ -22,7 +22,7 @@ from torch import Tensor
 from drafter.loss import DraftBatch, DraftLoss, Objective, draft_loss
 from drafter.model import Drafter
 
-__all__ = ["NonFiniteLossError", "Report", "TrainConfig", "learning_rate", "train"]
+__all__ = ["NonFiniteLossError", "Report", "TrainConfig", "learning_rate", "saved_updates", "train"]
 
 STATE_FILE = "state.pt"
 METRICS_FILE = "metrics.jsonl"
@@ -117,6 +117,15 @@ def train(
             on_report(report)
         if rank == 0 and ((update + 1) % config.save_every == 0 or last):
             _save(drafter, optimizer, out, config, update + 1)
+
+
+def saved_updates(out: Path) -> tuple[int, int] | None:
+    """(updates done, updates in all) of the state in ``out``; None where there is none. The weights are not read."""
+    path = out / STATE_FILE
+    if not path.is_file():
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return int(state["update"]), int(state["config"]["updates"])
 
 
 def _backward(drafter: Drafter, batch: DraftBatch, config: TrainConfig, lm_head: Tensor | None) -> DraftLoss:

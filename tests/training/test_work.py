@@ -75,6 +75,9 @@ def test_a_start_that_failed_claims_nothing(tmp_path: Path, monkeypatch: pytest.
         run.train_head(dataclasses.replace(plan, data=str(few)), tmp_path / "out", device=CPU)
     assert refused.value.where == str(few)
     assert not (tmp_path / "out").exists(), "before the model writes its answers"
+    for own in (False, True):
+        with pytest.raises(InputError, match=r"no problem.* room for an answer in 40 tokens"):
+            run.train_head(dataclasses.replace(plan, own=own, max_tokens=40), tmp_path / "out", device=CPU)
     with monkeypatch.context() as patch:
         patch.setattr(run, "read_samples", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
@@ -93,7 +96,7 @@ def test_a_head_is_not_measured_on_what_the_first_one_was_trained_on(
         run.train_head(dataclasses.replace(more, held_out=0.5), tmp_path / "larger", device=CPU)
     assert refused.value.where == str(head)
     assert run.train_head(dataclasses.replace(more, held_out=0.3), tmp_path / "same", device=CPU) is not None
-    assert not caplog.records
+    assert "was trained on" not in caplog.text
     (head / "training.json").unlink()
     assert run.train_head(more, tmp_path / "unknown", device=CPU) is not None
     assert "does not say what it was trained on" in caplog.text

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +18,13 @@ from trtkit.errors import InputError, UsageError
 
 _SELF = "self"
 _OBJECTIVES = ("ce", "kd")
+_OPTIONS = {
+    "rows": "--rows", "split": "--split", "epochs": "--epochs", "rate": "--rate", "objective": "--loss",
+    "exit_dim": "--exit-dim", "start_from": "--start-from", "layers": "--layers", "depths": "--depths",
+    "window": "--window", "tokens_per_part": "--batch-tokens", "parts": "--parts", "max_tokens": "--max-tokens",
+    "seed": "--seed",
+}  # fmt: skip
+"""What asks for the fields of a plan, beside --model, --data or --problems, and --no-rnn."""
 
 
 def command(
@@ -69,8 +79,6 @@ def command(
     ])  # fmt: skip
     if problems is not None and not own:
         raise UsageError("--problems only goes with --data self", hint="pass the rows with --data")
-    from dataclasses import asdict
-
     from trtkit.runtime.load import device_named, set_threads
     from trtkit.training.run import TrainingPlan, train_head
 
@@ -128,6 +136,25 @@ def command(
     there = default_engine(model, DEFAULT_PRECISION)
     aside = f" --out {there}-drafter" if there.exists() else ""  # build refuses to write over an engine
     finish(f"trtkit build --model {quoted(model)} --drafter {quoted(target)}{aside}", document if as_json else None)
+
+
+def same_command(plan: Mapping[str, Any], out: str) -> str:
+    """The command line of a training, from its plan; or words where it was called from Python and has none."""
+    from trtkit.training.plan import TrainingPlan
+
+    defaults = {field.name: field.default for field in fields(TrainingPlan) if field.default is not MISSING}
+    changed = {
+        name: value
+        for name, value in plan.items()
+        if name not in ("model", "data", "own") and json.dumps(value) != json.dumps(defaults.get(name), default=asdict)
+    }
+    if beyond := sorted(changed.keys() - _OPTIONS.keys() - {"rnn"}):
+        return f"call train_head as before: the command line has no option for {', '.join(beyond)}"
+    words = ["trtkit", "train-drafter", "--model", str(plan.get("model"))]
+    words += ["--problems" if plan.get("own") else "--data", str(plan.get("data"))]
+    for name, value in changed.items():
+        words += ["--no-rnn"] if name == "rnn" else [_OPTIONS[name], str(value)]
+    return " ".join(map(quoted, [*words, "--out", out]))
 
 
 def _problem_source(model: str, problems: str | None) -> str:

@@ -27,7 +27,7 @@ from trtkit.build.draft_head import check_head
 from trtkit.chat import Chat, load_chat
 from trtkit.checkpoint.hf import resolve_source
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
-from trtkit.errors import CheckpointError, InputError, QualityError, UsageError
+from trtkit.errors import CheckpointError, QualityError, UsageError
 from trtkit.files import read_json
 from trtkit.log import Progress, logger
 from trtkit.recipe import TRAINING_FILE
@@ -111,10 +111,6 @@ def _train_and_measure(
     if not among.first:
         samples = read_samples(plan, work, rows, chat, model, checkpoint)
     kept, held = split_by_problem(samples, plan.held_out)
-    if not kept or not held:
-        raise InputError(
-            f"{len(samples)} usable solutions are too few to train and to hold some out", hint="pass more rows"
-        )
     drafter = _fresh_head(plan, model, checkpoint)
     batches = _Batches(plan, kept, model)
     config = _train_config(plan, batches.per_epoch)

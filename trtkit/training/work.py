@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from drafter.data import Sample, is_held_out
 from drafter.train import STATE_FILE
+from trtkit.build.draft_head import PLAN_FILE
 from trtkit.chat import Chat, variant_named
 from trtkit.checkpoint.unified import UnifiedCheckpoint
 from trtkit.errors import InputError, UsageError
@@ -29,10 +30,9 @@ from trtkit.training.plan import TrainingPlan
 from trtkit.training.rows import Row, read_rows
 from trtkit.training.target import target_engine, written_answers
 
-__all__ = ["ANSWERS_FILE", "PLAN_FILE", "SAMPLES_FILE", "WORK", "claimed", "read_samples"]
+__all__ = ["ANSWERS_FILE", "SAMPLES_FILE", "WORK", "claimed", "read_samples"]
 
 WORK = "work"
-PLAN_FILE = "plan.json"
 ANSWERS_FILE = "answers.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 _OF_TEXTS = {"model", "data", "own", "rows", "split", "variants", "seed", "max_tokens"}
@@ -51,13 +51,13 @@ def claimed(out: Path, plan: TrainingPlan) -> Iterator[list[Row]]:
     rows = [] if (work / SAMPLES_FILE).is_file() else _rows(plan)
     with exclusive(work / "training.lock", "this training"):
         if not _is_there(work, plan):
-            write_json(work / PLAN_FILE, _as_json(plan))
+            write_json(out / PLAN_FILE, _as_json(plan))
         yield rows
 
 
 def _is_there(work: Path, plan: TrainingPlan) -> bool:
     """Whether the folder is this plan's. A plan alone is a start that failed: there is nothing to protect."""
-    path = work / PLAN_FILE
+    path = work.parent / PLAN_FILE
     if not path.is_file():
         return False
     there, wanted = read_json(path), _as_json(plan)
@@ -80,14 +80,20 @@ def _as_json(plan: TrainingPlan) -> dict[str, object]:
 
 def _rows(plan: TrainingPlan) -> list[Row]:
     rows = read_rows(plan.data, count=plan.rows, split=plan.split, solutions=not plan.own)
-    held = sum(is_held_out(row.problem, plan.held_out) for row in rows)
-    if held in (0, len(rows)):  # now, not after the hours in which the target writes its answers
-        raise InputError(
-            f"of {len(rows)} usable row(s) {'all' if held else 'none'} would be held out to measure the head on",
-            where=plan.data,
-            hint=f"pass more rows: {plan.held_out:.0%} of the problems are held out, chosen by their text",
-        )
+    # Now, not after the hours in which the target writes its answers.
+    _check_sides([row.problem for row in rows], plan, "usable row(s)", "pass more rows")
     return rows
+
+
+def _check_sides(problems: Sequence[str], plan: TrainingPlan, what: str, fix: str) -> None:
+    held = sum(is_held_out(problem, plan.held_out) for problem in problems)
+    if held in (0, len(problems)):
+        which = "all" if held else "none"
+        raise InputError(
+            f"of {len(problems)} {what} {which} would be held out to measure the head on" if problems else f"no {what}",
+            where=plan.data,
+            hint=f"{fix}; {plan.held_out:.0%} of the problems are held out, chosen by their text",
+        )
 
 
 def read_samples(
@@ -111,12 +117,18 @@ def _texts(
 ) -> list[Sample]:
     variants = [variant_named(name) for name in plan.variants]
     longest = min(plan.max_tokens, model.spec.max_positions)
+    short = (f"problem(s) that leave room for an answer in {longest} tokens", "pass more rows, or raise --max-tokens")
     if not plan.own:
-        return written_answers(rows, chat, variants, max_tokens=longest)
+        written = written_answers(rows, chat, variants, max_tokens=longest)
+        _check_sides([sample.problem for sample in written], plan, *short)
+        return written
+    prompts = [chat.prompt(row.problem, variants[n % len(variants)]) for n, row in enumerate(rows)]
+    fitting = [row.problem for row, prompt in zip(rows, prompts, strict=True) if len(prompt) < longest]
+    _check_sides(fitting, plan, *short)
     asking = Asking(
         checkpoint=checkpoint_digest(checkpoint),
         problems=tuple(row.problem for row in rows),
-        prompts=tuple(chat.prompt(row.problem, variants[n % len(variants)]) for n, row in enumerate(rows)),
+        prompts=tuple(prompts),
         stop_ids=chat.eos_ids,
         # The Fast-Math cards' sampling would cut the tail; the head should know the model at temperature 1.
         sampling=SamplingParams(),
