@@ -32,7 +32,7 @@ def command(
     model: Model = PRACTICE,
     data: Annotated[
         str,
-        typer.Option("--data", help="openmathreasoning, a JSONL or Parquet file, or self: its own answers."),
+        typer.Option("--data", help="openmathreasoning, a JSONL, CSV or Parquet file, or self: its own answers."),
     ] = _SELF,
     problems: Annotated[
         str | None,
