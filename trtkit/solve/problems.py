@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from trtkit.bundled import practice_dir
 from trtkit.errors import ConfigError, InputError
 from trtkit.files import check_lasting, read_text
+from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE
+from trtkit.solve.run_head import RUN_FILE
 from trtkit.tables import HEADER_HINT, is_table, read_table
 
-__all__ = ["Problem", "read_problems"]
+__all__ = ["Problem", "read_problems", "refuse_directory"]
 
 _TEXT_FIELDS = ("problem", "question")
 _ANSWER_FIELDS = ("answer", "expected_answer")
@@ -42,6 +45,7 @@ def read_problems(path: Path) -> list[Problem]:
     (string or number), the ``id`` a string or an integer. A file where no row has an id is numbered by
     line. Raises :class:`InputError` naming the file and line of every row that is wrong.
     """
+    refuse_directory(path)
     check_lasting(path)  # a run reads them again when it goes on, and `report` does
     if not path.exists():
         raise InputError("no such file", where=str(path), hint=_example_file())
@@ -74,6 +78,31 @@ def read_problems(path: Path) -> list[Problem]:
     if not problems:
         raise InputError("holds no problem", where=str(path), hint=example)
     return problems
+
+
+def refuse_directory(path: Path) -> None:
+    """Say what a directory in the place of the problems is, and what to name instead: :class:`InputError`."""
+    if not path.is_dir():
+        return
+    if any((path / name).is_file() for name in (ENGINE_FILE, BUNDLE_FILE)):
+        raise InputError(
+            "is an engine directory, not a file of problems",
+            where=str(path),
+            hint=f"the problems come first: trtkit solve problems.jsonl --engine {quote(str(path))}",
+        )
+    if (path / RUN_FILE).is_file():
+        raise InputError(
+            "is the directory of a run, not a file of problems",
+            where=str(path),
+            hint=f"to go on with it give the command that began it; `trtkit report {quote(str(path))}` shows it",
+        )
+    found = sorted(file.name for file in path.iterdir() if file.suffix.lower() in (".jsonl", ".csv") and file.is_file())
+    shown = ", ".join(found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
+    raise InputError(
+        "is a directory, not a file of problems",
+        where=str(path),
+        hint=f"name a file in it: {shown}" if found else f"there is no .jsonl or .csv file in it; {_example_file()}",
+    )
 
 
 def _example_file() -> str:
