@@ -318,7 +318,7 @@ def test_a_trained_heads_build_goes_beside_an_engine_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    report = HeadReport(parameters=1, updates=1, train_tokens=1, hits=(), trees=())
+    report = HeadReport(parameters=1, updates=1, train_tokens=1, held_out=1, hits=(), trees=())
     monkeypatch.setattr("trtkit.training.run.train_head", lambda *_, **__: report)
     line = "next: trtkit build --model practice --drafter engines/built/practice-drafter"
     for aside in ("", " --out engines/built/practice-fp8-drafter"):

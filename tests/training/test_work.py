@@ -85,6 +85,18 @@ def test_a_start_that_failed_claims_nothing(tmp_path: Path, monkeypatch: pytest.
     assert run.train_head(plan, tmp_path / "out", device=CPU) is not None
 
 
+def test_a_directory_of_something_else_is_not_trained_into(tmp_path: Path) -> None:
+    """The checkpoint itself, say: the finished head's files have the same names."""
+    _, plan = small_training(tmp_path, 12, own=False, max_tokens=120, trees=())
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with pytest.raises(OutputError, match=r"holds something else.* config\.json") as refused:
+        run.train_head(plan, tmp_path / "model", device=CPU)
+    assert refused.value.where == str(tmp_path / "model")
+    with pytest.raises(OutputError, match="is a file"):
+        run.train_head(plan, tmp_path / "rows.jsonl", device=CPU)
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
 def test_a_head_is_not_measured_on_what_the_first_one_was_trained_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

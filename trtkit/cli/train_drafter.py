@@ -17,6 +17,7 @@ from trtkit.cli.output import facts, finish, notice, quoted, table
 from trtkit.errors import InputError, UsageError
 
 _SELF = "self"
+_FEW = 10
 _OBJECTIVES = ("ce", "kd")
 _OPTIONS = {
     "rows": "--rows", "split": "--split", "epochs": "--epochs", "rate": "--rate", "objective": "--loss",
@@ -43,8 +44,8 @@ def command(
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=2, help="Problems to train on.")] = 20_000,
     split: Annotated[str, typer.Option("--split", help="Split of OpenMathReasoning.")] = "cot",
-    epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Passes over the rows.")] = 1.0,
-    rate: Annotated[float, typer.Option("--rate", min=0, help="Peak learning rate.")] = 1e-3,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.001, max=1000, help="Passes over the rows.")] = 1.0,
+    rate: Annotated[float, typer.Option("--rate", min=0, max=1, help="Peak learning rate.")] = 1e-3,
     loss: Annotated[str, typer.Option("--loss", help="ce (the next token) or kd (the model's distribution).")] = "ce",
     exit_dim: Annotated[
         int | None, typer.Option("--exit-dim", min=1, help="Width of the head; default: twice the hidden size.")
@@ -113,6 +114,7 @@ def command(
             "directory": str(target),
             "parameters": f"{report.parameters:,}",
             "trained on": f"{report.train_tokens:,} tokens, {report.updates:,} updates",
+            "held out": f"{report.held_out:,} problem(s){', few to judge by' if report.held_out < _FEW else ''}",
         },
     )
     notice("")

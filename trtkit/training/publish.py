@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from drafter.checkpoint import save_drafter
+from drafter.checkpoint import CONFIG_FILE, save_drafter
 from drafter.data import Sample
 from drafter.model import Drafter
 from drafter.train import METRICS_FILE
@@ -39,7 +39,8 @@ def publish(out: Path, work: Path, drafter: Drafter, order: Tensor, training: Ma
         save_drafter(drafter, stage, dtype=torch.bfloat16)
         save_file({"by_frequency": order}, stage / TOKEN_ORDER_FILE)
         write_json(stage / TRAINING_FILE, training)
-    for path in (work / "head").iterdir():
+    # The configuration last: with it the directory is a head.
+    for path in sorted((work / "head").iterdir(), key=lambda path: path.name == CONFIG_FILE):
         path.chmod(0o644)  # safetensors writes for the owner alone
         path.replace(out / path.name)
     (work / "head").rmdir()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trtkit.errors import HubError, InputError, MissingDependency
+from trtkit.files import check_lasting
 from trtkit.tables import read_records
 
 __all__ = ["OPENMATHREASONING", "Row", "read_rows"]
@@ -82,6 +83,7 @@ def _from_file(path: Path) -> Iterable[dict[str, Any]]:
             "parquet", data_files=str(path), split="train", streaming=True
         )
         return records
+    check_lasting(path)  # an interrupted training reads it again
     known = (*_PROBLEM, *_SOLUTION, "problem_type")
     return (record for _, record in read_records(path, known=known, needed=_PROBLEM))
 

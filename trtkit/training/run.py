@@ -55,6 +55,8 @@ class HeadReport:
     updates: int
     parameters: int
     train_tokens: int
+    held_out: int
+    """Problems that were held out; at most 64 of them are measured on."""
     hits: tuple[DepthHits, ...]
     trees: tuple[TreeResult, ...]
 
@@ -123,6 +125,7 @@ def _train_and_measure(
         updates=config.updates,
         parameters=drafter.config.parameters,
         train_tokens=sum(len(sample.tokens) for sample in kept),
+        held_out=len({sample.problem for sample in held}),
         hits=tuple(hits_by_depth(drafter, model, held[:_EVALUATED], depths=plan.depths, tokens=plan.tokens_per_part)),
         trees=tuple(_measured(plan, drafter, model, chat, held)),
     )

@@ -20,7 +20,7 @@ from drafter.train import STATE_FILE
 from trtkit.build.draft_head import PLAN_FILE
 from trtkit.chat import Chat, variant_named
 from trtkit.checkpoint.unified import UnifiedCheckpoint
-from trtkit.errors import InputError, UsageError
+from trtkit.errors import InputError, OutputError, UsageError
 from trtkit.files import append_jsonl, read_json, read_jsonl, write_json
 from trtkit.locks import exclusive
 from trtkit.runtime.api import SamplingParams
@@ -44,15 +44,32 @@ def claimed(out: Path, plan: TrainingPlan) -> Iterator[list[Row]]:
     """The work folder as this process's own, for this plan; the rows to make texts of, none when these are made.
 
     Unusable rows leave no trace. Raises :class:`UsageError` when the folder belongs to another plan,
-    :class:`OutputError` when another process works in it, and what :func:`read_rows` raises.
+    :class:`OutputError` when another process works in it or ``out`` holds something else, and what :func:`read_rows`
+    raises.
     """
     work = out / WORK
+    _check_place(out)
     _is_there(work, plan)
     rows = [] if (work / SAMPLES_FILE).is_file() else _rows(plan)
     with exclusive(work / "training.lock", "this training"):
         if not _is_there(work, plan):
             write_json(out / PLAN_FILE, _as_json(plan))
         yield rows
+
+
+def _check_place(out: Path) -> None:
+    """Refuse what is no directory, or one with files of something else: a head has the names of a checkpoint's."""
+    if out.exists() and not out.is_dir():
+        raise OutputError("is a file, not a directory", where=str(out), hint="choose another --out")
+    if out.is_dir() and not (out / PLAN_FILE).is_file():
+        others = sorted(path.name for path in out.iterdir() if path.name != WORK)
+        if others:
+            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            raise OutputError(
+                f"holds something else, which the head might write over: {shown}",
+                where=str(out),
+                hint="choose another --out, or remove the directory yourself",
+            )
 
 
 def _is_there(work: Path, plan: TrainingPlan) -> bool:
