@@ -85,6 +85,19 @@ def test_a_start_that_failed_claims_nothing(tmp_path: Path, monkeypatch: pytest.
     assert run.train_head(plan, tmp_path / "out", device=CPU) is not None
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_told_and_leaves_what_was_saved(tmp_path: Path) -> None:
+    _, plan = small_training(tmp_path, 12, own=False, max_tokens=120, trees=())
+    place = tmp_path / "out" / "work"
+    place.mkdir(parents=True)
+    (place / "state.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match="cannot be saved: No space left on device") as refused:
+        run.train_head(plan, tmp_path / "out", device=CPU)
+    assert refused.value.where == str(place)
+    assert not list(place.glob("state.pt*")), "half a state takes room that is needed"
+    assert run.train_head(plan, tmp_path / "out", device=CPU) is not None
+
+
 def test_a_directory_of_something_else_is_not_trained_into(tmp_path: Path) -> None:
     """The checkpoint itself, say: the finished head's files have the same names."""
     _, plan = small_training(tmp_path, 12, own=False, max_tokens=120, trees=())

@@ -70,6 +70,8 @@ def own_answers(asking: Asking, engine: Engine, path: Path) -> list[Sample]:
             Request(id=str(index), prompt=asking.prompts[index], sampling=asking.sampling, stop_ids=asking.stop_ids,
                     max_tokens=asking.max_tokens, seed=asking.seed + index)
         )  # fmt: skip
+    if not missing:
+        return _samples(asking, fitting, kept)
     growing: dict[str, list[int]] = {str(index): [] for index in missing}
     with Progress("own answers", total=len(missing), unit="problems") as progress:
         while engine.has_work:
@@ -81,13 +83,17 @@ def own_answers(asking: Asking, engine: Engine, path: Path) -> list[Sample]:
             kept.add({int(name): growing.pop(name) for name in ended})
             if ended:
                 progress.advance(len(ended))
+    return _samples(asking, fitting, kept)
+
+
+def _samples(asking: Asking, numbers: Sequence[int], kept: KeptAnswers) -> list[Sample]:
     return [
         Sample(
             problem=asking.problems[index],
             tokens=(*asking.prompts[index], *kept.tokens[index]),
             prompt=len(asking.prompts[index]),
         )
-        for index in fitting
+        for index in numbers
     ]
 
 

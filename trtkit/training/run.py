@@ -22,12 +22,12 @@ from drafter.config import DrafterConfig
 from drafter.data import Sample, Window, pack, split_by_problem, windows
 from drafter.loss import DraftBatch
 from drafter.model import Drafter
-from drafter.train import NonFiniteLossError, Report, TrainConfig, train
+from drafter.train import NonFiniteLossError, Report, TrainConfig, saved_updates, train
 from trtkit.build.draft_head import check_head
 from trtkit.chat import Chat, load_chat
 from trtkit.checkpoint.hf import resolve_source
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
-from trtkit.errors import CheckpointError, QualityError, UsageError
+from trtkit.errors import CheckpointError, OutputError, QualityError, UsageError
 from trtkit.files import read_json
 from trtkit.log import Progress, logger
 from trtkit.recipe import TRAINING_FILE
@@ -208,15 +208,27 @@ def _train(
     *,
     shown: bool,
 ) -> None:
-    with Progress("train", total=config.updates, unit="updates") if shown else nullcontext() as progress:
+    there, _ = saved_updates(work) or (0, 0)
+    if shown and there:
+        logger.info("train: %d of %d updates are there already", there, config.updates)
+    left = config.updates - there
+    with Progress("train", total=left, unit="updates") if shown and left else nullcontext() as progress:
 
         def show(report: Report) -> None:
             assert progress is not None, "only the first process reports"
             hits = " ".join(f"{share:.0%}" for share in report.top1)
-            progress.advance(report.update - progress.done, note=f"loss {report.loss:.3f}, top-1 by depth {hits}")
+            progress.advance(
+                report.update - there - progress.done, note=f"loss {report.loss:.3f}, top-1 by depth {hits}"
+            )
 
         try:
             train(drafter, batch_of, config, work, lm_head=lm_head, on_report=show)
+        except OSError as problem:
+            raise OutputError(
+                f"the state cannot be saved: {problem.strerror or problem}",
+                where=str(work),
+                hint="make room; the same command goes on from the last saved state",
+            ) from None
         except NonFiniteLossError as problem:
             raise QualityError(
                 str(problem),
