@@ -23,10 +23,14 @@ from torch import Tensor
 from drafter.loss import DraftBatch, DraftLoss, Objective, draft_loss
 from drafter.model import Drafter
 
-__all__ = ["NonFiniteLossError", "Report", "TrainConfig", "learning_rate", "saved_updates", "train"]
+__all__ = ["NonFiniteLossError", "Report", "StateError", "TrainConfig", "learning_rate", "saved_updates", "train"]
 
 STATE_FILE = "state.pt"
 METRICS_FILE = "metrics.jsonl"
+
+
+class StateError(ValueError):
+    """The saved state is damaged, or of a run with other settings."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -90,7 +94,7 @@ def train(
 
     An update's gradient is the mean over the predictions of all its parts, however many each of them has. Under
     ``torch.distributed`` each process takes every world_size-th part: the same as one process with all of them.
-    Raises :class:`NonFiniteLossError`, and :class:`OSError` when the state cannot be saved.
+    Raises :class:`NonFiniteLossError`, :class:`StateError`, and :class:`OSError` when the state cannot be saved.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     assert config.parts % world == 0, "every process needs the same number of parts"
@@ -129,12 +133,24 @@ def train(
 
 
 def saved_updates(out: Path) -> tuple[int, int] | None:
-    """(updates done, updates in all) of the state in ``out``; None where there is none. The weights are not read."""
-    path = out / STATE_FILE
+    """(updates done, updates in all) of the state in ``out``; None where there is none. The weights are not read.
+
+    Raises :class:`StateError`.
+    """
+    state = _load(out / STATE_FILE, mmap=True)
+    return None if state is None else (int(state["update"]), int(state["config"]["updates"]))
+
+
+def _load(path: Path, *, mmap: bool = False) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return int(state["update"]), int(state["config"]["updates"])
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not {"update", "config", "head", "drafter", "optimizer"} <= state.keys():
+            raise ValueError("parts of it are missing")
+    except Exception as problem:  # of a damaged archive torch raises almost anything
+        raise StateError(f"{path} cannot be read: {str(problem).partition('. ')[0]}") from None
+    return state
 
 
 def _backward(drafter: Drafter, batch: DraftBatch, config: TrainConfig, lm_head: Tensor | None) -> DraftLoss:
@@ -203,6 +219,7 @@ def _save(drafter: Drafter, optimizer: torch.optim.Optimizer, out: Path, config:
     try:
         with aside.open("wb") as stream:
             torch.save(state, stream)
+            os.fsync(stream.fileno())
         os.replace(aside, out / STATE_FILE)
     except BaseException as problem:
         aside.unlink(missing_ok=True)
@@ -213,9 +230,9 @@ def _save(drafter: Drafter, optimizer: torch.optim.Optimizer, out: Path, config:
 
 def _resume(drafter: Drafter, optimizer: torch.optim.Optimizer, out: Path, config: TrainConfig) -> int:
     path = out / STATE_FILE
-    if not path.is_file():
+    state = _load(path)
+    if state is None:
         return 0
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     wanted = {"config": asdict(config), "head": asdict(drafter.config)}
     different = [
         f"{name}: {state[part].get(name)} there, {value} now"
@@ -224,7 +241,7 @@ def _resume(drafter: Drafter, optimizer: torch.optim.Optimizer, out: Path, confi
         if state[part].get(name) != value and name not in ("save_every", "save_seconds", "report_every")
     ]
     if different:
-        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(different)}")
+        raise StateError(f"{path} belongs to a run with other settings: {'; '.join(different)}")
     drafter.load_state_dict(state["drafter"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["update"])

@@ -12,7 +12,8 @@ import torch
 from tests.chat_files import save_problems
 from tests.tiny import save_tiny
 from tests.training.small import small_training
-from trtkit.errors import InputError, OutputError, UsageError
+from trtkit.describe import describe
+from trtkit.errors import CheckpointError, InputError, OutputError, UsageError
 from trtkit.training import answers, run, work
 
 CPU = torch.device("cpu")
@@ -96,6 +97,28 @@ def test_a_full_disk_is_told_and_leaves_what_was_saved(tmp_path: Path) -> None:
     assert refused.value.where == str(place)
     assert not list(place.glob("state.pt*")), "half a state takes room that is needed"
     assert run.train_head(plan, tmp_path / "out", device=CPU) is not None
+
+
+def test_damaged_files_of_a_training_are_named_and_may_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plan = small_training(tmp_path, 12, own=False, max_tokens=120, trees=())
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "hits_by_depth", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.train_head(plan, out, device=CPU)
+    for name, error in (("state.pt", CheckpointError), ("samples.jsonl", InputError)):
+        path = out / "work" / name
+        path.write_bytes(path.read_bytes()[:-60])
+        with pytest.raises(error, match=rf"{name}.* cannot be read") as refused:
+            run.train_head(plan, out, device=CPU)
+        assert "delete" in (refused.value.hint or "")
+        if name == "state.pt":
+            with pytest.raises(error, match="cannot be read"):
+                describe(out)
+        path.unlink()
+    assert run.train_head(plan, out, device=CPU) is not None
 
 
 def test_a_directory_of_something_else_is_not_trained_into(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from drafter.config import DrafterConfig
 from drafter.data import Sample, Window, pack, split_by_problem, windows
 from drafter.loss import DraftBatch
 from drafter.model import Drafter
-from drafter.train import NonFiniteLossError, Report, TrainConfig, saved_updates, train
+from drafter.train import NonFiniteLossError, Report, StateError, TrainConfig, train
 from trtkit.build.draft_head import check_head
 from trtkit.chat import Chat, load_chat
 from trtkit.checkpoint.hf import resolve_source
@@ -40,7 +40,7 @@ from trtkit.training.processes import Processes, processes
 from trtkit.training.publish import publish, token_order
 from trtkit.training.rows import Row
 from trtkit.training.target import draft_batch, target_engine
-from trtkit.training.work import SAMPLES_FILE, WORK, claimed, read_samples
+from trtkit.training.work import SAMPLES_FILE, WORK, claimed, read_samples, updates_saved, useless_state
 
 __all__ = ["HeadReport", "TrainingPlan", "train_head"]
 
@@ -208,7 +208,7 @@ def _train(
     *,
     shown: bool,
 ) -> None:
-    there, _ = saved_updates(work) or (0, 0)
+    there, _ = updates_saved(work) or (0, 0)
     if shown and there:
         logger.info("train: %d of %d updates are there already", there, config.updates)
     left = config.updates - there
@@ -229,6 +229,8 @@ def _train(
                 where=str(work),
                 hint="make room; the same command goes on from the last saved state",
             ) from None
+        except StateError as problem:
+            raise useless_state(problem) from None
         except NonFiniteLossError as problem:
             raise QualityError(
                 str(problem),

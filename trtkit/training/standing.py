@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drafter.train import saved_updates
 from trtkit.build.draft_head import PLAN_FILE
 from trtkit.files import JsonObject, read_json
 from trtkit.training.answers import count_answers
-from trtkit.training.work import ANSWERS_FILE, SAMPLES_FILE, WORK
+from trtkit.training.work import ANSWERS_FILE, SAMPLES_FILE, WORK, updates_saved
 
 __all__ = ["look_at_training"]
 
 
 def look_at_training(out: Path) -> tuple[dict[str, str], JsonObject]:
     """(facts for people, ``{"training": {"plan", "stage", "done", "total"}}``); the stages are answers, updates and
-    measuring. Raises :class:`ConfigError` for a damaged plan."""
+    measuring. Raises :class:`ConfigError` for a damaged plan, :class:`CheckpointError` for a damaged state."""
     plan = read_json(out / PLAN_FILE)
     work = out / WORK
     stage, done, total = "answers", 0, 0
-    if (found := saved_updates(work)) is not None:
+    if (found := updates_saved(work)) is not None:
         (done, total), stage = found, "updates"
         said = f"{done:,} of {total:,} updates are saved"
         if done == total:

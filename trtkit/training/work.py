@@ -16,11 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from drafter.data import Sample, is_held_out
-from drafter.train import STATE_FILE
+from drafter.train import STATE_FILE, StateError, saved_updates
 from trtkit.build.draft_head import PLAN_FILE
 from trtkit.chat import Chat, variant_named
 from trtkit.checkpoint.unified import UnifiedCheckpoint
-from trtkit.errors import InputError, OutputError, UsageError
+from trtkit.errors import CheckpointError, InputError, OutputError, UsageError
 from trtkit.files import append_jsonl, read_json, read_jsonl, write_json
 from trtkit.locks import exclusive
 from trtkit.runtime.api import SamplingParams
@@ -30,7 +30,7 @@ from trtkit.training.plan import TrainingPlan
 from trtkit.training.rows import Row, read_rows
 from trtkit.training.target import target_engine, written_answers
 
-__all__ = ["ANSWERS_FILE", "SAMPLES_FILE", "WORK", "claimed", "read_samples"]
+__all__ = ["ANSWERS_FILE", "SAMPLES_FILE", "WORK", "claimed", "read_samples", "updates_saved", "useless_state"]
 
 WORK = "work"
 ANSWERS_FILE = "answers.jsonl"
@@ -124,9 +124,16 @@ def read_samples(
         append_jsonl(aside, (asdict(sample) for sample in _texts(plan, work, rows, chat, model, checkpoint)))
         aside.rename(path)
         (work / ANSWERS_FILE).unlink(missing_ok=True)
-    return [
-        Sample(problem=row["problem"], tokens=tuple(row["tokens"]), prompt=row["prompt"]) for _, row in read_jsonl(path)
-    ]
+    try:
+        return [
+            Sample(problem=row["problem"], tokens=tuple(row["tokens"]), prompt=row["prompt"])
+            for _, row in read_jsonl(path)
+        ]
+    except (InputError, KeyError, TypeError) as problem:
+        said = f" ({problem.offenders[0]})" if isinstance(problem, InputError) and problem.offenders else ""
+        raise InputError(
+            f"the texts cannot be read{said}", where=str(path), hint="delete the file: they are made again"
+        ) from None
 
 
 def _texts(
@@ -154,3 +161,16 @@ def _texts(
     )
     with target_engine(model, None, longest) as engine:
         return own_answers(asking, engine, work / ANSWERS_FILE)
+
+
+def updates_saved(work: Path) -> tuple[int, int] | None:
+    """(updates done, updates in all) of the saved state; None where there is none. Raises :class:`CheckpointError`."""
+    try:
+        return saved_updates(work)
+    except StateError as problem:
+        raise useless_state(problem) from None
+
+
+def useless_state(problem: StateError) -> CheckpointError:
+    """What to do about a state that cannot be gone on from."""
+    return CheckpointError(str(problem), hint="delete it: the training starts over, on the same texts")
