@@ -54,8 +54,8 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the arithmetic; weights, their gradients and the optimizer's state stay float32."""
     save_every: int = 200
-    save_seconds: float = 60.0
-    """So long after the last save the next one comes early: an interruption costs a minute, not ``save_every`` updates.
+    save_seconds: float = 15.0
+    """So long after the last save the next one comes early: an interruption costs seconds, not ``save_every`` updates.
     Where saving takes long it is longer, so that saves take a twentieth of the time at most."""
     report_every: int = 20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,20 @@ def test_damaged_files_of_a_training_are_named_and_may_be_deleted(
                 describe(out)
         path.unlink()
     assert run.train_head(plan, out, device=CPU) is not None
+
+
+def test_another_training_may_take_the_texts_along(tmp_path: Path) -> None:
+    rows, plan = small_training(tmp_path, 12, own=False, max_tokens=120, trees=())
+    assert run.train_head(plan, tmp_path / "out", device=CPU) is not None
+    rows.unlink()
+    samples = Path("work/samples.jsonl")
+    for changes, kept in (({"rate": 0.01}, True), ({"seed": 1}, False)):
+        with pytest.raises(UsageError, match="another training") as refused:
+            run.train_head(dataclasses.replace(plan, **changes), tmp_path / "out", device=CPU)
+        assert (f"a copy of {tmp_path / 'out' / samples}" in (refused.value.hint or "")) is kept
+    (tmp_path / "other" / "work").mkdir(parents=True)
+    shutil.copy(tmp_path / "out" / samples, tmp_path / "other" / samples)
+    assert run.train_head(dataclasses.replace(plan, rate=0.01), tmp_path / "other", device=CPU) is not None
 
 
 def test_a_directory_of_something_else_is_not_trained_into(tmp_path: Path) -> None:

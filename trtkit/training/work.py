@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from drafter.checkpoint import CONFIG_FILE
 from drafter.data import Sample, is_held_out
 from drafter.train import STATE_FILE, StateError, saved_updates
 from trtkit.build.draft_head import PLAN_FILE
@@ -79,13 +80,16 @@ def _is_there(work: Path, plan: TrainingPlan) -> bool:
         return False
     there, wanted = read_json(path), _as_json(plan)
     names = [name for name, value in wanted.items() if there.get(name) != value]
-    if names and any((work / name).is_file() for name in (ANSWERS_FILE, SAMPLES_FILE, STATE_FILE)):
-        texts = "" if {*names} & _OF_TEXTS else f" (all but {SAMPLES_FILE}: then the texts are not made again)"
+    precious = (work.parent / CONFIG_FILE, *(work / name for name in (ANSWERS_FILE, SAMPLES_FILE, STATE_FILE)))
+    if names and any(path.is_file() for path in precious):
+        texts = ", or remove the directory yourself"
+        if not {*names} & _OF_TEXTS and (work / SAMPLES_FILE).is_file():
+            texts = f"; with a copy of {work / SAMPLES_FILE} in its {WORK}/ the texts are not made again"
         raise UsageError(
             "this directory holds another training",
             where=str(work.parent),
             offenders=[f"{name}: {there.get(name)} there, {wanted[name]} now" for name in names],
-            hint=f"choose another --out, or delete its {WORK}/ folder{texts}",
+            hint=f"choose another --out{texts}",
         )
     return not names
 
