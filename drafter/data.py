@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Sample", "Window", "pack", "split_by_problem", "windows"]
+__all__ = ["Sample", "Window", "is_held_out", "pack", "split_by_problem", "windows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +40,20 @@ class Window:
         return self.end
 
 
+def is_held_out(problem: str, share: float) -> bool:
+    """Whether a problem is kept from training, by a hash of its text alone.
+
+    The other problems do not matter, and what a smaller share holds out a larger one holds out, too.
+    """
+    digest = hashlib.sha256(problem.encode()).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
+
+
 def split_by_problem(samples: Sequence[Sample], held_out: float) -> tuple[list[Sample], list[Sample]]:
-    """(train, held-out): every solution of a problem on the same side, decided by a hash of its text."""
+    """(train, held-out): every solution of a problem on the same side."""
     sides: tuple[list[Sample], list[Sample]] = ([], [])
     for sample in samples:
-        digest = hashlib.sha256(sample.problem.encode()).digest()
-        sides[int.from_bytes(digest[:8]) < held_out * 2**64].append(sample)
+        sides[is_held_out(sample.problem, held_out)].append(sample)
     return sides
 
 

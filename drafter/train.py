@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +23,14 @@ from torch import Tensor
 from drafter.loss import DraftBatch, DraftLoss, Objective, draft_loss
 from drafter.model import Drafter
 
-__all__ = ["NonFiniteLossError", "Report", "TrainConfig", "learning_rate", "train"]
+__all__ = ["NonFiniteLossError", "Report", "StateError", "TrainConfig", "learning_rate", "saved_updates", "train"]
 
 STATE_FILE = "state.pt"
 METRICS_FILE = "metrics.jsonl"
+
+
+class StateError(ValueError):
+    """The saved state is damaged, or of a run with other settings."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -49,6 +54,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the arithmetic; weights, their gradients and the optimizer's state stay float32."""
     save_every: int = 200
+    save_seconds: float = 15.0
+    """So long after the last save the next one comes early: an interruption costs seconds, not ``save_every`` updates.
+    Where saving takes long it is longer, so that saves take a twentieth of the time at most."""
     report_every: int = 20
 
 
@@ -86,7 +94,7 @@ def train(
 
     An update's gradient is the mean over the predictions of all its parts, however many each of them has. Under
     ``torch.distributed`` each process takes every world_size-th part: the same as one process with all of them.
-    Raises :class:`NonFiniteLossError`.
+    Raises :class:`NonFiniteLossError`, :class:`StateError`, and :class:`OSError` when the state cannot be saved.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     assert config.parts % world == 0, "every process needs the same number of parts"
@@ -97,6 +105,7 @@ def train(
     start = _resume(drafter, optimizer, out, config)
     if rank == 0:
         _truncate(out / METRICS_FILE, start)
+    saved, saving = time.monotonic(), 0.0
     for update in range(start, config.updates):
         rate = learning_rate(config, update)
         for group in optimizer.param_groups:
@@ -115,8 +124,33 @@ def train(
         if rank == 0 and ((update + 1) % config.report_every == 0 or last):
             _append(out / METRICS_FILE, report)
             on_report(report)
-        if rank == 0 and ((update + 1) % config.save_every == 0 or last):
+        began = time.monotonic()
+        late = began - saved >= max(config.save_seconds, 20 * saving)
+        if rank == 0 and ((update + 1) % config.save_every == 0 or late or last):
             _save(drafter, optimizer, out, config, update + 1)
+            saved = time.monotonic()
+            saving = saved - began
+
+
+def saved_updates(out: Path) -> tuple[int, int] | None:
+    """(updates done, updates in all) of the state in ``out``; None where there is none. The weights are not read.
+
+    Raises :class:`StateError`.
+    """
+    state = _load(out / STATE_FILE, mmap=True)
+    return None if state is None else (int(state["update"]), int(state["config"]["updates"]))
+
+
+def _load(path: Path, *, mmap: bool = False) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not {"update", "config", "head", "drafter", "optimizer"} <= state.keys():
+            raise ValueError("parts of it are missing")
+    except Exception as problem:  # of a damaged archive torch raises almost anything
+        raise StateError(f"{path} cannot be read: {str(problem).partition('. ')[0]}") from None
+    return state
 
 
 def _backward(drafter: Drafter, batch: DraftBatch, config: TrainConfig, lm_head: Tensor | None) -> DraftLoss:
@@ -182,24 +216,32 @@ def _save(drafter: Drafter, optimizer: torch.optim.Optimizer, out: Path, config:
         "optimizer": optimizer.state_dict(),
     }
     aside = out / (STATE_FILE + ".tmp")
-    torch.save(state, aside)
-    os.replace(aside, out / STATE_FILE)
+    try:
+        with aside.open("wb") as stream:
+            torch.save(state, stream)
+            os.fsync(stream.fileno())
+        os.replace(aside, out / STATE_FILE)
+    except BaseException as problem:
+        aside.unlink(missing_ok=True)
+        if isinstance(problem.__context__, OSError):  # torch raises a RuntimeError about it
+            raise problem.__context__ from None
+        raise
 
 
 def _resume(drafter: Drafter, optimizer: torch.optim.Optimizer, out: Path, config: TrainConfig) -> int:
     path = out / STATE_FILE
-    if not path.is_file():
+    state = _load(path)
+    if state is None:
         return 0
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     wanted = {"config": asdict(config), "head": asdict(drafter.config)}
     different = [
         f"{name}: {state[part].get(name)} there, {value} now"
         for part, settings in wanted.items()
         for name, value in settings.items()
-        if state[part].get(name) != value and name not in ("save_every", "report_every")
+        if state[part].get(name) != value and name not in ("save_every", "save_seconds", "report_every")
     ]
     if different:
-        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(different)}")
+        raise StateError(f"{path} belongs to a run with other settings: {'; '.join(different)}")
     drafter.load_state_dict(state["drafter"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["update"])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from drafter.checkpoint import DrafterError, load_drafter
+from trtkit.build.draft_head import PLAN_FILE
 from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.checkpoint.hf import check_finite, open_source
 from trtkit.checkpoint.names import rank_file
@@ -24,6 +25,7 @@ from trtkit.files import JsonObject, read_json
 from trtkit.model_spec import read_model_spec, spec_as_dict
 from trtkit.recipe import BUNDLE_FILE, COMPILED_DIR, ENGINE_FILE, output_layer_of, read_manifest
 from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, read_head, read_summary
+from trtkit.training.standing import look_at_training
 
 __all__ = [
     "BUNDLE",
@@ -33,6 +35,7 @@ __all__ = [
     "ENGINE",
     "QUANTIZED",
     "RUN",
+    "TRAINING",
     "TRTLLM",
     "Description",
     "describe",
@@ -47,6 +50,7 @@ BUNDLE = "bundle for trtkit compile"
 RUN = "run of trtkit solve"
 DRAFTER = "ReDrafter head"
 DIFFICULTY = "difficulty regressor"
+TRAINING = "unfinished training of a draft head"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +81,9 @@ def describe(directory: Path, *, verify: bool = False) -> Description:
         said = "not a directory" if directory.exists() else "no such directory"
         raise InputError(said, where=str(directory), hint="pass a checkpoint, engine or run directory, or 'practice'")
     kind, look = next(((k, look) for mark, k, look in _KINDS if (directory / mark).is_file()), ("", None))
-    if verify and kind == RUN:
-        raise UsageError(
-            "--verify: a run has neither digests nor tensors to verify",
-            where=str(directory),
-            hint="leave it out; `trtkit report RUN` reads the whole run and says what in it is damaged",
-        )
+    if verify and kind in _UNVERIFIED:
+        what, instead = _UNVERIFIED[kind]
+        raise UsageError(f"--verify: {what} to verify", where=str(directory), hint=f"leave it out; {instead}")
     if look is None:
         raise InputError(
             "neither a checkpoint nor an engine nor a run",
@@ -93,7 +94,7 @@ def describe(directory: Path, *, verify: bool = False) -> Description:
     kind = DRAFTER if "drafter" in data else kind
     offenders: list[str] = []
     verified = None
-    if kind != RUN:
+    if kind not in _UNVERIFIED:
         data["weights"], offenders = _weights(directory)
         sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in data["weights"]["by_dtype"].items())
         facts["weights"] = f"{data['weights']['files']} file(s), {data['weights']['tensors']} tensors: {sizes}"
@@ -216,6 +217,7 @@ _KINDS: tuple[tuple[str, str, Callable[[Path], tuple[dict[str, str], JsonObject]
     ("hf_quant_config.json", QUANTIZED, _look_at_quantized),
     (DIFFICULTY_FILE, DIFFICULTY, _look_at_difficulty),
     ("config.json", CHECKPOINT, _look_at_config),
+    (PLAN_FILE, TRAINING, look_at_training),
 )
 _HELD = {
     ENGINE: "every file has the digest it was built with",
@@ -226,7 +228,11 @@ _HELD = {
     DRAFTER: "all tensors are there, with the shapes that config.json implies, and every value is finite",
     DIFFICULTY: "every weight file is whole, and every value is finite",
 }
-"""What ``verified`` means. A run is not verified."""
+"""What ``verified`` means."""
+_UNVERIFIED = {
+    RUN: ("a run has neither digests nor tensors", "`trtkit report RUN` reads it and says what in it is damaged"),
+    TRAINING: ("there is no head yet", "the next: line goes on with the training"),
+}
 
 
 def _weights(directory: Path) -> tuple[JsonObject, list[str]]:

@@ -292,6 +292,14 @@ def test_revotes_next_line_runs_where_it_is_printed(
     assert len(list(Path("runs").iterdir())) == 3
 
 
+def test_an_engine_in_the_place_of_the_problems_is_told_before_one_is_looked_for(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where none was built
+    assert run(["solve", str(engine)]) == 1
+    assert f"hint:  the problems come first: trtkit solve problems.jsonl --engine {engine}" in capsys.readouterr().err
+
+
 def test_next_lines_can_be_pasted_where_paths_have_spaces(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,7 +318,7 @@ def test_a_trained_heads_build_goes_beside_an_engine_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    report = HeadReport(parameters=1, updates=1, train_tokens=1, hits=(), trees=())
+    report = HeadReport(parameters=1, updates=1, train_tokens=1, held_out=1, hits=(), trees=())
     monkeypatch.setattr("trtkit.training.run.train_head", lambda *_, **__: report)
     line = "next: trtkit build --model practice --drafter engines/built/practice-drafter"
     for aside in ("", " --out engines/built/practice-fp8-drafter"):

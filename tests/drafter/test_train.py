@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ from drafter.config import DrafterConfig
 from drafter.data import Sample, Window, pack, split_by_problem, windows
 from drafter.loss import DraftBatch, Objective
 from drafter.model import Drafter
-from drafter.train import NonFiniteLossError, TrainConfig, learning_rate, train
+from drafter.train import NonFiniteLossError, TrainConfig, learning_rate, saved_updates, train
 
 CONFIG = TrainConfig(updates=24, parts=2, peak_rate=1e-2, save_every=5, report_every=1)
 
@@ -81,6 +82,26 @@ def test_kill_and_resume_give_the_weights_of_an_unbroken_run(tmp_path: Path) -> 
     assert process.exitcode == -signal.SIGKILL
     assert _equal(_train(broken), whole)
     assert (broken / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0.0, True), (1e9, False)])
+def test_long_updates_are_saved_by_the_clock(tmp_path: Path, seconds: float, kept: bool) -> None:
+    """Long before ``save_every`` of them, and then no more is lost than since."""
+    config = dataclasses.replace(CONFIG, save_every=10**6, save_seconds=seconds)
+
+    def interrupted(update: int, part: int) -> DraftBatch:
+        if update == 3:
+            raise KeyboardInterrupt
+        return _batch(update, part)
+
+    out = _made(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        train(_head(), interrupted, config, out)
+    assert (saved_updates(out) is not None) is kept
+    head = _head()
+    train(head, _batch, config, out)
+    assert saved_updates(out) == (CONFIG.updates, CONFIG.updates)
+    assert _equal(head.state_dict(), _train(_made(tmp_path / "whole")))
 
 
 def _made(path: Path) -> Path:
@@ -219,6 +240,8 @@ def test_solutions_of_a_problem_stay_on_one_side() -> None:
     many = [Sample(problem=f"p{i}", tokens=(1,), prompt=1) for i in range(2000)]
     assert len(split_by_problem(many, 0.2)[1]) == pytest.approx(400, abs=60)
     assert split_by_problem(many, 0.0) == (many, [])
+    held = [{sample.problem for sample in split_by_problem(many, share)[1]} for share in (0.05, 0.2)]
+    assert held[0] < held[1], "what a head was not trained on is held out again by every share up to its own"
 
 
 def test_a_window_that_costs_too_much_stands_alone() -> None:

@@ -199,3 +199,17 @@ def test_hints_fit_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(InputError) as absent:
         read_problems(tmp_path / "absent.jsonl")
     assert read_problems(Path((absent.value.hint or "").rpartition(": ")[2])), "the hint names problems to try"
+
+
+def test_a_directory_is_told_as_what_it_is(tmp_path: Path) -> None:
+    def hint(*files: str) -> str:
+        for name in files:
+            (tmp_path / name).touch()
+        with pytest.raises(InputError, match="not a file of problems") as refused:
+            read_problems(tmp_path)
+        return refused.value.hint or ""
+
+    assert "no .jsonl or .csv" in hint("notes.txt")
+    assert hint("b.jsonl", "a.CSV").endswith("name a file in it: a.CSV, b.jsonl")
+    assert "trtkit report" in hint("run.json", "journal.jsonl")
+    assert f"trtkit solve problems.jsonl --engine {tmp_path}" in hint("engine.json")

@@ -17,18 +17,19 @@ from drafter.config import DrafterConfig, TreeShape
 from drafter.data import Sample, Window
 from drafter.loss import DraftBatch
 from drafter.model import Drafter
-from tests.chat_files import save_chat_files, save_problems
+from tests.chat_files import save_problems
 from tests.engines import random_prompts
 from tests.fakes import EOS_ID, FakeChat, FakeEngine
 from tests.tiny import save_tiny, tiny_model
+from tests.training.small import small_training
 from trtkit.chat import VARIANTS
 from trtkit.checkpoint.unified import open_unified
-from trtkit.runtime.api import EngineStats, Request, SamplingParams
+from trtkit.runtime.api import EngineStats
 from trtkit.runtime.model import DecoderModel
 from trtkit.training import run
 from trtkit.training.evaluate import DepthHits, TreeResult, hits_by_depth, measure_tree
 from trtkit.training.rows import Row, read_rows
-from trtkit.training.target import own_answers, written_answers
+from trtkit.training.target import written_answers
 
 CPU = torch.device("cpu")
 TWO = (VARIANTS["solve"], VARIANTS["reason"])
@@ -43,22 +44,6 @@ class WritingChat(FakeChat):
 
 def _rows() -> list[Row]:
     return [Row(problem=problem, solution=problem * 3) for problem in ("1+1", "x" * 60, "2+2", "3+3")]
-
-
-def test_the_target_answers_each_problem_once_with_noise_of_its_own() -> None:
-    def script(request: Request) -> list[int]:
-        return [*f"{request.seed}!".encode(), EOS_ID, *b"never"]
-
-    engine = FakeEngine(script, burst=4, max_total_tokens=50)
-    made = own_answers(
-        _rows(), engine, FakeChat(), TWO, sampling=SamplingParams(), max_tokens=50, seed=7
-    )  # fmt: skip
-    asked = {"1+1": b"solve|1+1", "2+2": b"solve|2+2", "3+3": b"reason|3+3"}  # in turns; one does not fit
-    assert [sample.problem for sample in made] == list(asked)
-    answers = [sample.tokens[sample.prompt :] for sample in made]
-    assert [bytes(sample.tokens[: sample.prompt]) for sample in made] == list(asked.values())
-    assert all(answer[-1] == EOS_ID and EOS_ID not in answer[:-1] for answer in answers)
-    assert len(set(answers)) == 3, "samples of one seed share their noise"
 
 
 def test_worked_solutions_are_cut_and_need_room_behind_the_prompt() -> None:
@@ -164,17 +149,6 @@ class Watched:
             monkeypatch.setattr(run, fake.__name__, fake)
 
 
-def small_training(directory: Path, problems: int, **more: Any) -> tuple[Path, run.TrainingPlan]:
-    """A tiny model with its problems, and how to train a head of it on them."""
-    save_tiny(directory / "model", max_position_embeddings=160)
-    save_chat_files(directory / "model")
-    rows = save_problems(directory / "rows.jsonl", problems)
-    plan = run.TrainingPlan(
-        model=str(directory / "model"), data=str(rows), held_out=0.3, exit_dim=8, layers=0, depths=2, **more
-    )
-    return rows, plan
-
-
 def test_an_epoch_sees_every_training_problem_once_and_no_held_out_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,24 +175,3 @@ def test_an_epoch_sees_every_training_problem_once_and_no_held_out_one(
     head = load_drafter(tmp_path / "out", dtype=torch.bfloat16, device=CPU)
     matrix = load_file(tmp_path / "model" / "model.safetensors")["lm_head.weight"]
     assert torch.equal(head.output.weight, matrix[:, :8].to(torch.bfloat16))
-
-
-def test_an_interrupted_training_keeps_the_answers_and_ends_in_the_same_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows, plan = small_training(tmp_path, 12, max_tokens=120, trees=())
-    assert run.train_head(plan, tmp_path / "whole", device=CPU) is not None
-
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "train", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run.train_head(plan, tmp_path / "out", device=CPU)
-    rows.unlink()
-    monkeypatch.setattr(run, "own_answers", interrupted)
-    assert run.train_head(plan, tmp_path / "out", device=CPU) is not None
-    whole, again = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
-    assert whole.read_bytes() == again.read_bytes()
-    assert oct(again.stat().st_mode)[-3:] == "644"

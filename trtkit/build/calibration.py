@@ -1,4 +1,4 @@
-"""Calibration text: JSON lines of problems and worked solutions, rendered with the model's own chat template."""
+"""Calibration text: JSON lines or CSV of problems and worked solutions, rendered with the model's own chat template."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from trtkit.chat import VARIANTS, Chat
 from trtkit.errors import CheckpointError, InputError
-from trtkit.files import read_jsonl
 from trtkit.log import logger
 from trtkit.quant.batches import TextRow
+from trtkit.tables import read_records
 
 __all__ = ["CALIBRATION_FILE", "CalibrationText", "read_calibration"]
 
@@ -38,7 +38,7 @@ def read_calibration(path: Path, chat: Chat, *, rows: int, tokens: int, vocab: i
     solutions of a problem that judges calibrate nothing, unless too few rows are left. Raises :class:`InputError`
     naming every unusable line.
     """
-    found = read_jsonl(path)
+    found = read_records(path, known=(*_PROBLEM, *_SOLUTION, "text"), needed=(*_PROBLEM, "text"))
     offenders = [f"{path}:{line}: {reason}" for line, row in found if (reason := _wrong(row))]
     if offenders:
         raise InputError(

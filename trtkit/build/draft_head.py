@@ -12,7 +12,10 @@ from trtkit.files import digest_file, read_json
 from trtkit.model_spec import ModelSpec
 from trtkit.recipe import DRAFTER_DIR, TOKEN_ORDER_FILE, TRAINING_FILE
 
-__all__ = ["add_head", "check_head"]
+__all__ = ["PLAN_FILE", "add_head", "check_head"]
+
+PLAN_FILE = "work/plan.json"
+"""In the directory of a training: what it was asked to do."""
 
 
 def check_head(directory: Path, spec: ModelSpec, chat: Chat) -> None:
@@ -24,7 +27,13 @@ def check_head(directory: Path, spec: ModelSpec, chat: Chat) -> None:
         # Now, not when the finished engine is opened.
         check_shapes(directory)
     except DrafterError as problem:
-        raise CheckpointError(str(problem), hint="pass the --out directory of `trtkit train-drafter`") from None
+        unfinished = (directory / PLAN_FILE).is_file()
+        hint = (
+            f"its training is not finished: `trtkit inspect {directory}` prints the command that goes on with it"
+            if unfinished
+            else "pass the --out directory of `trtkit train-drafter`"
+        )
+        raise CheckpointError(str(problem), hint=hint) from None
     wrong = [
         f"{name}: {theirs} in the head, {ours} in the model"
         for name, theirs, ours in (

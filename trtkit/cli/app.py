@@ -38,7 +38,7 @@ _AFTER_INTERRUPT = {
     "solve": "what was solved is kept; the same command goes on from there",
     "build": "nothing half-made was kept; run the same command again",
     "compile": "nothing half-made was kept; run the same command again",
-    "train-drafter": "the last saved state is kept; the same command goes on from there",
+    "train-drafter": "finished answers and the last saved state are kept; the same command goes on from there",
 }
 # Newer typer brings its own copy of click, older typer uses the package: take the classes from typer itself.
 _UsageProblem = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])

@@ -64,7 +64,7 @@ def command(
     calibrator: Annotated[str, typer.Option("--calibrator", help="trtkit or modelopt.")] = "trtkit",
     calibration: Annotated[
         Path | None,
-        typer.Option("--calibration", help="JSONL of problems with solutions; default: practice problems."),
+        typer.Option("--calibration", help="JSONL or CSV of problems with solutions; default: practice problems."),
     ] = None,
     calibration_rows: Annotated[int, typer.Option("--calibration-rows", min=1, help="Rows of it to use.")] = 128,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Most rows in flight.")] = 64,

@@ -8,6 +8,7 @@ import typer
 
 from trtkit.cli.options import Json
 from trtkit.cli.output import facts, finish, quoted
+from trtkit.cli.train_drafter import same_command
 from trtkit.errors import CheckpointError
 
 _NEXT = {
@@ -23,7 +24,7 @@ _NEXT = {
 
 
 def command(
-    directory: Annotated[str, typer.Argument(help="Checkpoint, engine or run directory, or 'practice'.")],
+    directory: Annotated[str, typer.Argument(help="Checkpoint, engine, head or run directory, or 'practice'.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read everything: digests, tensors, finite values.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -40,7 +41,10 @@ def command(
         "path": found.path, "kind": found.kind, "verified": found.verified, "offenders": list(found.offenders),
         **found.data,
     }  # fmt: skip
-    advice = _NEXT.get(found.kind, "trtkit --help").format(path=quoted(directory))
+    if "training" in found.data:
+        advice = same_command(found.data["training"]["plan"], directory)
+    else:
+        advice = _NEXT.get(found.kind, "trtkit --help").format(path=quoted(directory))
     if found.offenders:
         advice = "get the damaged files again, or build again with --force"
     finish(advice, document if as_json else None)

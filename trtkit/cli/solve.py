@@ -152,8 +152,9 @@ def command(
     from trtkit.solve.difficulty import predict_tokens
     from trtkit.solve.options import SolveOptions
     from trtkit.solve.policy import policy_named
-    from trtkit.solve.problems import read_problems
+    from trtkit.solve.problems import read_problems, refuse_directory
 
+    refuse_directory(problems)
     directory = chosen_engine(engine)
     defaults = SolveOptions()
     limit = parse_duration(time_limit) if time_limit else None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +17,15 @@ from trtkit.cli.output import facts, finish, notice, quoted, table
 from trtkit.errors import InputError, UsageError
 
 _SELF = "self"
+_FEW = 10
 _OBJECTIVES = ("ce", "kd")
+_OPTIONS = {
+    "rows": "--rows", "split": "--split", "epochs": "--epochs", "rate": "--rate", "objective": "--loss",
+    "exit_dim": "--exit-dim", "start_from": "--start-from", "layers": "--layers", "depths": "--depths",
+    "window": "--window", "tokens_per_part": "--batch-tokens", "parts": "--parts", "max_tokens": "--max-tokens",
+    "seed": "--seed",
+}  # fmt: skip
+"""What asks for the fields of a plan, beside --model, --data or --problems, and --no-rnn."""
 
 
 def command(
@@ -22,7 +33,7 @@ def command(
     model: Model = PRACTICE,
     data: Annotated[
         str,
-        typer.Option("--data", help="openmathreasoning, a JSONL or Parquet file, or self: its own answers."),
+        typer.Option("--data", help="openmathreasoning, a JSONL, CSV or Parquet file, or self: its own answers."),
     ] = _SELF,
     problems: Annotated[
         str | None,
@@ -33,8 +44,8 @@ def command(
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=2, help="Problems to train on.")] = 20_000,
     split: Annotated[str, typer.Option("--split", help="Split of OpenMathReasoning.")] = "cot",
-    epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Passes over the rows.")] = 1.0,
-    rate: Annotated[float, typer.Option("--rate", min=0, help="Peak learning rate.")] = 1e-3,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.001, max=1000, help="Passes over the rows.")] = 1.0,
+    rate: Annotated[float, typer.Option("--rate", min=0, max=1, help="Peak learning rate.")] = 1e-3,
     loss: Annotated[str, typer.Option("--loss", help="ce (the next token) or kd (the model's distribution).")] = "ce",
     exit_dim: Annotated[
         int | None, typer.Option("--exit-dim", min=1, help="Width of the head; default: twice the hidden size.")
@@ -69,8 +80,6 @@ def command(
     ])  # fmt: skip
     if problems is not None and not own:
         raise UsageError("--problems only goes with --data self", hint="pass the rows with --data")
-    from dataclasses import asdict
-
     from trtkit.runtime.load import device_named, set_threads
     from trtkit.training.run import TrainingPlan, train_head
 
@@ -105,6 +114,7 @@ def command(
             "directory": str(target),
             "parameters": f"{report.parameters:,}",
             "trained on": f"{report.train_tokens:,} tokens, {report.updates:,} updates",
+            "held out": f"{report.held_out:,} problem(s){', few to judge by' if report.held_out < _FEW else ''}",
         },
     )
     notice("")
@@ -128,6 +138,25 @@ def command(
     there = default_engine(model, DEFAULT_PRECISION)
     aside = f" --out {there}-drafter" if there.exists() else ""  # build refuses to write over an engine
     finish(f"trtkit build --model {quoted(model)} --drafter {quoted(target)}{aside}", document if as_json else None)
+
+
+def same_command(plan: Mapping[str, Any], out: str) -> str:
+    """The command line of a training, from its plan; or words where it was called from Python and has none."""
+    from trtkit.training.plan import TrainingPlan
+
+    defaults = {field.name: field.default for field in fields(TrainingPlan) if field.default is not MISSING}
+    changed = {
+        name: value
+        for name, value in plan.items()
+        if name not in ("model", "data", "own") and json.dumps(value) != json.dumps(defaults.get(name), default=asdict)
+    }
+    if beyond := sorted(changed.keys() - _OPTIONS.keys() - {"rnn"}):
+        return f"call train_head as before: the command line has no option for {', '.join(beyond)}"
+    words = ["trtkit", "train-drafter", "--model", str(plan.get("model"))]
+    words += ["--problems" if plan.get("own") else "--data", str(plan.get("data"))]
+    for name, value in changed.items():
+        words += ["--no-rnn"] if name == "rnn" else [_OPTIONS[name], str(value)]
+    return " ".join(map(quoted, [*words, "--out", out]))
 
 
 def _problem_source(model: str, problems: str | None) -> str:

@@ -7,18 +7,17 @@ session began. Fields that were added later are optional, so older journals can 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
 
 from trtkit.closing import Closing
 from trtkit.errors import InputError, OutputError
 from trtkit.files import JsonObject, append_jsonl
+from trtkit.locks import exclusive
 from trtkit.log import logger
 from trtkit.runtime.api import EngineStats
 from trtkit.solve.journal_rows import (
@@ -79,7 +78,7 @@ class Journal(Closing):
         self._unwritten: list[JsonObject] = []
         self._began: float | None = None
         self._loading = 0.0
-        self._lock = _lock(path)
+        self._lock = exclusive(path.with_suffix(".lock"), "this run")
         try:
             if fresh:
                 _remove(path)
@@ -216,29 +215,3 @@ def _mend(path: Path) -> None:
         return
     except OSError as problem:
         raise OutputError(f"cannot be written: {problem.strerror or problem}", where=str(path)) from None
-
-
-def _lock(path: Path) -> IO[str]:
-    """An exclusive lock beside the journal; the system gives it back however the process ends."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.with_suffix(".lock").open("w", encoding="utf-8")
-    except OSError as problem:
-        raise OutputError(
-            f"cannot be written: {problem.strerror or problem}",
-            where=str(path.parent),
-            hint="check free space and permissions, or choose another place with --out",
-        ) from None
-    with contextlib.suppress(ImportError):  # no fcntl on Windows: no lock there
-        import fcntl
-
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stream.close()
-            raise OutputError(
-                "another process is working on this run",
-                where=str(path.parent),
-                hint="wait for it, or choose another place with --out",
-            ) from None
-    return stream

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from trtkit.bundled import practice_dir
 from trtkit.errors import ConfigError, InputError
 from trtkit.files import check_lasting, read_text
+from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE
+from trtkit.solve.run_head import RUN_FILE
+from trtkit.tables import HEADER_HINT, is_table, read_table
 
-__all__ = ["Problem", "read_problems"]
+__all__ = ["Problem", "read_problems", "refuse_directory"]
 
 _TEXT_FIELDS = ("problem", "question")
 _ANSWER_FIELDS = ("answer", "expected_answer")
 _COLUMNS = ("id", *_TEXT_FIELDS, *_ANSWER_FIELDS)
 _EXAMPLE = 'every line must be one JSON object, e.g. {"id": "1", "problem": "...", "answer": "42"}'
-_HEADER = "the first line names the columns, e.g. id,problem,answer; text with commas, quotes or line ends is quoted"
+_HEADER = f"the first line names the columns, e.g. id,problem,answer; {HEADER_HINT}"
 _ONE_ID = "give every problem an id of its own, or none of them any: then they are numbered by line"
 _SHOWN = 20
 
@@ -43,13 +45,14 @@ def read_problems(path: Path) -> list[Problem]:
     (string or number), the ``id`` a string or an integer. A file where no row has an id is numbered by
     line. Raises :class:`InputError` naming the file and line of every row that is wrong.
     """
+    refuse_directory(path)
     check_lasting(path)  # a run reads them again when it goes on, and `report` does
     if not path.exists():
         raise InputError("no such file", where=str(path), hint=_example_file())
     offenders: list[str] = []
     twice = 0
-    table = path.suffix.lower() == ".csv"
-    rows = (_table if table else _rows)(path, offenders)
+    table = is_table(path)
+    rows = read_table(path, offenders, known=_COLUMNS, needed=_TEXT_FIELDS) if table else _rows(path, offenders)
     example = _HEADER if table else _EXAMPLE
     numbered = not any("id" in row for _, row in rows)
     problems: list[Problem] = []
@@ -75,6 +78,31 @@ def read_problems(path: Path) -> list[Problem]:
     if not problems:
         raise InputError("holds no problem", where=str(path), hint=example)
     return problems
+
+
+def refuse_directory(path: Path) -> None:
+    """Say what a directory in the place of the problems is, and what to name instead: :class:`InputError`."""
+    if not path.is_dir():
+        return
+    if any((path / name).is_file() for name in (ENGINE_FILE, BUNDLE_FILE)):
+        raise InputError(
+            "is an engine directory, not a file of problems",
+            where=str(path),
+            hint=f"the problems come first: trtkit solve problems.jsonl --engine {quote(str(path))}",
+        )
+    if (path / RUN_FILE).is_file():
+        raise InputError(
+            "is the directory of a run, not a file of problems",
+            where=str(path),
+            hint=f"to go on with it give the command that began it; `trtkit report {quote(str(path))}` shows it",
+        )
+    found = sorted(file.name for file in path.iterdir() if file.suffix.lower() in (".jsonl", ".csv") and file.is_file())
+    shown = ", ".join(found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
+    raise InputError(
+        "is a directory, not a file of problems",
+        where=str(path),
+        hint=f"name a file in it: {shown}" if found else f"there is no .jsonl or .csv file in it; {_example_file()}",
+    )
 
 
 def _example_file() -> str:
@@ -105,32 +133,6 @@ def _rows(path: Path, offenders: list[str]) -> list[tuple[int, dict[str, Any]]]:
                 rows.append((line, value))
             else:
                 offenders.append(f"{path}:{line}: expected a JSON object, found {type(value).__name__}")
-    return rows
-
-
-def _table(path: Path, offenders: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a CSV file with the lines they begin in; values are text, and empty ones are none."""
-    reader = csv.DictReader(io.StringIO(read_text(path, InputError), newline=""), strict=True)
-    rows: list[tuple[int, dict[str, Any]]] = []
-    try:
-        names = [name.strip() for name in reader.fieldnames or ()]
-        twice = sorted({name for name in names if names.count(name) > 1 and name in _COLUMNS})
-        if twice:
-            offenders.append(f"{path}:1: several columns are named {' and '.join(twice)}")
-        if names and not {*names} & {*_TEXT_FIELDS}:
-            offenders.append(f"{path}:1: no column is named problem or question: {', '.join(map(_short, names))}")
-        if offenders:
-            return []
-        while (row := next(reader, None)) is not None:
-            # The reader leaves out blank lines: the row's own lines are as many as its values have line ends.
-            ends = sum(value.count("\n") for value in row.values() if isinstance(value, str))
-            line = reader.line_num - ends
-            if None in row:
-                offenders.append(f"{path}:{line}: more values than columns (a comma outside quotes?)")
-                continue
-            rows.append((line, {name.strip(): value for name, value in row.items() if value and value.strip()}))
-    except csv.Error as problem:
-        offenders.append(f"{path}:{reader.line_num + 1}: not valid CSV from here on: {problem}")
     return rows
 
 

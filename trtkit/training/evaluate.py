@@ -11,6 +11,7 @@ from drafter.config import TreeShape
 from drafter.data import Sample, Window, pack
 from drafter.loss import DraftLoss, draft_loss
 from drafter.model import Drafter
+from trtkit.log import Progress
 from trtkit.runtime.api import Engine, Request, SamplingParams
 from trtkit.runtime.model import DecoderModel
 from trtkit.training.target import draft_batch
@@ -93,8 +94,10 @@ def measure_tree(
                 id=str(index), prompt=prompt, sampling=sampling, stop_ids=stop_ids, max_tokens=max_tokens, seed=index
             )
         )
-    while engine.has_work:
-        engine.step()
+    with Progress(f"measure {tree} at temperature {temperature:g}", total=len(prompts), unit="problems") as progress:
+        while engine.has_work:
+            if ended := sum(output.finish is not None for output in engine.step()):
+                progress.advance(ended)
     stats = engine.stats()
     shares = tuple(count / stats.drafted_row_steps for count in stats.accepted_by_depth)
     return TreeResult(

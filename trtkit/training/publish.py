@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from drafter.checkpoint import save_drafter
+from drafter.checkpoint import CONFIG_FILE, save_drafter
 from drafter.data import Sample
 from drafter.model import Drafter
 from drafter.train import METRICS_FILE
+from trtkit.errors import OutputError
 from trtkit.files import staged_dir, write_json, write_text
 from trtkit.log import logger
 from trtkit.recipe import TOKEN_ORDER_FILE, TRAINING_FILE
@@ -33,13 +35,19 @@ def token_order(samples: Sequence[Sample], vocab: int) -> Tensor:
 def publish(out: Path, work: Path, drafter: Drafter, order: Tensor, training: Mapping[str, Any]) -> None:
     """Move the finished head, its token order, ``training`` (training.json) and the curve to ``out``.
 
-    They are written in ``work`` first: ``out`` holds whole files only.
+    They are written in ``work`` first: ``out`` holds whole files only. Raises :class:`OutputError`.
     """
-    with staged_dir(work / "head", replace=True) as stage:
-        save_drafter(drafter, stage, dtype=torch.bfloat16)
-        save_file({"by_frequency": order}, stage / TOKEN_ORDER_FILE)
-        write_json(stage / TRAINING_FILE, training)
-    for path in (work / "head").iterdir():
+    try:
+        with staged_dir(work / "head", replace=True) as stage:
+            save_drafter(drafter, stage, dtype=torch.bfloat16)
+            save_file({"by_frequency": order}, stage / TOKEN_ORDER_FILE)
+            write_json(stage / TRAINING_FILE, training)
+    except SafetensorError as problem:  # for a full disk, too
+        raise OutputError(
+            f"the head cannot be written: {problem}", where=str(out), hint="make room, and run the same command again"
+        ) from None
+    # The configuration last: with it the directory is a head.
+    for path in sorted((work / "head").iterdir(), key=lambda path: path.name == CONFIG_FILE):
         path.chmod(0o644)  # safetensors writes for the owner alone
         path.replace(out / path.name)
     (work / "head").rmdir()

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from trtkit.errors import HubError, InputError, MissingDependency
-from trtkit.files import read_jsonl
+from trtkit.files import check_lasting
+from trtkit.tables import read_records
 
 __all__ = ["OPENMATHREASONING", "Row", "read_rows"]
 
 OPENMATHREASONING = "openmathreasoning"
+_PROBLEM = ("problem", "question")
+_SOLUTION = ("generated_solution", "solution")
 _HUB_ID = "nvidia/OpenMathReasoning"
 
 
@@ -32,7 +35,7 @@ class Row:
 def read_rows(source: str, *, count: int, split: str = "cot", solutions: bool = True) -> list[Row]:
     """At most ``count`` rows, streamed from ``openmathreasoning`` (nothing stays on disk) or from a file.
 
-    Files are JSONL or Parquet.
+    Files are JSONL, CSV or Parquet.
 
     With ``solutions`` rows without one are skipped. Raises :class:`InputError` when nothing usable is left,
     :class:`HubError` when the hub cannot be reached, :class:`MissingDependency` without the ``train`` extra.
@@ -59,8 +62,8 @@ def read_rows(source: str, *, count: int, split: str = "cot", solutions: bool = 
 
 
 def _usable(record: dict[str, Any], solutions: bool) -> Row | None:
-    problem = record.get("problem") or record.get("question")
-    solution = record.get("generated_solution") or record.get("solution")
+    problem = next((record[name] for name in _PROBLEM if record.get(name)), None)
+    solution = next((record[name] for name in _SOLUTION if record.get(name)), None)
     if not isinstance(problem, str) or not problem.strip():
         return None
     # A null is how Parquet says that nothing was given.
@@ -72,7 +75,7 @@ def _usable(record: dict[str, Any], solutions: bool) -> Row | None:
 
 
 def _from_file(path: Path) -> Iterable[dict[str, Any]]:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         datasets = _datasets()
         if not path.is_file():
             raise InputError("no such file", where=str(path))
@@ -80,7 +83,9 @@ def _from_file(path: Path) -> Iterable[dict[str, Any]]:
             "parquet", data_files=str(path), split="train", streaming=True
         )
         return records
-    return (record for _, record in read_jsonl(path))
+    check_lasting(path)  # an interrupted training reads it again
+    known = (*_PROBLEM, *_SOLUTION, "problem_type")
+    return (record for _, record in read_records(path, known=known, needed=_PROBLEM))
 
 
 def _stream(split: str) -> Iterator[dict[str, Any]]:

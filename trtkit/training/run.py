@@ -3,86 +3,49 @@
 out/config.json, model.safetensors    the head under the public names
 out/training.json                     what it was trained for and on, and its evaluation
 out/metrics.jsonl, curve.png          loss and hits along the way
-out/work/                             samples and the resumable state; may be deleted afterwards
+out/work/                             texts and the resumable state (work.py); may be deleted afterwards
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from drafter.checkpoint import load_drafter
-from drafter.config import DrafterConfig, TreeShape
+from drafter.config import DrafterConfig
 from drafter.data import Sample, Window, pack, split_by_problem, windows
-from drafter.loss import DraftBatch, Objective
+from drafter.loss import DraftBatch
 from drafter.model import Drafter
-from drafter.train import NonFiniteLossError, Report, TrainConfig, train
+from drafter.train import NonFiniteLossError, Report, StateError, TrainConfig, train
 from trtkit.build.draft_head import check_head
-from trtkit.chat import Chat, load_chat, variant_named
+from trtkit.chat import Chat, load_chat
 from trtkit.checkpoint.hf import resolve_source
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
-from trtkit.errors import InputError, QualityError, UsageError
-from trtkit.files import append_jsonl, read_json, read_jsonl, write_json
-from trtkit.log import Progress
-from trtkit.runtime.api import SamplingParams
+from trtkit.errors import CheckpointError, OutputError, QualityError, UsageError
+from trtkit.files import read_json
+from trtkit.log import Progress, logger
+from trtkit.recipe import TRAINING_FILE
 from trtkit.runtime.load import compute_dtype
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import Drafting
 from trtkit.training.evaluate import DepthHits, TreeResult, hits_by_depth, measure_tree
+from trtkit.training.plan import TrainingPlan
 from trtkit.training.processes import Processes, processes
 from trtkit.training.publish import publish, token_order
-from trtkit.training.rows import read_rows
-from trtkit.training.target import draft_batch, own_answers, written_answers
+from trtkit.training.rows import Row
+from trtkit.training.target import draft_batch, target_engine
+from trtkit.training.work import SAMPLES_FILE, WORK, claimed, read_samples, updates_saved, useless_state
 
 __all__ = ["HeadReport", "TrainingPlan", "train_head"]
 
-WORK = "work"
 _EVALUATED = 64
 """Held-out solutions and problems that the evaluation looks at."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingPlan:
-    """What to train, on what, how long."""
-
-    model: str
-    data: str
-    """``openmathreasoning`` or a file of rows."""
-    own: bool = True
-    """Train on the target's own answers to the rows' problems instead of the rows' solutions."""
-    rows: int = 20_000
-    split: str = "cot"
-    held_out: float = 0.05
-    variants: tuple[str, ...] = ("solve", "reason")
-    start_from: str | None = None
-    """A trained head to go on from; its shape is taken over."""
-    exit_dim: int | None = None
-    """None: twice the hidden size, as published."""
-    layers: int = 2
-    rnn: bool = True
-    window: int = 2048
-    tokens_per_part: int = 8192
-    """Tokens that the target runs over for one batch."""
-    parts: int = 1
-    """Batches of one update, shared out over the processes."""
-    epochs: float = 1.0
-    rate: float = 1e-3
-    objective: Objective = "ce"
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the arithmetic; the weights stay float32."""
-    depths: int = 4
-    seed: int = 0
-    max_tokens: int = 4096
-    """Longest solution."""
-    trees: tuple[TreeShape, ...] = (TreeShape(beams=1, length=3), TreeShape(beams=4, length=4))
-    """Shapes to decode with at the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +55,8 @@ class HeadReport:
     updates: int
     parameters: int
     train_tokens: int
+    held_out: int
+    """Problems that were held out; at most 64 of them are measured on."""
     hits: tuple[DepthHits, ...]
     trees: tuple[TreeResult, ...]
 
@@ -100,8 +65,9 @@ def train_head(plan: TrainingPlan, out: Path, *, device: torch.device) -> HeadRe
     """Train, save and measure a head. The same call continues an interrupted one.
 
     Under ``torchrun`` every process makes this call; the first one writes and returns the report, the others None.
-    Raises :class:`InputError` for unusable rows, :class:`UsageError` when ``out`` holds another training,
-    :class:`QualityError` when the loss is not finite (the last saved state stays in ``out/work``).
+    Raises :class:`InputError` for unusable rows, :class:`UsageError` when ``out`` holds another training or
+    ``start_from`` has seen what would be held out, :class:`OutputError` when another process works there or it cannot
+    be written, :class:`QualityError` when the loss is not finite (the last saved state stays in ``out/work``).
     """
     with processes(device, plan.parts) as among:
         return _train_head(plan, out, among)
@@ -114,20 +80,39 @@ def _train_head(plan: TrainingPlan, out: Path, among: Processes) -> HeadReport |
     if plan.start_from is not None:
         # Now, not after the hours in which the target writes its answers.
         check_head(Path(plan.start_from), checkpoint.spec, chat)
+        _check_held_out(Path(plan.start_from), plan.held_out)
+    claim: AbstractContextManager[list[Row]] = claimed(out, plan) if among.first else nullcontext([])
+    with claim as rows:
+        return _train_and_measure(plan, out, among, rows, chat, checkpoint)
+
+
+def _check_held_out(head: Path, share: float) -> None:
+    """Refuse to measure on problems that ``head`` was trained on, as far as it says which these were."""
+    path = head / TRAINING_FILE
+    plan = read_json(path, CheckpointError).get("plan") if path.is_file() else None
+    before = plan.get("held_out") if isinstance(plan, dict) else None
+    if not isinstance(before, (int, float)):
+        logger.warning("%s: does not say what it was trained on; what is held out now may have been part of it", head)
+    elif share > before:
+        raise UsageError(
+            f"{share:.0%} of the problems would be held out, and the head was trained on all but {before:.0%}",
+            where=str(head),
+            hint=f"hold out {before:.0%} or less: else the head is measured on problems that it has seen",
+        )
+
+
+def _train_and_measure(
+    plan: TrainingPlan, out: Path, among: Processes, rows: list[Row], chat: Chat, checkpoint: UnifiedCheckpoint
+) -> HeadReport | None:
     dtype = compute_dtype(checkpoint.spec, among.device)
     model = DecoderModel(checkpoint, device=among.device, dtype=dtype, max_tokens=checkpoint.spec.max_positions + 64)
     work = out / WORK
     if among.first:
-        _claim(work, plan)
-        samples = _samples(plan, work, chat, model)
+        samples = read_samples(plan, work, rows, chat, model, checkpoint)
     among.meet()
     if not among.first:
-        samples = _samples(plan, work, chat, model)
+        samples = read_samples(plan, work, rows, chat, model, checkpoint)
     kept, held = split_by_problem(samples, plan.held_out)
-    if not kept or not held:
-        raise InputError(
-            f"{len(samples)} usable solutions are too few to train and to hold some out", hint="pass more rows"
-        )
     drafter = _fresh_head(plan, model, checkpoint)
     batches = _Batches(plan, kept, model)
     config = _train_config(plan, batches.per_epoch)
@@ -140,6 +125,7 @@ def _train_head(plan: TrainingPlan, out: Path, among: Processes) -> HeadReport |
         updates=config.updates,
         parameters=drafter.config.parameters,
         train_tokens=sum(len(sample.tokens) for sample in kept),
+        held_out=len({sample.problem for sample in held}),
         hits=tuple(hits_by_depth(drafter, model, held[:_EVALUATED], depths=plan.depths, tokens=plan.tokens_per_part)),
         trees=tuple(_measured(plan, drafter, model, chat, held)),
     )
@@ -151,54 +137,6 @@ def _train_head(plan: TrainingPlan, out: Path, among: Processes) -> HeadReport |
     }
     publish(out, work, drafter, token_order(kept, drafter.config.vocab_size), training)
     return report
-
-
-def _claim(work: Path, plan: TrainingPlan) -> None:
-    data = json.loads(json.dumps(asdict(plan)))
-    path = work / "plan.json"
-    if path.is_file():
-        there = read_json(path)
-        different = [f"{k}: {there.get(k)} there, {v} now" for k, v in data.items() if there.get(k) != v]
-        if different:
-            raise UsageError(
-                "this directory holds another training",
-                where=str(work.parent),
-                offenders=different,
-                hint="choose another --out, or delete its work/ folder",
-            )
-        return
-    write_json(path, data)
-
-
-def _samples(plan: TrainingPlan, work: Path, chat: Chat, model: DecoderModel) -> list[Sample]:
-    """Tokenized solutions, made once and kept in ``work``."""
-    path = work / "samples.jsonl"
-    if not path.is_file():
-        rows = read_rows(plan.data, count=plan.rows, split=plan.split, solutions=not plan.own)
-        variants = [variant_named(name) for name in plan.variants]
-        longest = min(plan.max_tokens, model.spec.max_positions)
-        if plan.own:
-            # The Fast-Math cards' sampling would cut the tail; the head should know the model at temperature 1.
-            with _engine(model, None, longest) as engine:
-                made = own_answers(
-                    rows, engine, chat, variants, sampling=SamplingParams(), max_tokens=longest, seed=plan.seed
-                )
-        else:
-            made = written_answers(rows, chat, variants, max_tokens=longest)
-        aside = work / "samples.tmp"
-        aside.unlink(missing_ok=True)
-        append_jsonl(aside, (asdict(sample) for sample in made))
-        aside.rename(path)
-    return [
-        Sample(problem=row["problem"], tokens=tuple(row["tokens"]), prompt=row["prompt"]) for _, row in read_jsonl(path)
-    ]
-
-
-def _engine(model: DecoderModel, drafting: Drafting | None, total_tokens: int) -> TorchEngine:
-    rows, size = 32, 16
-    blocks = rows * (total_tokens // size + 3)
-    limits = TorchLimits(rows=rows, total_tokens=total_tokens, kv_blocks=blocks, block_size=size)
-    return TorchEngine(model, limits, drafting)
 
 
 def _fresh_head(plan: TrainingPlan, model: DecoderModel, checkpoint: UnifiedCheckpoint) -> Drafter:
@@ -270,18 +208,34 @@ def _train(
     *,
     shown: bool,
 ) -> None:
-    with Progress("train", total=config.updates, unit="updates") if shown else nullcontext() as progress:
+    there, _ = updates_saved(work) or (0, 0)
+    if shown and there:
+        logger.info("train: %d of %d updates are there already", there, config.updates)
+    left = config.updates - there
+    with Progress("train", total=left, unit="updates") if shown and left else nullcontext() as progress:
 
         def show(report: Report) -> None:
             assert progress is not None, "only the first process reports"
             hits = " ".join(f"{share:.0%}" for share in report.top1)
-            progress.advance(report.update - progress.done, note=f"loss {report.loss:.3f}, top-1 by depth {hits}")
+            progress.advance(
+                report.update - there - progress.done, note=f"loss {report.loss:.3f}, top-1 by depth {hits}"
+            )
 
         try:
             train(drafter, batch_of, config, work, lm_head=lm_head, on_report=show)
+        except OSError as problem:
+            raise OutputError(
+                f"the state cannot be saved: {problem.strerror or problem}",
+                where=str(work),
+                hint="make room; the same command goes on from the last saved state",
+            ) from None
+        except StateError as problem:
+            raise useless_state(problem) from None
         except NonFiniteLossError as problem:
             raise QualityError(
-                str(problem), where=str(work), hint="the last saved state is good; lower --rate and start over"
+                str(problem),
+                where=str(work),
+                hint=f"lower --rate, and delete all of this folder but {SAMPLES_FILE} to start over",
             ) from None
 
 
@@ -293,7 +247,7 @@ def _measured(
     longest = min(plan.max_tokens, model.spec.max_positions)
     for tree in plan.trees:
         for temperature in (0.0, 1.0):
-            with _engine(model, Drafting(head=head, trees=(tree,)), longest) as engine:
+            with target_engine(model, Drafting(head=head, trees=(tree,)), longest) as engine:
                 yield measure_tree(
                     engine, prompts, tree=tree, temperature=temperature, stop_ids=chat.eos_ids, max_tokens=longest
                 )

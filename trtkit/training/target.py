@@ -1,4 +1,4 @@
-"""The frozen target of a draft head: its own answers, and its hidden states over windows of text.
+"""The frozen target of a draft head: its format of text, and its hidden states over windows of it.
 
 Letters: T tokens, H hidden, V vocab.
 """
@@ -14,12 +14,11 @@ from drafter.data import Sample, Window
 from drafter.loss import DraftBatch
 from trtkit.chat import Chat, PromptVariant
 from trtkit.decoder import Attend, causal_attention
-from trtkit.log import Progress
-from trtkit.runtime.api import Engine, Request, SamplingParams
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 from trtkit.training.rows import Row
 
-__all__ = ["draft_batch", "own_answers", "written_answers"]
+__all__ = ["draft_batch", "target_engine", "written_answers"]
 
 
 def written_answers(
@@ -36,31 +35,12 @@ def written_answers(
     return samples
 
 
-def own_answers(
-    rows: Sequence[Row], engine: Engine, chat: Chat, variants: Sequence[PromptVariant], *, sampling: SamplingParams,
-    max_tokens: int, seed: int,
-) -> list[Sample]:  # fmt: skip
-    """What the target itself writes on the rows' problems: one sample each, the text it will be asked to draft."""
-    prompts: dict[str, tuple[tuple[int, ...], Row]] = {}
-    for index, row in enumerate(rows):
-        prompt = chat.prompt(row.problem, variants[index % len(variants)])
-        if len(prompt) < engine.max_total_tokens:
-            prompts[str(index)] = (prompt, row)
-            engine.submit(
-                Request(id=str(index), prompt=prompt, sampling=sampling, stop_ids=chat.eos_ids, max_tokens=max_tokens,
-                        seed=seed + index)
-            )  # fmt: skip
-    tokens: dict[str, list[int]] = {name: [] for name in prompts}
-    with Progress("own answers", total=len(prompts), unit="problems") as progress:
-        while engine.has_work:
-            for output in engine.step():
-                tokens[output.request_id] += output.tokens
-                if output.finish is not None:
-                    progress.advance()
-    return [
-        Sample(problem=row.problem, tokens=(*prompt, *tokens[name]), prompt=len(prompt))
-        for name, (prompt, row) in prompts.items()
-    ]
+def target_engine(model: DecoderModel, drafting: Drafting | None, total_tokens: int) -> TorchEngine:
+    """An engine over weights that are already in memory."""
+    rows, size = 32, 16
+    blocks = rows * (total_tokens // size + 3)
+    limits = TorchLimits(rows=rows, total_tokens=total_tokens, kv_blocks=blocks, block_size=size)
+    return TorchEngine(model, limits, drafting)
 
 
 @torch.no_grad()

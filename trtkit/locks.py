@@ -1,0 +1,45 @@
+"""One process at a time in a directory that several could write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO
+
+from trtkit.errors import OutputError
+from trtkit.log import logger
+
+__all__ = ["exclusive"]
+
+
+def exclusive(path: Path, doing: str) -> IO[str]:
+    """Hold the lock file ``path`` until what is returned is closed; the system gives it back however the process ends.
+
+    Raises :class:`OutputError` when another process has it (``doing`` says at what: "this run") or it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("w", encoding="utf-8")
+    except OSError as problem:
+        raise OutputError(
+            f"cannot be written: {problem.strerror or problem}",
+            where=str(path.parent),
+            hint="check free space and permissions, or choose another place with --out",
+        ) from None
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock there
+        return stream
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise OutputError(
+            f"another process is working on {doing}",
+            where=str(path.parent),
+            hint="wait for it, or choose another place with --out",
+        ) from None
+    except OSError as problem:
+        logger.warning(
+            "%s: locks do not work here (%s); start nothing twice in this place", path, problem.strerror or problem
+        )
+    return stream
