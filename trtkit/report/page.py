@@ -219,7 +219,7 @@ def _escaped(value: object) -> str:
 
 
 def _whole(value: str) -> str:
-    """Figures with no-break spaces where a narrow column must not cut them: ``(k = 24)``, ``verify 62%``, ``12.9 s``."""
+    """Figures with no-break spaces where a narrow screen must not cut them: ``(k = 24)``, ``draft 62%``, ``12.9 s``."""
     return _PIECE.sub(lambda piece: piece.group().replace(" ", "\N{NO-BREAK SPACE}"), value)
 
 
