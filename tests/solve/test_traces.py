@@ -64,6 +64,14 @@ def test_usual_names_are_found_and_tokens_estimated(tmp_path: Path) -> None:
     assert found.estimated
 
 
+def test_recorded_seconds_are_read_one_for_each_text(tmp_path: Path) -> None:
+    row = {"problem": "a", "text": ["x" * 30, "y"], "seconds": [1.5, 2]}
+    [problem] = read_trace_file(write(tmp_path / "t.jsonl", row, {"problem": "a", "text": "z"})).problems
+    assert [trace.seconds for trace in problem.traces] == [1.5, 2, None]
+    with pytest.raises(InputError, match=r"seconds: expected 2 number\(s\)"):
+        read_trace_file(write(tmp_path / "t.jsonl", row | {"seconds": 3}))
+
+
 def test_one_row_may_say_what_another_leaves_out(tmp_path: Path) -> None:
     rows = [{"problem": "a", "text": "x" * 30}, {"problem": "a", "gold": "7", "text": "y", "tokens": 5}]
     for place, order in enumerate((rows, rows[::-1])):
@@ -129,9 +137,11 @@ def test_columns_that_are_not_there_are_told_with_those_that_are(tmp_path: Path)
 def test_fields_are_checked() -> None:
     assert parse_fields(["text=a.b , gold=c", "problem=d"]) == {"text": "a.b", "gold": "c", "problem": "d"}
     with pytest.raises(UsageError) as caught:
-        parse_fields(["txt=a,gold"])
+        parse_fields(["txt=a,gold,tokens=,=c"])
     assert "did you mean 'text'" in str(caught.value)
-    assert "'gold': write NAME=COLUMN" in str(caught.value)
+    for part in ("gold", "tokens="):
+        assert f"'{part}': write NAME=COLUMN" in str(caught.value)
+    assert "'': no such field" in str(caught.value)
 
 
 def test_cutting_at_the_end_of_the_thought() -> None:
@@ -153,6 +163,9 @@ def test_loops() -> None:
     assert loops(start + phrase * 20)
     assert loops("ab" * 1000)
     assert not loops("ab" * 350), "too short to be checked"
+    four = "".join(map(chr, range(1000, 1200))) * 4
+    assert loops(four), "as often as it takes, and as long as it is asked for"
+    assert not loops(four[:-1])
     numbers = "".join(f"case {number} gives nothing. " for number in range(500))
     assert not loops(numbers), "alike, but not the same"
 
@@ -242,6 +255,24 @@ def test_a_journal_is_told_from_traces(tmp_path: Path) -> None:
     assert not looks_like_journal(tmp_path / "missing.jsonl")
     with pytest.raises(InputError, match=r"no journal\.jsonl"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "journal"),
+    [
+        ('{"kind": "session", "started": "2026-01-01"}\n', True),
+        ('\n  \n{"kind": "attempt"}\n{"kind": ', True),
+        ('{"kind": "solution"}', True),
+        ('{"kind": "exam", "problem": "a", "text": "b"}\n', False),
+        ('["kind", "session"]\n', False),
+        ("session\n", False),
+        ("", False),
+    ],
+)
+def test_a_journal_of_another_name_is_told_by_its_first_record(tmp_path: Path, text: str, journal: bool) -> None:
+    path = tmp_path / "saved.jsonl"
+    path.write_text(text, "utf-8")
+    assert looks_like_journal(path) is journal
 
 
 def test_several_files_are_put_together(tmp_path: Path) -> None:
