@@ -200,6 +200,10 @@ def test_goals_compare_what_was_measured() -> None:
     text = "\n".join(lines(document))
     assert "not measured: long: no memory" in text
     assert text.count("forced acceptance, not a model's") == 1
+    assert text.count("with overlap") == 1
+    assert "met      1.80 (target 1.70)  fp8, 12 rows: times bf16" in text
+    assert "MISSED   0.70 (target 0.75)  int4, 1 row: share of copy bandwidth" in text
+    assert "transformers generate, compiled, static cache, bf16, 1 row: 50.0 tok/s" in text
 
 
 def test_the_forced_acceptance_follows_the_profile() -> None:

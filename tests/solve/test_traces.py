@@ -72,6 +72,21 @@ def test_recorded_seconds_are_read_one_for_each_text(tmp_path: Path) -> None:
         read_trace_file(write(tmp_path / "t.jsonl", row | {"seconds": 3}))
 
 
+def test_texts_of_a_trace_file_are_cut_where_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"problem": "a", "text": "\\boxed{1}</think>\\boxed{2}", "tokens": 26})
+    for stop_at, found in (("eos", ("2", 26)), ("think", ("1", 17))):
+        [problem] = read_trace_file(path, stop_at=stop_at).problems
+        assert [(trace.box, trace.tokens) for trace in problem.traces] == [found]
+
+
+def test_of_many_wrong_rows_the_first_are_shown_and_the_others_counted(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"25 thing\(s\) wrong") as caught:
+        read_trace_file(write(tmp_path / "t.jsonl", *({"problem": "a", "text": place} for place in range(25))))
+    shown = caught.value.offenders
+    assert [line.split(": ")[0] for line in shown[:-1]] == [f"{tmp_path / 't.jsonl'}:{line}" for line in range(1, 21)]
+    assert shown[-1] == "... and 5 more"
+
+
 def test_one_row_may_say_what_another_leaves_out(tmp_path: Path) -> None:
     rows = [{"problem": "a", "text": "x" * 30}, {"problem": "a", "gold": "7", "text": "y", "tokens": 5}]
     for place, order in enumerate((rows, rows[::-1])):
@@ -222,10 +237,11 @@ def test_an_interrupted_run_gives_its_finished_problems(tmp_path: Path, caplog: 
     lines = journal.read_text("utf-8").splitlines(keepends=True)
     first = next(number for number, line in enumerate(lines) if '"kind": "solution"' in line)
     journal.write_text("".join(lines[: first + 1]), "utf-8")
+    begun = len({row["problem"] for row in map(json.loads, lines[: first + 1]) if "problem" in row})
     with caplog.at_level(logging.WARNING, "trtkit"):
         found = read_run(out)
     assert [problem.id for problem in found.problems] == [json.loads(lines[first])["problem"]]
-    assert "unfinished problem(s) left out" in caplog.text
+    assert f": {begun - 1} unfinished problem(s) left out" in caplog.text
     journal.write_text("".join(lines[:first]), "utf-8")
     with pytest.raises(InputError, match="no finished problem"):
         read_run(out)
