@@ -60,13 +60,14 @@ class MadeUp(Lab):
         return {request.id: self._says(directory.name, request, reuse) for request in requests}
 
 
-@pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Finding]:
-    """Runs one item of the checklist: what does it find?"""
+Sets: TypeAlias = Callable[..., None]
 
-    def run(
-        item: str, says: Says = right, *, devices: int = 2, engine: type[FakeEngine] = FakeEngine
-    ) -> Finding:  # fmt: skip
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sets:
+    """Makes this machine a GPU host with such engines."""
+
+    def sets(says: Says, devices: int = 2, engine: type[FakeEngine] = FakeEngine) -> None:
         @contextmanager
         def opened(_directory: Path, _options: object) -> Iterator[FakeEngine]:
             yield engine(lambda request: right("", request, None))
@@ -77,13 +78,31 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Find
         monkeypatch.setattr(f"{where}.run.detect", lambda: profile_named("l4x2"))
         monkeypatch.setattr(f"{where}.run.Lab", lambda *_args, **_more: MadeUp(tmp_path, devices, says))
         monkeypatch.setattr(f"{where}.items.open_compiled", opened)
+
+    return sets
+
+
+@pytest.fixture
+def check(host: Sets) -> Callable[..., Finding]:
+    """Runs one item of the checklist: what does it find?"""
+
+    def run(item: str, says: Says = right, **more: Any) -> Finding:
+        host(says, **more)
         machine, found = check_gpu_host(only=[item])
         assert machine.detail == "TensorRT-LLM 1.2.0 on 2x NVIDIA L4 (8.9)"
-        number = [name for name, _ in ITEMS].index(item) + 2
-        assert found.name == f"{number} {item}"
         return found
 
     return run
+
+
+def test_all_items_are_run_and_a_fault_of_one_is_its_own(host: Sets) -> None:
+    host(wrong(0.6, "int4"))
+    found = check_gpu_host()
+    assert [item.name for item in found[1:]] == [f"{number} {name}" for number, (name, _) in enumerate(ITEMS, start=2)]
+    # "names" looks at the installed package, and the made-up engine begins a sample again.
+    assert {item.name for item in found if item.status != "ok"} - {"2 names"} == {
+        "7 int4 engine", "13 continuing a sample",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
