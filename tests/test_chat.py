@@ -71,6 +71,31 @@ def test_ids_to_text_and_back(files: Path) -> None:
     assert chat.size == 261
 
 
+def test_nothing_is_added_around_parts_of_an_answer(files: Path, tmp_path: Path) -> None:
+    """Llama's tokenizer begins every text with an id of its own unless it is told not to."""
+    directory = changed(files, tmp_path)
+    path = directory / "tokenizer.json"
+    begin = {"id": "<|endoftext|>", "ids": [256], "tokens": ["<|endoftext|>"]}
+    sequence = [{"SpecialToken": {"id": begin["id"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processor = {
+        "type": "TemplateProcessing",
+        "single": sequence,
+        "pair": [*sequence, {"Sequence": {"id": "B", "type_id": 0}}],
+    }
+    told = {
+        **json.loads(path.read_text("utf-8")),
+        "post_processor": {**processor, "special_tokens": {begin["id"]: begin}},
+    }
+    path.write_text(json.dumps(told), "utf-8")
+    chat, plain = load_chat(directory), load_chat(files)
+    assert chat.encode("x") == plain.encode("x")
+    assert chat.completion((), "x") == plain.completion((), "x")
+    assert chat.think_end == plain.think_end
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(str(directory)).encode("x")[0] == 256, "it would"
+
+
 @pytest.mark.parametrize(
     ("listed", "wanted"),
     [(None, []), (7, [7]), ([9, 8, 9], [9, 8]), ("<|end|>", [])],
@@ -83,6 +108,7 @@ def test_the_tokenizers_own_end_comes_first(files: Path, tmp_path: Path, listed:
     chat = load_chat(directory)
     assert chat.eos_ids == (own, *wanted)
     assert chat.decode([own]) == "<|im_end|>"
+    assert chat.completion((), "x") == (*chat.encode("x"), own)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, own]}))
     assert load_chat(directory).eos_ids == (own, 9)
 

@@ -72,6 +72,21 @@ def test_recorded_seconds_are_read_one_for_each_text(tmp_path: Path) -> None:
         read_trace_file(write(tmp_path / "t.jsonl", row | {"seconds": 3}))
 
 
+@pytest.mark.parametrize(
+    ("told", "read"),
+    [({"gold": 7.0}, "7"), ({"gold": 7.5}, "7.5"), ({"gold": -3}, "-3"), ({"gold": " "}, None), ({"gold": None}, None)],
+)
+def test_a_known_answer_may_be_a_number(tmp_path: Path, told: dict[str, Any], read: str | None) -> None:
+    rows = [{"problem": "a", "text": "x", **told}, {"problem": "b", "text": "y", "gold": "1"}]
+    assert read_trace_file(write(tmp_path / "t.jsonl", *rows)).problems[0].gold == read
+
+
+@pytest.mark.parametrize("told", [{"gold": True}, {"gold": ["7"]}, {"tokens": "5"}, {"tokens": True}, {"tokens": -1}])
+def test_what_cannot_be_meant_is_refused(tmp_path: Path, told: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=rf"t\.jsonl:1: {next(iter(told))}: "):
+        read_trace_file(write(tmp_path / "t.jsonl", {"problem": "a", "text": "x", **told}))
+
+
 def test_texts_of_a_trace_file_are_cut_where_asked(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", {"problem": "a", "text": "\\boxed{1}</think>\\boxed{2}", "tokens": 26})
     for stop_at, found in (("eos", ("2", 26)), ("think", ("1", 17))):
@@ -296,7 +311,7 @@ def test_several_files_are_put_together(tmp_path: Path) -> None:
     two = read_trace_file(write(tmp_path / "2.jsonl", {"problem": "a", "gold": "7", "text": "\\boxed{8}"}))
     both = merge([one, two])
     [problem] = both.problems
-    assert [(trace.index, trace.box) for trace in problem.traces] == [(0, "7"), (1, "8")]
+    assert (problem.id, [(trace.index, trace.box) for trace in problem.traces]) == ("a", [(0, "7"), (1, "8")])
     assert both.estimated
     three = read_trace_file(write(tmp_path / "4.jsonl", {"problem": "a", "text": "\\boxed{8}"}))
     assert [merge(order).problems[0].gold for order in ([one, three], [three, one])] == ["7", "7"]
