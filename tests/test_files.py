@@ -69,8 +69,8 @@ def test_a_file_is_written_aside_on_the_same_disk(tmp_path: Path, monkeypatch: p
     write_text(path, "x")
     [(aside, place)] = moves
     assert (Path(aside).parent, place) == (tmp_path, path)
-    with staged_dir(tmp_path / "made") as stage:
-        assert stage.parent == tmp_path
+    with staged_dir(tmp_path / "not" / "yet" / "made") as stage:
+        assert stage.parent == tmp_path / "not" / "yet"
 
 
 def test_only_a_likely_name_is_suggested() -> None:
