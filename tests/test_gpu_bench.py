@@ -137,6 +137,15 @@ def test_what_a_process_that_fails_has_measured_is_kept(tmp_path: Path, monkeypa
     assert found["ended"].endswith("-m trtkit.bench.gpu_peer tiny cpu 64 8\n")
 
 
+def test_a_process_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 600\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("trtkit.bench.gpu_subprocess.sys.executable", str(python))
+    found = peer_figures("tiny", torch.device("cpu"), 64, 8, 0.1)
+    assert found == {"figures": [], "limit_seconds": 0.1, "ended": "time was up"}
+
+
 @pytest.mark.parametrize(
     ("ended", "summary"),
     [
@@ -156,7 +165,9 @@ def test_the_gpu_tests_are_told_in_a_line(
     assert gpu_tests(60.0) == {"summary": f"GPU tests: {summary}", "code": ended[0], "output": ended[1]}
     files = [Path(part) for part in commands[0] if part.endswith(".py")]
     assert ROOT / "tests/runtime/cuda/test_linear_gpu.py" in files
-    assert all("mark.gpu" in path.read_text("utf-8") for path in files)
+    mark = "mark." + "gpu"  # in one piece this file would be among them
+    assert all(mark in path.read_text("utf-8") for path in files)
+    assert Path(__file__) not in files
 
 
 def test_a_stage_may_not_take_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
