@@ -115,7 +115,7 @@ def test_a_stage_without_the_time_that_it_needs_is_skipped(tmp_path: Path, monke
     monkeypatch.setitem(STAGES, "bf16", (lambda _bench: begun.append("bf16"), 15.0))
     monkeypatch.setitem(STAGES, "fp8", (lambda _bench: begun.append("fp8"), 30.0))
     options = GpuBenchOptions(
-        device=torch.device("cpu"), out=tmp_path / "bench.json", stages=("fp8", "bf16"), budget_seconds=29.0
+        device=torch.device("cpu"), out=tmp_path / "bench.json", stages=("fp8", "bf16"), budget_seconds=30.0
     )
     said: list[str] = []
     document = GpuBench(options=options, say=said.append).run()
@@ -168,6 +168,34 @@ def test_the_gpu_tests_are_told_in_a_line(
     mark = "mark." + "gpu"  # in one piece this file would be among them
     assert all(mark in path.read_text("utf-8") for path in files)
     assert Path(__file__) not in files
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_all_stages_are_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
+    begun: list[str] = []
+    for stage in STAGES:
+        monkeypatch.setitem(STAGES, stage, (lambda _bench, stage=stage: begun.append(stage), 0.0))
+    out = tmp_path / "bench.json"
+    arguments = [str(out), "--shape", "tiny", "--device", "cpu", *(["--quick"] if quick else [])]
+    assert main(arguments) == 0
+    assert begun == [stage for stage in STAGES if not quick or stage not in ("tests", "peer")]
+    document = json.loads(out.read_text())
+    assert list(document["stage_seconds"]) == begun
+    assert document["seconds"] == pytest.approx(sum(document["stage_seconds"].values()))
+    assert 0 <= document["seconds"] < 60
+
+
+def test_a_broken_device_in_the_last_stage_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a stage left, a new process would begin all over again."""
+
+    def broken(_bench: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(STAGES, "bf16", (broken, 0.0))
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("nothing is left to do"))
+    out = tmp_path / "bench.json"
+    assert main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16"]) == 1
+    assert "illegal memory access" in json.loads(out.read_text())["failures"]["bf16"]
 
 
 def test_a_stage_may_not_take_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
