@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from trtkit.errors import ConfigError, InputError, OutputError
-from trtkit.files import append_jsonl, read_json, read_jsonl, staged_dir, write_text
+from trtkit.files import append_jsonl, cache_home, nearest, read_json, read_jsonl, read_toml, staged_dir, write_text
 
 
 @pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000], ids=["digits", "depth"])
@@ -34,6 +34,55 @@ def test_a_byte_that_is_no_utf8_is_named_with_its_line(tmp_path: Path, mark: byt
     with pytest.raises(InputError, match="byte 0xfe") as caught:
         read_jsonl(path)
     assert caught.value.where == f"{path}:2"
+
+
+def test_what_is_no_document_is_named_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(ConfigError, match="no such file") as caught:
+        read_json(path)
+    assert caught.value.where == str(path)
+    with pytest.raises(InputError, match="cannot be read: Is a directory") as wrong:
+        read_jsonl(tmp_path)
+    assert wrong.value.where == str(tmp_path)
+    path.write_text('{"a": 1,\n "b" 2}')
+    with pytest.raises(InputError, match="not valid JSON: Expecting ':'") as broken:
+        read_json(path, InputError)
+    assert broken.value.where == f"{path}:2"
+    path.write_text("[1]")
+    with pytest.raises(ConfigError, match="expected a JSON object") as listed:
+        read_json(path)
+    assert listed.value.where == str(path)
+    path.write_text("a = ")
+    with pytest.raises(InputError, match="not valid TOML") as toml:
+        read_toml(path, InputError)
+    assert toml.value.where == str(path)
+    path.write_text("a = 1")
+    assert read_toml(path) == {"a": 1}
+
+
+def test_a_file_is_written_aside_on_the_same_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Across two file systems it could not be renamed."""
+    moves = []
+    replace = os.replace
+    monkeypatch.setattr("os.replace", lambda one, other: (moves.append((one, other)), replace(one, other)))
+    path = tmp_path / "text"
+    write_text(path, "x")
+    [(aside, place)] = moves
+    assert (Path(aside).parent, place) == (tmp_path, path)
+    with staged_dir(tmp_path / "not" / "yet" / "made") as stage:
+        assert stage.parent == tmp_path / "not" / "yet"
+
+
+def test_only_a_likely_name_is_suggested() -> None:
+    assert nearest("sampels", ["samples", "simple", "seed"]) == "; did you mean 'samples'?"
+    assert nearest("xyzzy", ["samples", "seed"]) == ""
+
+
+def test_the_cache_lies_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for said, wanted in (("/elsewhere", Path("/elsewhere")), ("", tmp_path / ".cache")):
+        monkeypatch.setenv("XDG_CACHE_HOME", said)
+        assert cache_home() == wanted
 
 
 @pytest.mark.parametrize("before", ["nothing", "empty", "full"])

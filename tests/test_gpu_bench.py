@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from drafter.tree import build_tree
-from trtkit.bench.gpu import PUBLISHED_ACCEPTANCE, STAGES, main
+from trtkit.bench.gpu import PUBLISHED_ACCEPTANCE, STAGES, GpuBench, GpuBenchOptions, main
 from trtkit.bench.gpu_machine import time_limit
+from trtkit.bench.gpu_subprocess import gpu_tests, peer_figures
 from trtkit.bench.gpu_targets import goals, lines
 from trtkit.bench.random_model import RandomWeights, forced_acceptance, shape_spec
 from trtkit.quant.tensor import linear_reference
@@ -108,6 +110,94 @@ def test_a_broken_device_is_left_for_a_new_process(tmp_path: Path, monkeypatch: 
     assert document["environment"]["torch"] == torch.__version__
 
 
+def test_a_stage_without_the_time_that_it_needs_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+    monkeypatch.setitem(STAGES, "bf16", (lambda _bench: begun.append("bf16"), 15.0))
+    monkeypatch.setitem(STAGES, "fp8", (lambda _bench: begun.append("fp8"), 30.0))
+    options = GpuBenchOptions(
+        device=torch.device("cpu"), out=tmp_path / "bench.json", stages=("fp8", "bf16"), budget_seconds=30.0
+    )
+    said: list[str] = []
+    document = GpuBench(options=options, say=said.append).run()
+    assert begun == ["bf16"]
+    assert list(document["failures"]) == ["fp8"]
+    assert "s of the budget were left" in document["failures"]["fp8"]
+    assert "not measured: fp8: skipped" in "\n".join(said)
+
+
+def test_what_a_process_that_fails_has_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho noise\necho \'{"compiled": false, "tokens_per_second": 5.5}\'\necho "$@"\nexit 3\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr("trtkit.bench.gpu_subprocess.sys.executable", str(python))
+    found = peer_figures("tiny", torch.device("cpu"), 64, 8, 60.0)
+    assert found["figures"] == [{"compiled": False, "tokens_per_second": 5.5}]
+    assert found["ended"].endswith("-m trtkit.bench.gpu_peer tiny cpu 64 8\n")
+
+
+def test_a_process_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 600\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("trtkit.bench.gpu_subprocess.sys.executable", str(python))
+    found = peer_figures("tiny", torch.device("cpu"), 64, 8, 0.1)
+    assert found == {"figures": [], "limit_seconds": 0.1, "ended": "time was up"}
+
+
+@pytest.mark.parametrize(
+    ("ended", "summary"),
+    [
+        ((0, "..\n==== 2 passed in 3.00s ====\n"), "2 passed in 3.00s"),
+        ((None, ".."), "time was up"),
+        ((4, ""), "no output"),
+    ],
+)
+def test_the_gpu_tests_are_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, ended: tuple[int | None, str], summary: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        "trtkit.bench.gpu_subprocess._run", lambda command, seconds: (commands.append(command), ended)[1]
+    )
+    assert gpu_tests(60.0) == {"summary": f"GPU tests: {summary}", "code": ended[0], "output": ended[1]}
+    files = [Path(part) for part in commands[0] if part.endswith(".py")]
+    assert ROOT / "tests/runtime/cuda/test_linear_gpu.py" in files
+    mark = "mark." + "gpu"  # in one piece this file would be among them
+    assert all(mark in path.read_text("utf-8") for path in files)
+    assert Path(__file__) not in files
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_all_stages_are_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
+    begun: list[str] = []
+    for stage in STAGES:
+        monkeypatch.setitem(STAGES, stage, (lambda _bench, stage=stage: begun.append(stage), 0.0))
+    out = tmp_path / "bench.json"
+    arguments = [str(out), "--shape", "tiny", "--device", "cpu", *(["--quick"] if quick else [])]
+    assert main(arguments) == 0
+    assert begun == [stage for stage in STAGES if not quick or stage not in ("tests", "peer")]
+    document = json.loads(out.read_text())
+    assert list(document["stage_seconds"]) == begun
+    assert document["seconds"] == pytest.approx(sum(document["stage_seconds"].values()))
+    assert 0 <= document["seconds"] < 60
+
+
+def test_a_broken_device_in_the_last_stage_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a stage left, a new process would begin all over again."""
+
+    def broken(_bench: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(STAGES, "bf16", (broken, 0.0))
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("nothing is left to do"))
+    out = tmp_path / "bench.json"
+    assert main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16"]) == 1
+    assert "illegal memory access" in json.loads(out.read_text())["failures"]["bf16"]
+
+
 def test_a_stage_may_not_take_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trtkit.bench.gpu.time_limit", lambda _seconds, real=time_limit: real(0.2))
     monkeypatch.setitem(STAGES, "bf16", (lambda _bench: time.sleep(60), 0.0))
@@ -142,9 +232,17 @@ def test_goals_compare_what_was_measured() -> None:
         "fp8 + draft head of 7 tokens, 12 rows: times bf16": (3.3, True),
         "bf16, 1 row: times transformers, compiled": (2.0, True),
     }
+    for count in range(len(document["points"])):  # stages that failed or were not asked for
+        for points in itertools.combinations(document["points"], count):
+            part = {goal["name"]: (goal["value"], goal["met"]) for goal in goals(document | {"points": points})}
+            assert part.items() <= found.items()
     text = "\n".join(lines(document))
     assert "not measured: long: no memory" in text
     assert text.count("forced acceptance, not a model's") == 1
+    assert text.count("with overlap") == 1
+    assert "met      1.80 (target 1.70)  fp8, 12 rows: times bf16" in text
+    assert "MISSED   0.70 (target 0.75)  int4, 1 row: share of copy bandwidth" in text
+    assert "transformers generate, compiled, static cache, bf16, 1 row: 50.0 tok/s" in text
 
 
 def test_the_forced_acceptance_follows_the_profile() -> None:

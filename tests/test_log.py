@@ -84,6 +84,28 @@ def test_progress_says_nothing_at_the_end_of_work_that_failed(
     assert capsys.readouterr().err == "convert: 1/4, 27.0s left\n"
 
 
+def test_short_work_says_nothing_and_the_last_step_no_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_up_logging()
+    clock = Clock(monkeypatch)
+
+    def work() -> list[str]:
+        with Progress("read", total=3, unit="files", every_seconds=2.0, after_seconds=10.0) as progress:
+            seen = []
+            for name in progress.track(["a", "b", "c"]):
+                clock.now += each
+                seen.append(name)
+            return seen
+
+    each = 3.0
+    assert work() == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+    each = 6.0
+    work()
+    assert capsys.readouterr().err.splitlines() == ["read: 2/3 files, 6.0s left", "read: 3 files in 18.0s"]
+
+
 @pytest.mark.parametrize(
     ("how", "shown"),
     [({}, ["info", "warning"]), ({"quiet": True}, ["warning"]),

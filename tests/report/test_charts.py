@@ -60,3 +60,11 @@ def test_two_lines_share_their_axes() -> None:
     for name, points in (("long", long), ("short", short)):
         for seen, meant in zip(found[name], points, strict=True):
             assert seen == pytest.approx(meant, abs=2), name
+
+
+@pytest.mark.parametrize("most", [0.1, 90.0, 18_000.0, 123_456.0, 12_345_678.0])
+def test_labels_have_room_beside_the_axis(most: float) -> None:
+    drawn = curve([Series(name="", points=[(0.0, 0.0), (1.0, most)])])
+    widest = 19 * 0.56 * max(len(tick.label) for tick in drawn.y_ticks)  # as large as a narrow screen has them
+    assert widest + 8 <= drawn.left
+    assert read_off(drawn.x_ticks, drawn.left) == pytest.approx(0.0)

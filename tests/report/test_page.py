@@ -226,9 +226,25 @@ def test_runs_in_which_nothing_happened_have_a_page(tmp_path: Path) -> None:
     assert markdown(report_on([empty, gone]))
 
 
-def test_no_figure_is_broken_inside_its_parentheses(tmp_path: Path) -> None:
+def test_no_figure_is_broken_across_lines(tmp_path: Path) -> None:
     report = report_on([run_dir(tmp_path / "one", 2)])
-    cells = re.findall(r"<td>([^<]*\([^<]*\)[^<]*)</td>", html(report))
+    page = html(report)
+    cells = re.findall(r"<td>([^<]*\([^<]*\)[^<]*)</td>", page)
     assert any("(k\u00a0=\u00a0" in cell for cell in cells)
     assert not [cell for cell in cells if re.search(r"\([^)]* [^)]*\)", cell)]
+    assert "66.7%\u00a0±\u00a033.3\u00a0" not in page  # but before its parentheses it may be
+    assert "66.7%\u00a0±\u00a033.3 (2\u00a0of\u00a03)" in page
+    assert " in 3.0\u00a0s, with" in page
     assert "\u00a0" not in markdown(report)
+
+
+def test_the_error_is_explained_where_there_is_one(tmp_path: Path) -> None:
+    said = "± is one standard error"
+    known = report_on([run_dir(tmp_path / "known", 2)])
+    unknown = [{"id": "a", "problem": "x"}]
+    rows = [attempt("a", 0, "7"), solution("a", "7")]
+    other = report_on([write_run(tmp_path / "unknown" / "run", unknown, rows)])
+    assert said in html(known)
+    assert said in markdown(known)
+    assert "±" not in html(other)
+    assert "±" not in markdown(other)

@@ -8,7 +8,7 @@ from tests.report.run_dirs import attempt, solution, write_run
 from trtkit.report.compare import compare
 from trtkit.report.figures import figures_of
 from trtkit.report.read import read_runs
-from trtkit.report.totals import duration, totals
+from trtkit.report.totals import duration, settings, totals
 
 
 def test_every_figure_of_a_run_worked_out_by_hand(tmp_path: Path) -> None:
@@ -56,3 +56,36 @@ def test_every_figure_of_a_run_worked_out_by_hand(tmp_path: Path) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_without_known_answers_no_row_is_about_being_right(tmp_path: Path) -> None:
+    unknown = [{"id": "a", "problem": "x"}]
+    runs = read_runs([write_run(tmp_path / "run", unknown, [attempt("a", 0, "7"), solution("a", "7")])])
+    answers = totals(runs, [figures_of(run) for run in runs], compare(runs))[0]
+    assert {metric.name: metric.values for metric in answers.metrics} == {"Problems without an answer": ("0 of 1",)}
+
+
+def test_settings_are_told_in_the_words_of_the_options(tmp_path: Path) -> None:
+    problems = [{"id": "a", "problem": "x"}]
+    arguments = {
+        "mode": {"kind": "integer", "modulus": 1000},
+        "variants": ["solve", "reason"],
+        "weighting": "finish",
+        "time_limit": 18000.0,
+        "tools": {"calls": 6, "memory_bytes": 536870912, "unsafe": False, "path": None},
+        "output_layer": None,
+        "policy": None,
+        "full_vote": True,
+    }
+    runs = read_runs([write_run(tmp_path / "run", problems, [], **arguments)])
+    said = {metric.name: metric.values[0] for metric in settings(runs)}
+    assert {
+        "answer mode": "integer 1,000",
+        "prompt": "solve, reason",
+        "weights": "finish",
+        "time limit": "5 h",
+        "tools": "calls 6, memory bytes 536,870,912, unsafe no",
+        "output layer": "as built",
+        "policy": "none",
+        "full vote": "yes",
+    }.items() <= said.items()

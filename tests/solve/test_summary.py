@@ -135,14 +135,48 @@ def test_weighted_votes_and_default_answers(grader: Grader) -> None:
 
 def test_nothing_at_all() -> None:
     summary = summarise([], samples=4, seconds=0.0, run_dir=Path("x"))
-    assert (summary.accuracy, summary.tokens_per_second) == (None, 0.0)
+    assert (summary.accuracy, summary.tokens_per_second, summary.answers_per_problem) == (None, 0.0, 0.0)
+
+
+def test_one_sample_each_has_the_accuracy_as_its_share(grader: Grader) -> None:
+    problems = [Problem(id=name, text="x", answer="7") for name in "abc"]
+    verdicts = judge(problems, [solved(name, [box]) for name, box in zip("abc", "778", strict=True)], MODE, grader)
+    summary = summarise(
+        verdicts, samples=1, seconds=0.7654321, run_dir=Path("x"), loading_seconds=2.34567, time_limit=18000.0
+    )
+    assert summary.pass_at_1 == summary.accuracy == summary.maj_at_k == 2 / 3
+    assert summary.tokens_per_second == pytest.approx(30 / 0.7654321)
+    told = summary.document()
+    assert (told["accuracy"], told["pass_at_1"], told["maj_at_k"]) == (0.666667, 0.666667, 0.666667)
+    assert (told["tokens_per_second"], told["seconds"], told["loading_seconds"]) == (39.19, 0.765, 2.346)
 
 
 def test_a_row_of_the_solutions_file(verdicts: list[Verdict]) -> None:
-    row = solution_row(verdicts[0])
-    json.dumps(row)
-    assert row["votes"][0] == {"answer": "1/2", "as_written": "0.5", "count": 2}
-    assert (row["answer"], row["gold"], row["correct"], row["without_answer"]) == ("1/2", "1/2", True, 1)
+    row = json.loads(json.dumps(solution_row(verdicts[0])))
+    assert row == {
+        "id": "right",
+        "answer": "1/2",
+        "as_written": "0.5",
+        "gold": "1/2",
+        "correct": True,
+        "votes": [
+            {"answer": "1/2", "as_written": "0.5", "count": 2},
+            {"answer": "3", "as_written": "3", "count": 1},
+        ],
+        "tied": False,
+        "defaulted": False,
+        "finished": 4,
+        "without_answer": 1,
+        "tokens": 45,
+        "forced": 0,
+        "looped": 0,
+        "cancelled": 0,
+        "seconds": 2.0,
+        "share_seconds": None,
+        "used_seconds": None,
+        "stopped_early": "unassailable",
+        "error": None,
+    }
     assert solution_row(verdicts[4])["error"] == "prompt too long"
 
 

@@ -64,6 +64,44 @@ def test_usual_names_are_found_and_tokens_estimated(tmp_path: Path) -> None:
     assert found.estimated
 
 
+def test_recorded_seconds_are_read_one_for_each_text(tmp_path: Path) -> None:
+    row = {"problem": "a", "text": ["x" * 30, "y"], "seconds": [1.5, 2]}
+    [problem] = read_trace_file(write(tmp_path / "t.jsonl", row, {"problem": "a", "text": "z"})).problems
+    assert [trace.seconds for trace in problem.traces] == [1.5, 2, None]
+    with pytest.raises(InputError, match=r"seconds: expected 2 number\(s\)"):
+        read_trace_file(write(tmp_path / "t.jsonl", row | {"seconds": 3}))
+
+
+@pytest.mark.parametrize(
+    ("told", "read"),
+    [({"gold": 7.0}, "7"), ({"gold": 7.5}, "7.5"), ({"gold": -3}, "-3"), ({"gold": " "}, None), ({"gold": None}, None)],
+)
+def test_a_known_answer_may_be_a_number(tmp_path: Path, told: dict[str, Any], read: str | None) -> None:
+    rows = [{"problem": "a", "text": "x", **told}, {"problem": "b", "text": "y", "gold": "1"}]
+    assert read_trace_file(write(tmp_path / "t.jsonl", *rows)).problems[0].gold == read
+
+
+@pytest.mark.parametrize("told", [{"gold": True}, {"gold": ["7"]}, {"tokens": "5"}, {"tokens": True}, {"tokens": -1}])
+def test_what_cannot_be_meant_is_refused(tmp_path: Path, told: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=rf"t\.jsonl:1: {next(iter(told))}: "):
+        read_trace_file(write(tmp_path / "t.jsonl", {"problem": "a", "text": "x", **told}))
+
+
+def test_texts_of_a_trace_file_are_cut_where_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"problem": "a", "text": "\\boxed{1}</think>\\boxed{2}", "tokens": 26})
+    for stop_at, found in (("eos", ("2", 26)), ("think", ("1", 17))):
+        [problem] = read_trace_file(path, stop_at=stop_at).problems
+        assert [(trace.box, trace.tokens) for trace in problem.traces] == [found]
+
+
+def test_of_many_wrong_rows_the_first_are_shown_and_the_others_counted(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"25 thing\(s\) wrong") as caught:
+        read_trace_file(write(tmp_path / "t.jsonl", *({"problem": "a", "text": place} for place in range(25))))
+    shown = caught.value.offenders
+    assert [line.split(": ")[0] for line in shown[:-1]] == [f"{tmp_path / 't.jsonl'}:{line}" for line in range(1, 21)]
+    assert shown[-1] == "... and 5 more"
+
+
 def test_one_row_may_say_what_another_leaves_out(tmp_path: Path) -> None:
     rows = [{"problem": "a", "text": "x" * 30}, {"problem": "a", "gold": "7", "text": "y", "tokens": 5}]
     for place, order in enumerate((rows, rows[::-1])):
@@ -129,9 +167,11 @@ def test_columns_that_are_not_there_are_told_with_those_that_are(tmp_path: Path)
 def test_fields_are_checked() -> None:
     assert parse_fields(["text=a.b , gold=c", "problem=d"]) == {"text": "a.b", "gold": "c", "problem": "d"}
     with pytest.raises(UsageError) as caught:
-        parse_fields(["txt=a,gold"])
+        parse_fields(["txt=a,gold,tokens=,=c"])
     assert "did you mean 'text'" in str(caught.value)
-    assert "'gold': write NAME=COLUMN" in str(caught.value)
+    for part in ("gold", "tokens="):
+        assert f"'{part}': write NAME=COLUMN" in str(caught.value)
+    assert "'': no such field" in str(caught.value)
 
 
 def test_cutting_at_the_end_of_the_thought() -> None:
@@ -153,6 +193,9 @@ def test_loops() -> None:
     assert loops(start + phrase * 20)
     assert loops("ab" * 1000)
     assert not loops("ab" * 350), "too short to be checked"
+    four = "".join(map(chr, range(1000, 1200))) * 4
+    assert loops(four), "as often as it takes, and as long as it is asked for"
+    assert not loops(four[:-1])
     numbers = "".join(f"case {number} gives nothing. " for number in range(500))
     assert not loops(numbers), "alike, but not the same"
 
@@ -209,10 +252,11 @@ def test_an_interrupted_run_gives_its_finished_problems(tmp_path: Path, caplog: 
     lines = journal.read_text("utf-8").splitlines(keepends=True)
     first = next(number for number, line in enumerate(lines) if '"kind": "solution"' in line)
     journal.write_text("".join(lines[: first + 1]), "utf-8")
+    begun = len({row["problem"] for row in map(json.loads, lines[: first + 1]) if "problem" in row})
     with caplog.at_level(logging.WARNING, "trtkit"):
         found = read_run(out)
     assert [problem.id for problem in found.problems] == [json.loads(lines[first])["problem"]]
-    assert "unfinished problem(s) left out" in caplog.text
+    assert f": {begun - 1} unfinished problem(s) left out" in caplog.text
     journal.write_text("".join(lines[:first]), "utf-8")
     with pytest.raises(InputError, match="no finished problem"):
         read_run(out)
@@ -244,12 +288,30 @@ def test_a_journal_is_told_from_traces(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "journal"),
+    [
+        ('{"kind": "session", "started": "2026-01-01"}\n', True),
+        ('\n  \n{"kind": "attempt"}\n{"kind": ', True),
+        ('{"kind": "solution"}', True),
+        ('{"kind": "exam", "problem": "a", "text": "b"}\n', False),
+        ('["kind", "session"]\n', False),
+        ("session\n", False),
+        ("", False),
+    ],
+)
+def test_a_journal_of_another_name_is_told_by_its_first_record(tmp_path: Path, text: str, journal: bool) -> None:
+    path = tmp_path / "saved.jsonl"
+    path.write_text(text, "utf-8")
+    assert looks_like_journal(path) is journal
+
+
 def test_several_files_are_put_together(tmp_path: Path) -> None:
     one = read_trace_file(write(tmp_path / "1.jsonl", {"problem": "a", "gold": "7", "text": "\\boxed{7}", "tokens": 3}))
     two = read_trace_file(write(tmp_path / "2.jsonl", {"problem": "a", "gold": "7", "text": "\\boxed{8}"}))
     both = merge([one, two])
     [problem] = both.problems
-    assert [(trace.index, trace.box) for trace in problem.traces] == [(0, "7"), (1, "8")]
+    assert (problem.id, [(trace.index, trace.box) for trace in problem.traces]) == ("a", [(0, "7"), (1, "8")])
     assert both.estimated
     three = read_trace_file(write(tmp_path / "4.jsonl", {"problem": "a", "text": "\\boxed{8}"}))
     assert [merge(order).problems[0].gold for order in ([one, three], [three, one])] == ["7", "7"]

@@ -74,6 +74,7 @@ def plot(points: Sequence[Point], path: Path, title: str) -> None:
     axes.set(xlabel="batch (rows)", ylabel="tokens per second, all rows", title=title, ylim=(0, None))
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 __all__ = ["Chart", "Drawn", "Series", "Tick", "chart", "ticks"]
 
 _WIDTH, _HEIGHT = 560.0, 320.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 14.0, 34.0, 52.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 14.0, 38.0, 52.0
+_GAP, _DIGIT = 8.0, 11.0
+"""Between the axis and its labels, and the width of one character of them on a narrow screen."""
 _FEW = 24
 """Up to this many points each is marked."""
 
@@ -86,10 +88,12 @@ def chart(
     if x_high <= x_low:
         x_low, x_high = x_low - 0.5, x_low + 0.5
     y_high = 1.0 if percent else max(ticks(0.0, max(tops) or 1.0, 5)[-1], max(tops))
+    y_ticks = [(value, f"{value:.0%}" if percent else f"{value:,g}") for value in ticks(0.0, y_high, 5)]
+    left = max(_LEFT, _GAP + _DIGIT * max(len(label) for _, label in y_ticks))
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
 
     def across(x: float) -> float:
-        return _LEFT + (x - x_low) / (x_high - x_low) * (right - _LEFT)
+        return left + (x - x_low) / (x_high - x_low) * (right - left)
 
     def up(y: float) -> float:
         return bottom - min(max(y / y_high, 0.0), 1.0) * (bottom - _TOP)
@@ -122,17 +126,14 @@ def chart(
         y_label=y_label,
         width=_WIDTH,
         height=_HEIGHT,
-        left=_LEFT,
+        left=left,
         right=right,
         top=_TOP,
         bottom=bottom,
         x_ticks=tuple(
             Tick(at=round(across(value), 1), label=f"{value:,g}") for value in x_ticks if x_low <= value <= x_high
         ),
-        y_ticks=tuple(
-            Tick(at=round(up(value), 1), label=f"{value:.0%}" if percent else f"{value:,g}")
-            for value in ticks(0.0, y_high, 5)
-        ),
+        y_ticks=tuple(Tick(at=round(up(value), 1), label=label) for value, label in y_ticks),
         series=tuple(map(drawn, series)),
     )
 

@@ -32,7 +32,7 @@ from trtkit.report.totals import begun, lead, rate, settings, totals
 __all__ = ["Report", "document", "html", "markdown", "report_on"]
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
-_PIECE = re.compile(r"\([^)]*\)|[a-z]+ [0-9]+%")
+_PIECE = re.compile(r"\([^)]{,30}\)|[a-z]+ [0-9]+%|% ± [0-9.]+|[0-9.]+ (?:s|min|h|tok/s)\b")
 _LONGEST_BOX = 200
 _ENDINGS = {
     "stop": "finished", "think": "finished", "eos": "end of turn", "box": "first box", "loop": "looped",
@@ -112,6 +112,7 @@ def _content(report: Report) -> dict[str, Any]:
         "groups": totals(runs, figures, report.comparison),
         "notices": report.notices,
         "early": any(one.cancelled for one in figures),
+        "errors": any(one.accuracy is not None for one in figures),
         "rows": report.rows,
         "settings": settings(runs),
     }
@@ -218,7 +219,7 @@ def _escaped(value: object) -> str:
 
 
 def _whole(value: str) -> str:
-    """Figures with no-break spaces where a narrow column must not cut them: ``(k = 24)``, ``verify 62%``."""
+    """Figures with no-break spaces where a narrow screen must not cut them: ``(k = 24)``, ``draft 62%``, ``12.9 s``."""
     return _PIECE.sub(lambda piece: piece.group().replace(" ", "\N{NO-BREAK SPACE}"), value)
 
 

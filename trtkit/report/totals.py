@@ -15,6 +15,12 @@ __all__ = ["Group", "Metric", "begun", "duration", "lead", "percent", "points", 
 _MISSING = "not recorded"
 _LONGEST = 300
 """Characters of a setting."""
+_NAMES = {
+    "variants": "prompt", "mode": "answer mode", "weighting": "weights", "outstanding": "samples submitted at once",
+}  # fmt: skip
+"""Settings that the options of ``trtkit solve`` call by another name."""
+_UNSET = {"output_layer": "as built", "reserve": "default"}
+_SECONDS = frozenset(("time_limit", "reserve"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +58,8 @@ def totals(runs: Sequence[Run], figures: Sequence[Figures], comparison: Comparis
             Metric(name=name, meaning=meaning, values=tuple(map(text, figures))) for name, meaning, text in described
         )
 
-    answers = rows(*_ANSWERS)
+    graded = any(figure.accuracy is not None for figure in figures)
+    answers = rows(*(_GRADED if graded else ()), *_ANSWERS)
     if any(figure.defaulted for figure in figures):
         answers += rows(
             ("Default answers", "Problems answered with the configured default.", lambda f: f"{f.defaulted:,}")
@@ -111,25 +118,26 @@ def _short(text: str) -> str:
 def _facts(run: Run) -> dict[str, str]:
     facts = {"directory": str(run.path), "begun": begun(run), "sessions": str(run.sessions)}
     facts |= {"problems": run.problems_path or _MISSING, "engine": run.engine_path or _MISSING}
-    facts |= _flat(run.arguments)
+    facts |= {_NAMES.get(name, name).replace("_", " "): _said(name, value) for name, value in run.arguments.items()}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in run.versions.items()) or _MISSING
     return facts
 
 
-def _flat(data: Mapping[str, Any]) -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in data.items():
-        name = str(key).replace("_", " ")
-        if isinstance(value, Mapping):
-            inner = (f"{part.replace('_', ' ')} {said}" for part, said in value.items() if said is not None)
-            flat[name] = ", ".join(inner) or "none"
-        elif isinstance(value, (list, tuple)):
-            flat[name] = ", ".join(map(str, value)) or "none"
-        elif isinstance(value, bool):
-            flat[name] = "yes" if value else "no"
-        else:
-            flat[name] = "none" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-    return flat
+def _said(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        parts = {part: said for part, said in value.items() if said is not None}
+        if name == "mode":
+            return " ".join(_said("", part) for part in parts.values()) or "none"
+        return ", ".join(f"{part.replace('_', ' ')} {_said(part, said)}" for part, said in parts.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return _UNSET.get(name, "none")
+    if name in _SECONDS and isinstance(value, (int, float)):
+        return duration(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def begun(run: Run) -> str:
@@ -205,17 +213,19 @@ def _phases(figures: Figures) -> str:
 
 
 def _bank(figures: Figures) -> str:
-    return duration(figures.bank[-1][1]) if figures.bank else _MISSING
+    return duration(figures.bank[-1][1]) if figures.bank else "-"
 
 
 def _number(value: float | None, unit: str) -> str:
     return "-" if value is None else f"{value:,.0f}{unit}"
 
 
-_ANSWERS: tuple[tuple[str, str, _Text], ...] = (
+_GRADED: tuple[tuple[str, str, _Text], ...] = (
     ("Accuracy", "Problems whose voted answer is right. No answer is wrong.", _accuracy),
     ("pass@1", "How often a single finished sample is right, mean over problems.", lambda f: rate(f.pass_at_1)),
     ("maj@k, all samples", "Plain majority of all finished samples.", _majority),
+)
+_ANSWERS: tuple[tuple[str, str, _Text], ...] = (
     (
         "Problems without an answer",
         "No sample of theirs gave one.",
