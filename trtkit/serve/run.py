@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -93,9 +94,21 @@ def run_serve(
             url=f"http://{f'[{host}]' if ':' in host else host}:{port}", models=service.models,
             rows=engine.max_rows, total_tokens=engine.max_total_tokens,
         )  # fmt: skip
-        HttpServer(make_app(service), on_ready=lambda: on_ready(serving), until=broken).run(sockets=[listening])
+        with _quick_turns():
+            HttpServer(make_app(service), on_ready=lambda: on_ready(serving), until=broken).run(sockets=[listening])
         if engine.broken:
             raise EngineError(engine.why_broken)
         stats = engine.stats().result()
         engine.close()  # first, so that nobody waits for it
         return stats
+
+
+@contextlib.contextmanager
+def _quick_turns() -> Iterator[None]:
+    """Let the engine's thread and the server's take turns at Python more often than every 5 ms; steps wait for that."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

@@ -9,6 +9,8 @@ from trtkit.chat import THINK_END, THINK_START
 __all__ = ["TextStream", "ThoughtSplitter"]
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_WINDOW = 16
+"""Tokens that are decoded again and again, rather than all of them."""
 
 
 class TextStream:
@@ -22,7 +24,7 @@ class TextStream:
         self._decode = decode
         self._stops = tuple(stops)
         self._tokens: list[int] = []
-        self._begin = self._read = 0
+        self._begin = self._whole = self._shown = 0
         self._held = ""
         self.stopped = False
         """A stop string was found; what comes after it is ignored."""
@@ -44,23 +46,22 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + self._decode(self._tokens[self._begin :])[self._shown :]
-        self._held = ""
+        self._held, self._begin, self._shown = "", len(self._tokens), 0
         return text
-
-    @property
-    def _shown(self) -> int:
-        return len(self._decode(self._tokens[self._begin : self._read]))
 
     def _push(self, tokens: Sequence[int]) -> str:
         if self.stopped or not tokens:
             return ""
         self._tokens.extend(tokens)
-        # A few tokens before the new ones are decoded with them: how a token reads may depend on its neighbour.
+        # Some tokens before the new ones are decoded with them: how a token reads may depend on its neighbour.
         text = self._decode(self._tokens[self._begin :])
         if text.endswith(_UNFINISHED):
             return ""
-        fresh = self._held + text[self._shown :]
-        self._begin, self._read = self._read, len(self._tokens)
+        fresh, self._shown = self._held + text[self._shown :], len(text)
+        if len(self._tokens) - self._begin > _WINDOW:  # go on from the end of the last whole character before the new
+            self._begin = self._whole
+            self._shown = len(self._decode(self._tokens[self._begin :]))
+        self._whole = len(self._tokens)
         places = [place for stop in self._stops if (place := fresh.find(stop)) >= 0]
         if places:
             self.stopped = True
