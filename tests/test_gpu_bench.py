@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from drafter.tree import build_tree
-from trtkit.bench.gpu import PUBLISHED_ACCEPTANCE, STAGES, main
-from trtkit.bench.gpu_machine import time_limit
+from trtkit.bench import gpu_subprocess
+from trtkit.bench.gpu import main
+from trtkit.bench.gpu_machine import STUCK
+from trtkit.bench.gpu_stages import PUBLISHED_ACCEPTANCE, STAGES, Stage
 from trtkit.bench.gpu_targets import goals, lines
 from trtkit.bench.random_model import RandomWeights, forced_acceptance, shape_spec
 from trtkit.quant.tensor import linear_reference
@@ -37,8 +40,9 @@ def _run(out: Path, stages: str) -> dict[str, Any]:
 def test_a_tiny_run_measures_what_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = _run(tmp_path / "bench.json", "environment,bandwidth,bf16")
     assert document["environment"]["torch"] == torch.__version__
-    one, twelve = document["points"]
-    assert (one["rows"], twelve["rows"]) == (1, 12)
+    one, twelve, one_ahead, twelve_ahead = document["points"]
+    assert [(p["rows"], p["overlap"]) for p in document["points"]] == [(1, False), (12, False), (1, True), (12, True)]
+    assert one_ahead["tokens_per_step"] == twelve_ahead["tokens_per_step"] == 1
     assert one["tokens_per_step"] == 1
     weights = 2 * (shape_spec("tiny").parameters - 512 * 256)
     # The biases and norms are not counted as reads; 64 prompt tokens and what was generated are in the cache.
@@ -48,18 +52,13 @@ def test_a_tiny_run_measures_what_it_names(tmp_path: Path, capsys: pytest.Captur
     )
     assert set(one["phase_ms"]) == {"draft", "verify", "accept", "step", "host"}
     assert one["kernel_us"]
+    assert twelve["phase_ms"]["host"] == pytest.approx(twelve["step_ms"] - twelve["phase_ms"]["step"])
+    assert [goal["name"] for goal in document["goals"]] == [
+        "bf16, 1 row: share of copy bandwidth", "bf16, 12 rows: overlap, times without",
+    ]  # fmt: skip
     table = capsys.readouterr().out
     assert "bf16, 1 row: share of copy bandwidth" in table
     assert "MISSED" in table
-
-
-def test_overlap_is_measured_beside_steps_one_by_one(tmp_path: Path) -> None:
-    document = _run(tmp_path / "bench.json", "bandwidth,fp8,overlap")
-    one, twelve, overlapped = document["points"]
-    assert [point["overlap"] for point in (one, twelve, overlapped)] == [False, False, True]
-    assert overlapped["tokens_per_step"] == 1
-    names = [goal["name"] for goal in document["goals"]]
-    assert "fp8, 12 rows: overlap, times without" in names
 
 
 @pytest.mark.slow
@@ -67,7 +66,8 @@ def test_overlap_is_measured_beside_steps_one_by_one(tmp_path: Path) -> None:
 def test_every_stage_runs(tmp_path: Path) -> None:
     document = _run(tmp_path / "bench.json", ",".join(STAGES))
     drafted = [point for point in document["points"] if point["tree"]]
-    assert [point["draft_vocabulary"] for point in drafted] == [512, 64]
+    assert [point["draft_vocabulary"] for point in drafted] == [512, 512, 64, 64]
+    assert "fp8" in {point["kv_dtype"] for point in document["points"] if point["rows"] == 12}
     assert all(abs(point["tokens_per_step"] - 3.25) < 0.6 for point in drafted)
     assert document["long"]["rows"] == 64
     assert [figure["compiled"] for figure in document["transformers"]["figures"]] == [False, True]
@@ -78,7 +78,7 @@ def test_a_failing_stage_does_not_take_the_others_along(tmp_path: Path, monkeypa
     def broken(_bench: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setitem(STAGES, "bf16", (broken, 0.0))
+    monkeypatch.setitem(STAGES, "bf16", Stage(work=broken))
     out = tmp_path / "bench.json"
     assert main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16,bandwidth"]) == 1
     document = json.loads(out.read_text())
@@ -88,33 +88,76 @@ def test_a_failing_stage_does_not_take_the_others_along(tmp_path: Path, monkeypa
 
 def test_a_broken_device_is_left_for_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_bench: object) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError("no kernel of this product runs on this device")
 
     class LeftError(Exception):
         pass
 
-    def leave(_path: str, command: list[str]) -> None:
-        raise LeftError(command)
+    def leave(code: int) -> None:
+        raise LeftError(code)
 
-    monkeypatch.setitem(STAGES, "bf16", (broken, 0.0))
-    monkeypatch.setattr("os.execv", leave)
+    monkeypatch.setitem(STAGES, "bf16", Stage(work=broken))
+    monkeypatch.setattr("trtkit.bench.gpu.device_answers", lambda _device: False)
+    monkeypatch.setattr("os._exit", leave)
     out = tmp_path / "bench.json"
-    with pytest.raises(LeftError) as left:
-        main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16,environment"])
-    assert main(left.value.args[0][3:]) == 1
+    arguments = [str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bandwidth,bf16,environment"]
+    with pytest.raises(LeftError, match=str(STUCK)):
+        main(arguments)
+    copied = json.loads(out.read_text())["copy_bytes_per_second"]
+    assert main([*arguments, "--resume"]) == 1
     document = json.loads(out.read_text())
-    assert "illegal memory access" in document["failures"]["bf16"]
+    assert "no kernel" in document["failures"]["bf16"]
     assert "in broken" in document["tracebacks"]["bf16"]
     assert document["environment"]["torch"] == torch.__version__
+    assert document["copy_bytes_per_second"] == copied, "what was measured is not measured again"
+
+
+def test_the_script_goes_on_behind_a_stage_that_ends_the_process(tmp_path: Path) -> None:
+    """What crashes or hangs is named; the budget counts what it took."""
+    out, python = tmp_path / "bench.json", tmp_path / "python"
+    code = (
+        "import os, runpy, signal, sys; from trtkit.bench.gpu_stages import STAGES, Stage; sys.argv.pop(0);"
+        "STAGES['bf16'] = Stage(work=lambda _: os.kill(os.getpid(), signal.SIGSEGV));"
+        "runpy.run_module('trtkit.bench.gpu', run_name='__main__')"
+    )
+    python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -c "{code}" "$@"\n')
+    python.chmod(0o755)
+    command = [ROOT / "scripts/gpu_bench", out, "--shape", "tiny", "--device", "cpu", "--stages", "bf16,environment"]
+    done = subprocess.run(
+        command, env={**os.environ, "TRTKIT_PYTHON": str(python)}, capture_output=True, text=True, check=False
+    )
+    document = json.loads(out.read_text())
+    assert done.returncode == 1, done.stderr
+    assert "the process ended in it" in document["failures"]["bf16"]
+    assert document["stage_seconds"].keys() == {"bf16", "environment"}
+    assert "running" not in document
 
 
 def test_a_stage_may_not_take_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trtkit.bench.gpu.time_limit", lambda _seconds, real=time_limit: real(0.2))
-    monkeypatch.setitem(STAGES, "bf16", (lambda _bench: time.sleep(60), 0.0))
+    monkeypatch.setitem(STAGES, "bf16", Stage(work=lambda _bench: time.sleep(60), most_seconds=0.2))
     out = tmp_path / "bench.json"
     assert main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16,environment"]) == 1
     document = json.loads(out.read_text())
     assert document["failures"] == {"bf16": "TimeoutError: not done after 0 s"}
+
+
+def test_what_no_exception_reaches_ends_the_process() -> None:
+    """A kernel that never ends: the host waits in the driver, where Python handles no signal."""
+    code = (
+        "import signal, time; from trtkit.bench import gpu_machine; gpu_machine._PATIENCE_SECONDS = 0.1\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])\n"
+        "with gpu_machine.time_limit(0.1): time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == STUCK
+    assert 'File "<string>", line 3' in done.stderr, "says where"
+
+
+def test_what_runs_beside_may_have_last_words() -> None:
+    """When its time is up: an interrupted pytest still says what failed."""
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('1 failed')"
+    ended, output = gpu_subprocess._run([sys.executable, "-c", code], 2.0)
+    assert (ended, output) == (None, "1 failed\n")
 
 
 def test_goals_compare_what_was_measured() -> None:
@@ -128,7 +171,9 @@ def test_goals_compare_what_was_measured() -> None:
         "points": [
             point("bf16", 1, 100, 0.91), point("int4", 1, 300, 0.7), point("bf16", 12, 1000, 0.8),
             point("fp8", 12, 1980, 0.8, overlap=True), point("fp8", 12, 1800, 0.8),
+            point("fp8", 12, 2100, 0.8, overlap=True, kv_dtype="fp8"),
             point("fp8", 12, 3300, 0.8, tree="1x3", draft_vocabulary=7),
+            point("fp8", 12, 3400, 0.8, tree="1x3", draft_vocabulary=7, overlap=True),
         ],
         "transformers": {"figures": [{"compiled": True, "tokens_per_second": 50.0}]}, "failures": {"long": "no memory"},
     }  # fmt: skip
@@ -137,14 +182,15 @@ def test_goals_compare_what_was_measured() -> None:
     assert found == {
         "bf16, 1 row: share of copy bandwidth": (0.91, True),
         "int4, 1 row: share of copy bandwidth": (0.7, False),
-        "fp8, 12 rows: times bf16": (1.8, True),
+        "fp8, 12 rows: times bf16": (1.98, True),
+        "fp8, its keys and values too, 12 rows: times bf16": (2.1, True),
         "fp8, 12 rows: overlap, times without": (1.1, True),
-        "fp8 + draft head of 7 tokens, 12 rows: times bf16": (3.3, True),
+        "fp8 + draft head of 7 tokens, 12 rows: times bf16": (3.4, True),
         "bf16, 1 row: times transformers, compiled": (2.0, True),
     }
     text = "\n".join(lines(document))
     assert "not measured: long: no memory" in text
-    assert text.count("forced acceptance, not a model's") == 1
+    assert text.count("forced acceptance, not a model's") == 2
 
 
 def test_the_forced_acceptance_follows_the_profile() -> None:

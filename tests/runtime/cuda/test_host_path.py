@@ -20,7 +20,7 @@ from drafter.model import Drafter
 from tests.engines import random_prompts, request, tiny_engine_dir
 from tests.runtime.cuda.fake_gpu import CUDA, FakeGpu, fake_gpu
 from trtkit.bench import device_clock, gpu_points
-from trtkit.bench.gpu_points import PointPlan, measure_point
+from trtkit.bench.gpu_points import PointPlan, measure_point, profile_point
 from trtkit.bench.random_model import RandomWeights, random_drafter, random_head, shape_spec
 from trtkit.checkpoint.hf import open_source
 from trtkit.checkpoint.quality import measure_quality
@@ -230,9 +230,9 @@ def test_a_benchmark_point(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Non
     copy = device_clock.copy_bandwidth(CUDA)
     plan = PointPlan(precision="fp8", rows=3, context=40, steps=3, kv_dtype="int8", shares=(0.9, 0.5), overlap=True)
     monkeypatch.setattr(gpu_points.StandingEngine, "step", TorchEngine.step)
-    measure = torch.no_grad()(inspect.unwrap(measure_point))
-    found = measure(model, plan, copy, head)
+    found = torch.no_grad()(inspect.unwrap(measure_point))(model, plan, copy, head)
     assert found["graphs"] > 0
+    torch.no_grad()(inspect.unwrap(profile_point))(model, plan, found, head)
     assert found["phase_ms"].keys() == {"draft", "verify", "accept", "step", "host"}
 
 
