@@ -157,6 +157,18 @@ def test_an_engine_runs_on_the_device_and_its_steps_wait_for_nothing(
     assert plain >= 5
 
 
+def test_no_sum_has_a_launch_of_its_own(gpu: FakeGpu) -> None:
+    """What a layer adds is added by the norm behind it: at one row each launch costs about as much as it computes."""
+    model = _model(spec=dataclasses.replace(_spec(), layers=3))
+    engine = _engine(model)
+    engine.submit(request("a", (1, 2, 3), max_tokens=2))
+    engine.step()
+    gpu.launches.clear()
+    engine._graphs.step(engine._graphs.load(engine._scheduler.running, None))  # type: ignore[union-attr]
+    norms = [launch.constants["adds"] for launch in gpu.launches if launch.name == "add_norm"]
+    assert norms == [False, *[True] * 6]
+
+
 def test_the_number_of_rows_compiles_no_kernel_of_the_pick_anew(gpu: FakeGpu) -> None:
     engine = _engine(_model())
     for count in (1, 2, 3, 6):
