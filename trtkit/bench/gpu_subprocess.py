@@ -52,11 +52,12 @@ def peer_figures(
 
 
 def gpu_tests(seconds: float) -> dict[str, Any]:
-    """Run the tests marked ``gpu``. Without the project's own pytest settings: its plugins may not be there."""
+    """Run the tests marked ``gpu``, several at a time where pytest can: compiling is most of it, and the figures of speed
+    are the benchmark's. Without the project's own pytest settings: its plugins may not be there."""
     if importlib.util.find_spec("pytest") is None or not torch.cuda.is_available():
         return {"summary": "GPU tests: not run, they need pytest and a CUDA device", "code": None}
     files = sorted(
-        (str(path) for path in (_ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")),
+        (str(path) for path in (_ROOT / "tests").rglob("test_*.py") if _for_a_gpu(path.read_text(encoding="utf-8"))),
         key=lambda path: ("linear" in path, path),  # the longest last
     )
     with tempfile.TemporaryDirectory() as directory:
@@ -65,7 +66,14 @@ def gpu_tests(seconds: float) -> dict[str, Any]:
             f"[pytest]\nmarkers =\n    gpu\n    slow\n    trtllm\n    network\ncache_dir = {directory}\n"
         )
         command = [sys.executable, "-m", "pytest", "-c", str(settings), "--rootdir", str(_ROOT), "-q", "-m", "gpu"]
+        if importlib.util.find_spec("xdist") is not None:
+            command += ["-n", "4", "-k", "not come_near_the_memory"]
         code, output = _run([*command, "--tb=short", *files], seconds)
     last = output.strip().splitlines()[-1:] or ["no output"]
     summary = f"GPU tests: {last[0].strip('= ')}{'; time was up' if code is None else ''}"
     return {"summary": summary, "code": code, "output": output[-12000:]}
+
+
+def _for_a_gpu(text: str) -> bool:
+    """Whether a file has such tests: marked so, or marked by their ``device`` where there is a GPU."""
+    return "mark.gpu" in text or "device: torch.device)" in text
