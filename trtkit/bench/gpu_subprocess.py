@@ -52,8 +52,8 @@ def peer_figures(
 
 
 def gpu_tests(seconds: float) -> dict[str, Any]:
-    """Run the tests marked ``gpu``, several at a time where pytest can: compiling is most of it, and the figures of speed
-    are the benchmark's. Without the project's own pytest settings: its plugins may not be there."""
+    """Run the tests marked ``gpu``, several at a time where pytest can: compiling is most of it, and the figures of
+    speed are the benchmark's. Without the project's own pytest settings: its plugins may not be there."""
     if importlib.util.find_spec("pytest") is None or not torch.cuda.is_available():
         return {"summary": "GPU tests: not run, they need pytest and a CUDA device", "code": None}
     files = sorted(

@@ -15,7 +15,7 @@ from trtkit.runtime.native.loader import SWITCH
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What the interpreter runs here is a test of the GPU where there is one; the slow ones only if they are asked for."""
+    """What the interpreter runs here is a test of the GPU where there is one; the slow ones if they are asked for."""
     if torch.cuda.is_available():
         for item in items:
             if "device" in getattr(item, "fixturenames", ()) and item.get_closest_marker("slow") is None:
