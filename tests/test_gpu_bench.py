@@ -131,6 +131,10 @@ def test_the_script_goes_on_behind_a_stage_that_ends_the_process(tmp_path: Path)
     assert "the process ended in it" in document["failures"]["bf16"]
     assert document["stage_seconds"].keys() == {"bf16", "environment"}
     assert "running" not in document
+    assert main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16,environment", "--resume"]) == 0
+    document = json.loads(out.read_text())
+    assert len(document["points"]) == 4, "a stage that failed is tried once more when it is asked for"
+    assert document["failures"] == {}
 
 
 def test_a_stage_may_not_take_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

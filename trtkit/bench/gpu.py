@@ -50,7 +50,7 @@ class GpuBenchOptions:
     """Fewer steps, without the peer and the tests."""
     budget_seconds: float = 460.0
     resume: bool = False
-    """Add to the document that is there the stages that it has not."""
+    """Add to the document that is there the stages that it has not, or that failed in it."""
 
     @property
     def tiny(self) -> bool:
@@ -107,8 +107,14 @@ class GpuBench:
         return self.document
 
     def _take_up(self) -> None:
-        """Go on with a document. A stage that it left in the middle brought its process down."""
+        """Go on with a document: behind the stage that brought its process down, or, where it is finished, with what
+        failed."""
         self.document |= read_json(self.options.out)
+        if self.document.pop("goals", None) is not None:
+            for name in list(self.document["failures"]):
+                for part in ("failures", "tracebacks", "stage_seconds"):
+                    self.document[part].pop(name, None)
+            return
         left: dict[str, Any] | None = self.document.pop("running", None)
         if left is not None:
             self.document["failures"][left["stage"]] = "the process ended in it, or hung: see its stderr"
