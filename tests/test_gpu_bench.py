@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 from drafter.tree import build_tree
-from trtkit.bench.gpu import PUBLISHED_ACCEPTANCE, STAGES, GpuBench, GpuBenchOptions, main
-from trtkit.bench.gpu_machine import time_limit
+from trtkit.bench import gpu_subprocess
+from trtkit.bench.gpu import GpuBench, GpuBenchOptions, main
+from trtkit.bench.gpu_machine import STUCK
+from trtkit.bench.gpu_stages import PUBLISHED_ACCEPTANCE, STAGES, Stage
 from trtkit.bench.gpu_subprocess import gpu_tests, peer_figures
 from trtkit.bench.gpu_targets import goals, lines
 from trtkit.bench.random_model import RandomWeights, forced_acceptance, shape_spec
@@ -39,8 +42,9 @@ def _run(out: Path, stages: str) -> dict[str, Any]:
 def test_a_tiny_run_measures_what_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = _run(tmp_path / "bench.json", "environment,bandwidth,bf16")
     assert document["environment"]["torch"] == torch.__version__
-    one, twelve = document["points"]
-    assert (one["rows"], twelve["rows"]) == (1, 12)
+    one, twelve, one_ahead, twelve_ahead = document["points"]
+    assert [(p["rows"], p["overlap"]) for p in document["points"]] == [(1, False), (12, False), (1, True), (12, True)]
+    assert one_ahead["tokens_per_step"] == twelve_ahead["tokens_per_step"] == 1
     assert one["tokens_per_step"] == 1
     weights = 2 * (shape_spec("tiny").parameters - 512 * 256)
     # The biases and norms are not counted as reads; 64 prompt tokens and what was generated are in the cache.
@@ -50,18 +54,13 @@ def test_a_tiny_run_measures_what_it_names(tmp_path: Path, capsys: pytest.Captur
     )
     assert set(one["phase_ms"]) == {"draft", "verify", "accept", "step", "host"}
     assert one["kernel_us"]
+    assert twelve["phase_ms"]["host"] == pytest.approx(twelve["step_ms"] - twelve["phase_ms"]["step"])
+    assert [goal["name"] for goal in document["goals"]] == [
+        "bf16, 1 row: share of copy bandwidth", "bf16, 12 rows: overlap, times without",
+    ]  # fmt: skip
     table = capsys.readouterr().out
     assert "bf16, 1 row: share of copy bandwidth" in table
     assert "MISSED" in table
-
-
-def test_overlap_is_measured_beside_steps_one_by_one(tmp_path: Path) -> None:
-    document = _run(tmp_path / "bench.json", "bandwidth,fp8,overlap")
-    one, twelve, overlapped = document["points"]
-    assert [point["overlap"] for point in (one, twelve, overlapped)] == [False, False, True]
-    assert overlapped["tokens_per_step"] == 1
-    names = [goal["name"] for goal in document["goals"]]
-    assert "fp8, 12 rows: overlap, times without" in names
 
 
 @pytest.mark.slow
@@ -69,7 +68,8 @@ def test_overlap_is_measured_beside_steps_one_by_one(tmp_path: Path) -> None:
 def test_every_stage_runs(tmp_path: Path) -> None:
     document = _run(tmp_path / "bench.json", ",".join(STAGES))
     drafted = [point for point in document["points"] if point["tree"]]
-    assert [point["draft_vocabulary"] for point in drafted] == [512, 64]
+    assert [point["draft_vocabulary"] for point in drafted] == [512, 512, 64, 64]
+    assert "fp8" in {point["kv_dtype"] for point in document["points"] if point["rows"] == 12}
     assert all(abs(point["tokens_per_step"] - 3.25) < 0.6 for point in drafted)
     assert document["long"]["rows"] == 64
     assert [figure["compiled"] for figure in document["transformers"]["figures"]] == [False, True]
@@ -80,7 +80,7 @@ def test_a_failing_stage_does_not_take_the_others_along(tmp_path: Path, monkeypa
     def broken(_bench: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setitem(STAGES, "bf16", (broken, 0.0))
+    monkeypatch.setitem(STAGES, "bf16", Stage(work=broken))
     out = tmp_path / "bench.json"
     assert main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16,bandwidth"]) == 1
     document = json.loads(out.read_text())
@@ -90,30 +90,59 @@ def test_a_failing_stage_does_not_take_the_others_along(tmp_path: Path, monkeypa
 
 def test_a_broken_device_is_left_for_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_bench: object) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError("no kernel of this product runs on this device")
 
     class LeftError(Exception):
         pass
 
-    def leave(_path: str, command: list[str]) -> None:
-        raise LeftError(command)
+    def leave(code: int) -> None:
+        raise LeftError(code)
 
-    monkeypatch.setitem(STAGES, "bf16", (broken, 0.0))
-    monkeypatch.setattr("os.execv", leave)
+    monkeypatch.setitem(STAGES, "bf16", Stage(work=broken))
+    monkeypatch.setattr("trtkit.bench.gpu.device_answers", lambda _device: False)
+    monkeypatch.setattr("os._exit", leave)
     out = tmp_path / "bench.json"
-    with pytest.raises(LeftError) as left:
-        main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16,environment"])
-    assert main(left.value.args[0][3:]) == 1
+    arguments = [str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bandwidth,bf16,environment"]
+    with pytest.raises(LeftError, match=str(STUCK)):
+        main(arguments)
+    copied = json.loads(out.read_text())["copy_bytes_per_second"]
+    assert main([*arguments, "--resume"]) == 1
     document = json.loads(out.read_text())
-    assert "illegal memory access" in document["failures"]["bf16"]
+    assert "no kernel" in document["failures"]["bf16"]
     assert "in broken" in document["tracebacks"]["bf16"]
     assert document["environment"]["torch"] == torch.__version__
+    assert document["copy_bytes_per_second"] == copied, "what was measured is not measured again"
+
+
+def test_the_script_goes_on_behind_a_stage_that_ends_the_process(tmp_path: Path) -> None:
+    """What crashes or hangs is named; the budget counts what it took."""
+    out, python = tmp_path / "bench.json", tmp_path / "python"
+    code = (
+        "import os, runpy, signal, sys; from trtkit.bench.gpu_stages import STAGES, Stage; sys.argv.pop(0);"
+        "STAGES['bf16'] = Stage(work=lambda _: os.kill(os.getpid(), signal.SIGSEGV));"
+        "runpy.run_module('trtkit.bench.gpu', run_name='__main__')"
+    )
+    python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -c "{code}" "$@"\n')
+    python.chmod(0o755)
+    command = [ROOT / "scripts/gpu_bench", out, "--shape", "tiny", "--device", "cpu", "--stages", "bf16,environment"]
+    done = subprocess.run(
+        command, env={**os.environ, "TRTKIT_PYTHON": str(python)}, capture_output=True, text=True, check=False
+    )
+    document = json.loads(out.read_text())
+    assert done.returncode == 1, done.stderr
+    assert "the process ended in it" in document["failures"]["bf16"]
+    assert document["stage_seconds"].keys() == {"bf16", "environment"}
+    assert "running" not in document
+    assert main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16,environment", "--resume"]) == 0
+    document = json.loads(out.read_text())
+    assert len(document["points"]) == 4, "a stage that failed is tried once more when it is asked for"
+    assert document["failures"] == {}
 
 
 def test_a_stage_without_the_time_that_it_needs_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
-    monkeypatch.setitem(STAGES, "bf16", (lambda _bench: begun.append("bf16"), 15.0))
-    monkeypatch.setitem(STAGES, "fp8", (lambda _bench: begun.append("fp8"), 30.0))
+    monkeypatch.setitem(STAGES, "bf16", Stage(work=lambda _bench: begun.append("bf16"), least_seconds=15))
+    monkeypatch.setitem(STAGES, "fp8", Stage(work=lambda _bench: begun.append("fp8"), least_seconds=30))
     options = GpuBenchOptions(
         device=torch.device("cpu"), out=tmp_path / "bench.json", stages=("fp8", "bf16"), budget_seconds=30.0
     )
@@ -150,7 +179,7 @@ def test_a_process_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytes
     ("ended", "summary"),
     [
         ((0, "..\n==== 2 passed in 3.00s ====\n"), "2 passed in 3.00s"),
-        ((None, ".."), "time was up"),
+        ((None, "..\n! 2 passed !\n"), "! 2 passed !; time was up"),
         ((4, ""), "no output"),
     ],
 )
@@ -166,7 +195,7 @@ def test_the_gpu_tests_are_told_in_a_line(
     files = [Path(part) for part in commands[0] if part.endswith(".py")]
     assert ROOT / "tests/runtime/cuda/test_linear_gpu.py" in files
     mark = "mark." + "gpu"  # in one piece this file would be among them
-    assert all(mark in path.read_text("utf-8") for path in files)
+    assert all(mark in (text := path.read_text("utf-8")) or "device: torch.device)" in text for path in files)
     assert Path(__file__) not in files
 
 
@@ -174,7 +203,7 @@ def test_the_gpu_tests_are_told_in_a_line(
 def test_all_stages_are_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
     begun: list[str] = []
     for stage in STAGES:
-        monkeypatch.setitem(STAGES, stage, (lambda _bench, stage=stage: begun.append(stage), 0.0))
+        monkeypatch.setitem(STAGES, stage, Stage(work=lambda _bench, stage=stage: begun.append(stage)))
     out = tmp_path / "bench.json"
     arguments = [str(out), "--shape", "tiny", "--device", "cpu", *(["--quick"] if quick else [])]
     assert main(arguments) == 0
@@ -191,20 +220,39 @@ def test_a_broken_device_in_the_last_stage_is_the_end(tmp_path: Path, monkeypatc
     def broken(_bench: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setitem(STAGES, "bf16", (broken, 0.0))
-    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("nothing is left to do"))
+    monkeypatch.setitem(STAGES, "bf16", Stage(work=broken))
+    monkeypatch.setattr("trtkit.bench.gpu.device_answers", lambda _device: False)
+    monkeypatch.setattr("os._exit", lambda _: pytest.fail("nothing is left to do"))
     out = tmp_path / "bench.json"
     assert main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16"]) == 1
     assert "illegal memory access" in json.loads(out.read_text())["failures"]["bf16"]
 
 
 def test_a_stage_may_not_take_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trtkit.bench.gpu.time_limit", lambda _seconds, real=time_limit: real(0.2))
-    monkeypatch.setitem(STAGES, "bf16", (lambda _bench: time.sleep(60), 0.0))
+    monkeypatch.setitem(STAGES, "bf16", Stage(work=lambda _bench: time.sleep(60), most_seconds=0.2))
     out = tmp_path / "bench.json"
     assert main([str(out), "--shape", "tiny", "--device", "cpu", "--stages", "bf16,environment"]) == 1
     document = json.loads(out.read_text())
     assert document["failures"] == {"bf16": "TimeoutError: not done after 0 s"}
+
+
+def test_what_no_exception_reaches_ends_the_process() -> None:
+    """A kernel that never ends: the host waits in the driver, where Python handles no signal."""
+    code = (
+        "import signal, time; from trtkit.bench import gpu_machine; gpu_machine._PATIENCE_SECONDS = 0.1\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])\n"
+        "with gpu_machine.time_limit(0.1): time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == STUCK
+    assert 'File "<string>", line 3' in done.stderr, "says where"
+
+
+def test_what_runs_beside_may_have_last_words() -> None:
+    """When its time is up: an interrupted pytest still says what failed."""
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('1 failed')"
+    ended, output = gpu_subprocess._run([sys.executable, "-c", code], 2.0)
+    assert (ended, output) == (None, "1 failed\n")
 
 
 def test_goals_compare_what_was_measured() -> None:
@@ -218,7 +266,9 @@ def test_goals_compare_what_was_measured() -> None:
         "points": [
             point("bf16", 1, 100, 0.91), point("int4", 1, 300, 0.7), point("bf16", 12, 1000, 0.8),
             point("fp8", 12, 1980, 0.8, overlap=True), point("fp8", 12, 1800, 0.8),
+            point("fp8", 12, 2100, 0.8, overlap=True, kv_dtype="fp8"),
             point("fp8", 12, 3300, 0.8, tree="1x3", draft_vocabulary=7),
+            point("fp8", 12, 3400, 0.8, tree="1x3", draft_vocabulary=7, overlap=True),
         ],
         "transformers": {"figures": [{"compiled": True, "tokens_per_second": 50.0}]}, "failures": {"long": "no memory"},
     }  # fmt: skip
@@ -227,20 +277,21 @@ def test_goals_compare_what_was_measured() -> None:
     assert found == {
         "bf16, 1 row: share of copy bandwidth": (0.91, True),
         "int4, 1 row: share of copy bandwidth": (0.7, False),
-        "fp8, 12 rows: times bf16": (1.8, True),
+        "fp8, 12 rows: times bf16": (1.98, True),
+        "fp8, its keys and values too, 12 rows: times bf16": (2.1, True),
         "fp8, 12 rows: overlap, times without": (1.1, True),
-        "fp8 + draft head of 7 tokens, 12 rows: times bf16": (3.3, True),
+        "fp8 + draft head of 7 tokens, 12 rows: times bf16": (3.4, True),
         "bf16, 1 row: times transformers, compiled": (2.0, True),
     }
     for count in range(len(document["points"])):  # stages that failed or were not asked for
         for points in itertools.combinations(document["points"], count):
-            part = {goal["name"]: (goal["value"], goal["met"]) for goal in goals(document | {"points": points})}
-            assert part.items() <= found.items()
+            part = goals(document | {"points": points})
+            assert {goal["name"] for goal in part} <= found.keys()
     text = "\n".join(lines(document))
     assert "not measured: long: no memory" in text
-    assert text.count("forced acceptance, not a model's") == 1
-    assert text.count("with overlap") == 1
-    assert "met      1.80 (target 1.70)  fp8, 12 rows: times bf16" in text
+    assert text.count("forced acceptance, not a model's") == 2
+    assert text.count("with overlap") == 3
+    assert "met      1.98 (target 1.70)  fp8, 12 rows: times bf16" in text
     assert "MISSED   0.70 (target 0.75)  int4, 1 row: share of copy bandwidth" in text
     assert "transformers generate, compiled, static cache, bf16, 1 row: 50.0 tok/s" in text
 

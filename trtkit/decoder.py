@@ -27,11 +27,13 @@ __all__ = [
     "PlainPointwise",
     "Pointwise",
     "Rope",
+    "Stream",
     "causal_attention",
     "decoder_layer",
     "inverse_frequencies",
     "rms_norm",
     "rope_at",
+    "stream_layer",
 ]
 
 LinearName: TypeAlias = Literal["qkv", "o", "gate_up", "down"]
@@ -171,14 +173,35 @@ class PlainPointwise:
 _PLAIN = PlainPointwise()
 
 
-def decoder_layer(
-    spec: ModelSpec, norms: Norms, hidden: Tensor, rope: Rope, linear: Linear, attend: Attend,
-    pointwise: Pointwise = _PLAIN,
-) -> Tensor:  # fmt: skip
-    """One layer over flat tokens: hidden (T, H) -> (T, H)."""
-    q, k, v = pointwise.heads(spec, norms, linear("qkv", pointwise.norm(hidden, norms.input, spec.norm_eps)), rope)
+class Stream(NamedTuple):
+    """What runs from layer to layer: hidden (T, H), and what the layer before still has to add to it (T, H), which the
+    next norm does on its way; None before the first layer."""
+
+    hidden: Tensor
+    delta: Tensor | None
+
+
+def stream_layer(
+    spec: ModelSpec, norms: Norms, stream: Stream, rope: Rope, linear: Linear, attend: Attend, pointwise: Pointwise
+) -> Stream:  # fmt: skip
+    """One layer over flat tokens. ``stream.hidden`` may be overwritten."""
+    hidden, delta = stream
+    if delta is None:
+        normed = pointwise.norm(hidden, norms.input, spec.norm_eps)
+    else:
+        hidden, normed = pointwise.add_norm(hidden, delta, norms.input, spec.norm_eps)
+    q, k, v = pointwise.heads(spec, norms, linear("qkv", normed), rope)
     hidden, normed = pointwise.add_norm(hidden, linear("o", attend(q, k, v)), norms.post, spec.norm_eps)
-    return hidden + linear("down", pointwise.gated(linear("gate_up", normed)))
+    return Stream(hidden, linear("down", pointwise.gated(linear("gate_up", normed))))
+
+
+def decoder_layer(
+    spec: ModelSpec, norms: Norms, hidden: Tensor, rope: Rope, linear: Linear, attend: Attend
+) -> Tensor:  # fmt: skip
+    """One layer in plain torch: hidden (T, H) -> (T, H)."""
+    hidden, delta = stream_layer(spec, norms, Stream(hidden, None), rope, linear, attend, _PLAIN)
+    assert delta is not None
+    return hidden + delta
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from drafter.checkpoint import read_config, save_drafter
 from drafter.config import TreeShape
-from trtkit.bench.gpu import DRAFT_VOCABULARY, PUBLISHED_ACCEPTANCE
 from trtkit.bench.gpu_points import draft_bytes
+from trtkit.bench.gpu_stages import DRAFT_VOCABULARY, PUBLISHED_ACCEPTANCE
 from trtkit.bench.random_model import forced_acceptance, random_drafter
 from trtkit.files import staged_dir
 from trtkit.model_spec import read_model_spec

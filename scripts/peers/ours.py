@@ -24,7 +24,7 @@ FORCED_TRIMMED = f"{FORCED}-32k"
 
 def forced_endings(vocab: int) -> tuple[str, ...]:
     """What can be measured of those two for a vocabulary of that size: a smaller one is not trimmed."""
-    from trtkit.bench.gpu import DRAFT_VOCABULARY
+    from trtkit.bench.gpu_stages import DRAFT_VOCABULARY
 
     return (FORCED, FORCED_TRIMMED) if vocab > DRAFT_VOCABULARY else (FORCED,)
 

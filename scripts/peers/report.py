@@ -11,7 +11,7 @@ from peers.catalogue import Line
 from peers.machine import BUSY_SHARE
 from peers.ours import FORCED
 from peers.run import Attempt, Run
-from trtkit.bench.gpu import PUBLISHED_ACCEPTANCE
+from trtkit.bench.gpu_stages import PUBLISHED_ACCEPTANCE
 
 __all__ = ["Cell", "Row", "cell_text", "document", "notes", "rows_of", "table_rows"]
 

@@ -17,7 +17,7 @@ from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all
 from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
-from trtkit.runtime import decode
+from trtkit.runtime import decode, sampling
 from trtkit.runtime.api import Request, SamplingParams, SwitchPenalty
 from trtkit.runtime.cuda.graphs import StepGraphs, padded_rows, padded_width
 from trtkit.runtime.model import DecoderModel
@@ -236,6 +236,7 @@ def test_a_replay_is_the_plain_step(
     """On a GPU: graphs against steps launched kernel by kernel, greedy and sampled rows, batches that change, each
     step launched after the one before was read or ahead of that."""
     monkeypatch.setenv("TRTKIT_NATIVE", kernels)
+    sampling._triton_runs.cache_clear()
     directory = save_tiny(tmp_path, vocab_size=VOCAB)
     device = torch.device("cuda")
     model = DecoderModel(open_unified(directory), device=device, dtype=torch.float32, max_tokens=300)

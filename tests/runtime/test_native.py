@@ -204,15 +204,18 @@ class Attention:
     )
 )
 def test_attention_is_that_of_torch(case: Attention) -> None:
-    batch, results, pools = case.batch(), [], []
+    batch = case.batch()
+    plain = dataclasses.replace(batch, native=False)
     qkv = case.split(case.qkv())
-    for native in (False, True):
-        cache = case.cache()
-        results.append(attend_verify(cache, 0, dataclasses.replace(batch, native=native), *qkv))
-        pools.append(cache.pools(0))
-    assert all(torch.equal(a, b) for a, b in zip(*pools, strict=True)), "the same keys and values are written"
-    close = {"rtol": 1e-5, "atol": 1e-5} if case.dtype == torch.float32 else {"rtol": 3e-2, "atol": 4e-2}
-    torch.testing.assert_close(results[1], results[0], **close)
+    cache, other, exact = case.cache(), case.cache(), dataclasses.replace(case, dtype=torch.float32).cache()
+    for wide, stored in zip(exact.pools(0), cache.pools(0), strict=True):
+        wide.copy_(stored)
+    result = attend_verify(cache, 0, batch, *qkv)
+    attend_verify(other, 0, plain, *qkv)
+    assert all(map(torch.equal, cache.pools(0), other.pools(0))), "the same keys and values are written"
+    # In bf16 torch itself is further off than this from what its own arithmetic gives in float32.
+    close = {"rtol": 1e-5, "atol": 1e-5} if case.dtype == torch.float32 else {"rtol": 2e-2, "atol": 3e-2}
+    torch.testing.assert_close(result.float(), attend_verify(exact, 0, plain, *(part.float() for part in qkv)), **close)
 
 
 @pytest.mark.usefixtures("native")

@@ -1,8 +1,9 @@
 """``scripts/gpu_bench``: the speed of the CUDA path on one bare GPU, in one call of minutes, without a checkpoint.
 
-Each stage runs on its own: what fails or has no time left is named, and does not take the others along. The document is
-written after every stage. Random weights of Qwen2.5-14B's shape, a cache filled with random numbers, acceptance forced
-to the published profile: figures of speed, none of quality.
+Each stage runs on its own: what fails, hangs or has no time left is named, and does not take the others along. The
+document is written after every figure; where a stage takes the process or the device's context down, ``--resume`` goes
+on behind it, which the script does by itself. Random weights of Qwen2.5-14B's shape, a cache filled with random
+numbers, acceptance forced to the published profile: figures of speed, none of quality.
 
 The targets are shares of the bandwidth of a plain copy, measured in the same run, that a step's necessary reads reach
 (weights, lm_head, keys and values), and ratios of tokens per second between precisions.
@@ -24,24 +25,16 @@ from typing import Any
 import torch
 
 from drafter.model import Drafter
-from trtkit.bench.device_clock import copy_bandwidth
-from trtkit.bench.gpu_machine import environment, time_limit
-from trtkit.bench.gpu_points import BLOCK_SIZE, PointPlan, measure_point
-from trtkit.bench.gpu_subprocess import gpu_tests, peer_figures
+from trtkit.bench.gpu_machine import STUCK, device_answers, time_limit
+from trtkit.bench.gpu_points import PointPlan, measure_point, profile_point
+from trtkit.bench.gpu_stages import STAGES, bandwidth
 from trtkit.bench.gpu_targets import goals, lines
-from trtkit.bench.random_model import SHAPES, RandomWeights, random_head, shape_spec
+from trtkit.bench.random_model import SHAPES, RandomWeights, shape_spec
 from trtkit.files import read_json, write_json
-from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.model import DecoderModel
 from trtkit.scheme import Precision
 
-__all__ = ["STAGES", "GpuBench", "GpuBenchOptions", "main"]
-
-PUBLISHED_ACCEPTANCE = (0.86, 0.74, 0.65)
-"""Shares of steps that accept at least 1, 2, 3 drafted tokens. Published for the 14B head: all three in 65 % of the
-steps; the first two are about what a constant chance per depth gives."""
-DRAFT_VOCABULARY = 32768
-"""Of the trimmed head that is measured beside the published one."""
+__all__ = ["GpuBench", "GpuBenchOptions", "main"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +50,7 @@ class GpuBenchOptions:
     """Fewer steps, without the peer and the tests."""
     budget_seconds: float = 460.0
     resume: bool = False
-    """Add to the document that is there."""
+    """Add to the document that is there the stages that it has not, or that failed in it."""
 
     @property
     def tiny(self) -> bool:
@@ -88,20 +81,24 @@ class GpuBench:
     say: Callable[[str], None]
     document: dict[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
+    spent_before: float = 0.0
+    """Seconds of the budget, by the processes before this one."""
     _model: tuple[str, DecoderModel] | None = None
 
     def run(self) -> dict[str, Any]:
         """Every stage, one after the other."""
         self.document = {"points": [], "failures": {}, "tracebacks": {}, "stage_seconds": {}}
-        if self.options.resume:
-            self.document |= read_json(self.options.out)
+        if self.options.resume and self.options.out.is_file():
+            self._take_up()
         names = self.options.stages or tuple(
             name for name in STAGES if not (self.options.quick and name in ("tests", "peer"))
         )
+        names = tuple(name for name in names if name not in self.document["stage_seconds"])
         for done, name in enumerate(names, start=1):
             self._stage(name)
-            if "CUDA error" in self.document["failures"].get(name, "") and done < len(names):
-                self._start_anew(names[done:])
+            if name in self.document["failures"] and done < len(names) and not device_answers(self.options.device):
+                self.say("  the device no longer answers")
+                os._exit(STUCK)  # after an error of its own a CUDA context carries no further work, not even a tidy end
         self.document["goals"] = goals(self.document)
         self.document["seconds"] = sum(self.document["stage_seconds"].values())
         self._write()
@@ -109,36 +106,46 @@ class GpuBench:
             self.say(line)
         return self.document
 
+    def _take_up(self) -> None:
+        """Go on with a document: behind the stage that brought its process down, or, where it is finished, with what
+        failed."""
+        self.document |= read_json(self.options.out)
+        if self.document.pop("goals", None) is not None:
+            for name in list(self.document["failures"]):
+                for part in ("failures", "tracebacks", "stage_seconds"):
+                    self.document[part].pop(name, None)
+            return
+        left: dict[str, Any] | None = self.document.pop("running", None)
+        if left is not None:
+            self.document["failures"][left["stage"]] = "the process ended in it, or hung: see its stderr"
+            self.document["stage_seconds"][left["stage"]] = max(0.0, time.time() - left["began"])
+        self.spent_before = sum(self.document["stage_seconds"].values())
+
     @property
     def left(self) -> float:
         """Seconds of the budget that are left."""
-        return self.options.budget_seconds - (time.perf_counter() - self.began)
+        return self.options.budget_seconds - self.spent_before - (time.perf_counter() - self.began)
 
     def _stage(self, name: str) -> None:
-        begin = time.perf_counter()
-        work, least = STAGES[name]
-        if self.left < least and not self.options.tiny:
+        begin, stage = time.perf_counter(), STAGES[name]
+        self.document["running"] = {"stage": name, "began": time.time()}
+        self._write()
+        if self.left < stage.least_seconds and not self.options.tiny:
             self.document["failures"][name] = f"skipped: {self.left:.0f} s of the budget were left"
         else:
             try:
-                with time_limit(max(self.left, 20.0)):
-                    work(self)
+                with time_limit(min(max(self.left, 20.0), stage.most_seconds)):
+                    stage.work(self)
             except Exception as problem:  # one stage must not take the others along
                 self.document["failures"][name] = f"{type(problem).__name__}: {str(problem)[:2000]}"
                 self.document["tracebacks"][name] = traceback.format_exc()[-6000:]
-        self.free()
         self.document["stage_seconds"][name] = time.perf_counter() - begin
+        del self.document["running"]
         self._write()
         failure = self.document["failures"].get(name)
         self.say(f"[{time.perf_counter() - self.began:6.1f} s] {name}{': ' + failure if failure else ''}")
-
-    def _start_anew(self, stages: Sequence[str]) -> None:
-        """Go on in a new process: after an error of its own, a CUDA context carries no further work."""
-        self.say("  a CUDA error: going on in a new process")
-        arguments = [str(self.options.out), "--resume", "--shape", self.options.shape, "--stages", ",".join(stages)]
-        arguments += ["--device", str(self.options.device), "--budget", str(self.left)]
-        arguments += ["--quick"] if self.options.quick else []
-        os.execv(sys.executable, [sys.executable, "-m", "trtkit.bench.gpu", *arguments])
+        if failure is None or device_answers(self.options.device):
+            self.free()
 
     def _write(self) -> None:
         write_json(self.options.out, self.document)
@@ -167,15 +174,15 @@ class GpuBench:
         self._model = None
         self.free()
 
-    def point(self, plan: PointPlan, head: Drafter | None = None, *, profiled: bool = True, **notes: Any) -> None:
+    def point(self, plan: PointPlan, head: Drafter | None = None, **notes: Any) -> dict[str, Any]:
         """Measure, and keep the figures and the notes."""
         cuda = self.options.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         if "copy_bytes_per_second" not in self.document:
-            _bandwidth(self)
+            bandwidth(self)
         copy: float = self.document["copy_bytes_per_second"]
-        found = measure_point(self.model(plan.precision), plan, copy, head, profiled=profiled) | notes
+        found = measure_point(self.model(plan.precision), plan, copy, head) | notes
         found["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else 0
         self.document["points"].append(found)
         self._write()
@@ -184,100 +191,12 @@ class GpuBench:
             f"{found['tokens_per_second']:9.1f} tok/s {found['step_ms']:8.2f} ms/step "
             f"{found['copy_fraction']:6.2f} of copy{' overlapped' if plan.overlap else ''}"
         )
+        return found
 
-
-def _environment(bench: GpuBench) -> None:
-    facts = {"shape": bench.options.shape, **environment(bench.options.device)}
-    bench.document["environment"] = facts
-    bench.say("  " + ", ".join(f"{key} {value}" for key, value in facts.items()))
-
-
-def _bandwidth(bench: GpuBench) -> None:
-    bench.document["copy_bytes_per_second"] = copy_bandwidth(bench.options.device)
-    bench.say(f"  copy: {bench.document['copy_bytes_per_second'] / 1e9:.0f} GB/s, read plus written")
-
-
-def _precision(precision: Precision) -> Callable[[GpuBench], None]:
-    def work(bench: GpuBench) -> None:
-        options = bench.options
-        for rows in (1, 12):
-            bench.point(PointPlan(precision=precision, rows=rows, context=options.context, steps=options.steps))
-
-    return work
-
-
-def _draft(bench: GpuBench) -> None:
-    """fp8 with the draft head. Acceptance is forced to the published profile: not a model's own."""
-    options, spec = bench.options, shape_spec(bench.options.shape)
-    plan = PointPlan(
-        precision="fp8", rows=12, context=options.context, steps=options.steps, shares=PUBLISHED_ACCEPTANCE
-    )  # fmt: skip
-    for vocabulary in (None, 64 if options.tiny else DRAFT_VOCABULARY):
-        head = random_head(spec, device=options.device, dtype=options.dtype, vocabulary=vocabulary)
-        bench.point(plan, head, draft_vocabulary=vocabulary or spec.vocab, acceptance="forced, not a model's")
-        del head
-        bench.free()
-
-
-def _long(bench: GpuBench) -> None:
-    """64 rows of 16k tokens with fp8 weights, in a cache of 8 bits where 16 do not fit; fewer rows where neither do."""
-    options, spec = bench.options, shape_spec(bench.options.shape)
-    context, steps = (512, 4) if options.tiny else (16384, 16)
-    model = bench.model("fp8")
-    bench.free()
-    free = torch.cuda.mem_get_info()[0] - (3 << 30) if options.device.type == "cuda" else 1 << 30
-    needs = {}
-    for kv_dtype in ("model", "fp8"):
-        plan = PointPlan(precision="fp8", rows=64, context=context, steps=steps, kv_dtype=kv_dtype)
-        block = kv_block_bytes(spec, plan.kv_dtype, model.dtype, BLOCK_SIZE)
-        needs[kv_dtype] = plan.blocks * block
-        if needs[kv_dtype] <= free:
-            break
-    rows = min(64, int(free // (needs[plan.kv_dtype] / 64)))
-    bench.document["long"] = {"free_bytes": free, "needed_bytes": needs, "rows": rows, "kv_dtype": plan.kv_dtype}
-    if rows < 64:
-        bench.say(f"  64 rows need {needs['fp8'] / 1e9:.0f} GB of cache, {free / 1e9:.0f} GB are free: {rows} rows")
-    bench.point(
-        PointPlan(precision="fp8", rows=rows, context=context, steps=steps, kv_dtype=plan.kv_dtype), profiled=False
-    )
-
-
-def _overlap(bench: GpuBench) -> None:
-    """fp8, 12 rows, as the engine runs by default: each step launched before the one in flight is read. The other
-    points are without, so that a fault of it takes nothing along."""
-    options = bench.options
-    plan = PointPlan(precision="fp8", rows=12, context=options.context, steps=options.steps, overlap=True)
-    bench.point(plan, profiled=False)
-
-
-def _peer(bench: GpuBench) -> None:
-    bench.drop()
-    options = bench.options
-    limit = min(150.0, bench.left) if not options.tiny else 100.0
-    new_tokens = 8 if options.tiny else 64
-    bench.document["transformers"] = peer_figures(options.shape, options.device, options.context, new_tokens, limit)
-
-
-def _tests(bench: GpuBench) -> None:
-    bench.drop()
-    bench.document["gpu_tests"] = found = gpu_tests(min(150.0, max(bench.left, 20.0)))
-    bench.say("  " + found["summary"])
-
-
-STAGES: dict[str, tuple[Callable[[GpuBench], None], float]] = {
-    "environment": (_environment, 0.0),
-    "bandwidth": (_bandwidth, 0.0),
-    "bf16": (_precision("bf16"), 15.0),
-    "fp8": (_precision("fp8"), 15.0),
-    "draft": (_draft, 20.0),
-    "long": (_long, 25.0),
-    "overlap": (_overlap, 15.0),
-    "int4": (_precision("int4"), 15.0),
-    "int8": (_precision("int8"), 15.0),
-    "tests": (_tests, 20.0),
-    "peer": (_peer, 45.0),
-}
-"""The stages in their order, and the seconds of the budget without which one does not begin."""
+    def profile(self, plan: PointPlan, found: dict[str, Any], head: Drafter | None = None) -> None:
+        """Add to a point's figures where its time goes."""
+        profile_point(self.model(plan.precision), plan, found, head)
+        self._write()
 
 
 def _options(arguments: Sequence[str]) -> GpuBenchOptions:

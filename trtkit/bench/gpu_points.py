@@ -19,7 +19,7 @@ from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchLimits
 from trtkit.scheme import KvDtype, Precision, scheme_named
 
-__all__ = ["BLOCK_SIZE", "PointPlan", "draft_bytes", "measure_point", "standing_engine"]
+__all__ = ["BLOCK_SIZE", "PointPlan", "draft_bytes", "measure_point", "profile_point", "standing_engine"]
 
 BLOCK_SIZE = 16
 _WARM_UP = 8
@@ -74,9 +74,7 @@ def standing_engine(model: DecoderModel, plan: PointPlan, head: Drafter | None =
 
 
 @torch.inference_mode()
-def measure_point(
-    model: DecoderModel, plan: PointPlan, copy: float, head: Drafter | None = None, *, profiled: bool = True
-) -> dict[str, Any]:
+def measure_point(model: DecoderModel, plan: PointPlan, copy: float, head: Drafter | None = None) -> dict[str, Any]:
     """Time ``plan.steps`` steps through the engine, scheduling included; ``copy`` is the bandwidth to compare with."""
     engine = standing_engine(model, plan, head)
     for _ in range(_WARM_UP):
@@ -97,13 +95,24 @@ def measure_point(
         "step_ms": 1e3 * total / plan.steps, "best_step_ms": 1e3 * min(seconds), "step_bytes": read,
         "graphs": engine.captured, "copy_fraction": read * plan.steps / total / copy,
     }  # fmt: skip
-    if profiled:
-        try:
-            result |= _profile(engine, plan, 1e3 * total / plan.steps)
-        except Exception as problem:  # the figures above stand without it
-            result["profile_error"] = f"{type(problem).__name__}: {problem}"
     engine.close()
     return result
+
+
+@torch.inference_mode()
+def profile_point(
+    model: DecoderModel, plan: PointPlan, found: dict[str, Any], head: Drafter | None = None
+) -> None:  # fmt: skip
+    """Add to the figures ``found`` of ``plan`` the device's time for each phase, for the whole step and for its
+    longest kernels; ``host`` is what the whole step leaves of the measured one."""
+    engine = standing_engine(model, plan, head)
+    for _ in range(_WARM_UP):
+        engine.step()
+    works, whole = engine.parts(plan.tree)
+    phases = {name: 1e3 * device_seconds(work, engine.device) for name, work in works.items()}
+    found["phase_ms"] = phases | {"host": found["step_ms"] - phases["step"]}
+    found["kernel_us"] = kernels_of(whole, engine.device, repeats=4)
+    engine.close()
 
 
 def draft_bytes(config: DrafterConfig, lines: int, length: int) -> float:
@@ -120,11 +129,3 @@ def _bytes(spec: ModelSpec, plan: PointPlan, head: Drafter | None, context: floa
         drafting = draft_bytes(head.config, lines, plan.tree.length)
     scheme = scheme_named(plan.precision)
     return drafting + step_bytes(spec, scheme, rows=plan.rows, context=context, kv_dtype=plan.kv_dtype)
-
-
-def _profile(engine: StandingEngine, plan: PointPlan, wall_ms: float) -> dict[str, Any]:
-    """Device time of each phase, of the whole step, and of its longest kernels; ``host`` is what they leave over."""
-    works, whole = engine.parts(plan.tree)
-    phases = {name: 1e3 * device_seconds(work, engine.device) for name, work in works.items()}
-    phases["host"] = wall_ms - phases["step"]
-    return {"phase_ms": phases, "kernel_us": kernels_of(whole, engine.device, repeats=4)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,18 +16,24 @@ import torch
 __all__ = ["gpu_tests", "peer_figures"]
 
 _ROOT = Path(__file__).resolve().parents[2]
+_LAST_WORDS_SECONDS = 10.0
 
 
 def _run(command: list[str], seconds: float) -> tuple[int | None, str]:
-    """(exit code, output); the code is None when the time was up."""
+    """(exit code, output); the code is None when the time was up. It is interrupted first: pytest then says what failed
+    so far."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
         process = subprocess.Popen(command, cwd=_ROOT, stdout=out, stderr=subprocess.STDOUT)
         try:
             code: int | None = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             code = None
-            process.kill()
-            process.wait()
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=_LAST_WORDS_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         out.seek(0)
         return code, out.read()
 
@@ -45,11 +52,13 @@ def peer_figures(
 
 
 def gpu_tests(seconds: float) -> dict[str, Any]:
-    """Run the tests marked ``gpu``. Without the project's own pytest settings: its plugins may not be there."""
+    """Run the tests marked ``gpu``, several at a time where pytest can: compiling is most of it, and the figures of
+    speed are the benchmark's. Without the project's own pytest settings: its plugins may not be there."""
     if importlib.util.find_spec("pytest") is None or not torch.cuda.is_available():
         return {"summary": "GPU tests: not run, they need pytest and a CUDA device", "code": None}
     files = sorted(
-        str(path) for path in (_ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")
+        (str(path) for path in (_ROOT / "tests").rglob("test_*.py") if _for_a_gpu(path.read_text(encoding="utf-8"))),
+        key=lambda path: ("linear" in path, path),  # the longest last
     )
     with tempfile.TemporaryDirectory() as directory:
         settings = Path(directory) / "pytest.ini"
@@ -57,7 +66,14 @@ def gpu_tests(seconds: float) -> dict[str, Any]:
             f"[pytest]\nmarkers =\n    gpu\n    slow\n    trtllm\n    network\ncache_dir = {directory}\n"
         )
         command = [sys.executable, "-m", "pytest", "-c", str(settings), "--rootdir", str(_ROOT), "-q", "-m", "gpu"]
+        if importlib.util.find_spec("xdist") is not None:
+            command += ["-n", "4", "-k", "not come_near_the_memory"]
         code, output = _run([*command, "--tb=short", *files], seconds)
     last = output.strip().splitlines()[-1:] or ["no output"]
-    summary = "GPU tests: time was up" if code is None else f"GPU tests: {last[0].strip('= ')}"
-    return {"summary": summary, "code": code, "output": output[-6000:]}
+    summary = f"GPU tests: {last[0].strip('= ')}{'; time was up' if code is None else ''}"
+    return {"summary": summary, "code": code, "output": output[-12000:]}
+
+
+def _for_a_gpu(text: str) -> bool:
+    """Whether a file has such tests: marked so, or marked by their ``device`` where there is a GPU."""
+    return "mark.gpu" in text or "device: torch.device)" in text

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtkit.checkpoint.hf import narrow
-from trtkit.decoder import Attend, LinearName, Norms, PlainPointwise, Pointwise, Rope, decoder_layer, rope_at
+from trtkit.decoder import Attend, LinearName, Norms, PlainPointwise, Pointwise, Rope, Stream, rope_at, stream_layer
 from trtkit.model_spec import ModelSpec
 from trtkit.quant.in_cache import int8_matrix
 from trtkit.quant.tensor import LinearWeights, dense, dequantize
@@ -131,10 +131,11 @@ class DecoderModel:
 
         ``attend(layer)`` is that layer's attention over the cache.
         """
-        hidden, rope = self.embed(tokens), self.rope(positions)
+        stream, rope = Stream(self.embed(tokens), None), self.rope(positions)
         for index, layer in enumerate(self._layers):
-            hidden = decoder_layer(self.spec, layer.norms, hidden, rope, layer.linear, attend(index), self._pointwise)
-        return self._pointwise.norm(hidden, self._final_norm, self.spec.norm_eps)
+            stream = stream_layer(self.spec, layer.norms, stream, rope, layer.linear, attend(index), self._pointwise)
+        assert stream.delta is not None
+        return self._pointwise.add_norm(stream.hidden, stream.delta, self._final_norm, self.spec.norm_eps)[1]
 
     def rope(self, positions: Tensor) -> Rope:
         """The rotation of tokens at positions (T,)."""

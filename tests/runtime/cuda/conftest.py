@@ -9,6 +9,26 @@ from typing import Any
 import pytest
 import torch
 
+from trtkit.runtime import sampling
+from trtkit.runtime.native.loader import SWITCH
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What the interpreter runs here is a test of the GPU where there is one; the slow ones if they are asked for."""
+    if torch.cuda.is_available():
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()) and item.get_closest_marker("slow") is None:
+                item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests run without kernels; on a GPU these are about nothing else."""
+    if torch.cuda.is_available():
+        monkeypatch.delenv(SWITCH, raising=False)
+        sampling._triton_runs.cache_clear()
+
 
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

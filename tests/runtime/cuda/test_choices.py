@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,30 @@ def test_preparing_measures_each_shape_once(monkeypatch: pytest.MonkeyPatch, tmp
     assert len(measured) == 3  # buckets 1, 16 and 32
     assert all(linear.choice(17) == LIBRARY for linear in pair)
     assert len(json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))) == 3
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_kernel_that_takes_the_device_along_is_named(monkeypatch: pytest.MonkeyPatch, alive: bool) -> None:
+    """After an illegal access every kernel fails: the others are not to blame, and none may be chosen."""
+    options = candidates(shape("fp8"), 16, H200)[:3]
+
+    def time(run: Callable[[], object], _other: torch.Tensor) -> float:
+        if run() == options[1]:
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+        return 2.0 if run() == options[0] else 1.0
+
+    def synchronize(_device: object) -> None:
+        if not alive:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "_microseconds", time)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    cpu = torch.device("cpu")
+    if alive:
+        assert tuning.fastest(options, lambda option: option, cpu) == (options[2], 1.0)
+    else:
+        with pytest.raises(RuntimeError, match=f"columns={options[1].columns}.*illegal memory access"):
+            tuning.fastest(options, lambda option: option, cpu)
 
 
 def test_a_grown_workspace_keeps_what_graphs_may_use() -> None:

@@ -20,7 +20,7 @@ from drafter.model import Drafter
 from tests.engines import random_prompts, request, tiny_engine_dir
 from tests.runtime.cuda.fake_gpu import CUDA, FakeGpu, fake_gpu
 from trtkit.bench import device_clock, gpu_points
-from trtkit.bench.gpu_points import PointPlan, measure_point
+from trtkit.bench.gpu_points import PointPlan, measure_point, profile_point
 from trtkit.bench.random_model import RandomWeights, random_drafter, random_head, shape_spec
 from trtkit.checkpoint.hf import open_source
 from trtkit.checkpoint.quality import measure_quality
@@ -157,6 +157,18 @@ def test_an_engine_runs_on_the_device_and_its_steps_wait_for_nothing(
     assert plain >= 5
 
 
+def test_no_sum_has_a_launch_of_its_own(gpu: FakeGpu) -> None:
+    """What a layer adds is added by the norm behind it: at one row each launch costs about as much as it computes."""
+    model = _model(spec=dataclasses.replace(_spec(), layers=3))
+    engine = _engine(model)
+    engine.submit(request("a", (1, 2, 3), max_tokens=2))
+    engine.step()
+    gpu.launches.clear()
+    engine._graphs.step(engine._graphs.load(engine._scheduler.running, None))  # type: ignore[union-attr]
+    norms = [launch.constants["adds"] for launch in gpu.launches if launch.name == "add_norm"]
+    assert norms == [False, *[True] * 6]
+
+
 def test_the_number_of_rows_compiles_no_kernel_of_the_pick_anew(gpu: FakeGpu) -> None:
     engine = _engine(_model())
     for count in (1, 2, 3, 6):
@@ -230,9 +242,9 @@ def test_a_benchmark_point(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Non
     copy = device_clock.copy_bandwidth(CUDA)
     plan = PointPlan(precision="fp8", rows=3, context=40, steps=3, kv_dtype="int8", shares=(0.9, 0.5), overlap=True)
     monkeypatch.setattr(gpu_points.StandingEngine, "step", TorchEngine.step)
-    measure = torch.no_grad()(inspect.unwrap(measure_point))
-    found = measure(model, plan, copy, head)
+    found = torch.no_grad()(inspect.unwrap(measure_point))(model, plan, copy, head)
     assert found["graphs"] > 0
+    torch.no_grad()(inspect.unwrap(profile_point))(model, plan, found, head)
     assert found["phase_ms"].keys() == {"draft", "verify", "accept", "step", "host"}
 
 

@@ -70,6 +70,22 @@ def test_every_candidate_fits(kind: Kind, capability: int) -> None:
         assert found["shared"] <= SHARED_LIMIT[capability], (choice, found)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("capability", [89, 90])
+def test_what_engines_launch_compiles(capability: int) -> None:
+    """From the arguments of the launches themselves, as Triton sees them there."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(["", str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.runtime.cuda.compile_launches", str(capability)],
+        capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(name, error) for name, error in found if error] == []
+    assert {name for name, _ in found} >= {"product", "product_words", "attend_split", "combine_splits", "draw"}
+
+
 @pytest.mark.parametrize("kind", ["int4", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_the_first_candidate_compiles(kind: Kind) -> None:
     choices = tiles(kind, 90)[:1]

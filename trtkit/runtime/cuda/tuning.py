@@ -51,7 +51,7 @@ def gpu_of(device: torch.device) -> Gpu:
 def fastest(options: Iterable[Choice], run: Callable[[Choice], object], device: torch.device) -> tuple[Choice, float]:
     """The choice with the least microseconds, and those. Options that cannot run here are left out.
 
-    Raises :class:`RuntimeError` when none can.
+    Raises :class:`RuntimeError` when none can, or when one takes the device's context down: nothing runs after that.
     """
     other = torch.zeros(_OTHER_BYTES // 4, device=device)
     best: tuple[Choice, float] | None = None
@@ -61,6 +61,7 @@ def fastest(options: Iterable[Choice], run: Callable[[Choice], object], device: 
         except torch.cuda.OutOfMemoryError:
             continue
         except (RuntimeError, TritonError) as problem:
+            _check_survived(option, problem, device)
             logger.debug("%s: not possible here: %s", option, str(problem)[:200])
             continue
         if best is None or spent < best[1]:
@@ -68,6 +69,13 @@ def fastest(options: Iterable[Choice], run: Callable[[Choice], object], device: 
     if best is None:
         raise RuntimeError("no kernel of this product runs on this device")
     return best
+
+
+def _check_survived(option: Choice, problem: Exception, device: torch.device) -> None:
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        raise RuntimeError(f"{option} failed, and the device with it: {problem}") from problem
 
 
 def _microseconds(run: Callable[[], object], other: torch.Tensor) -> float:

@@ -1,6 +1,6 @@
 """All layers of a decoder in one call, for decode steps: ``native/layers.cpp``.
 
-The definition is ``decoder_layer`` with ``NativePointwise``, packed products and ``attend``, whose bits it gives; it
+The definition is ``stream_layer`` with ``NativePointwise``, packed products and ``attend``, whose bits it gives; it
 saves the interpreter's time between them. Letters: T tokens, H hidden, L layers, D head_dim.
 """
 
