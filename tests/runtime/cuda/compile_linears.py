@@ -22,8 +22,7 @@ def build(kind: Kind, capability: int, choice: Choice) -> Resources:
     """The kernel of a choice, for inputs that fill its steps."""
     codes = kind in ("int8-sq", "fp8")
     constants: dict[str, Any] = {"COLUMNS": choice.columns, "EVEN": True, "PRE": choice.fused and kind != "fp8"}
-    if capability >= 90:
-        constants["early"] = True
+    constants["early"] = capability >= 90
     if choice.kernel == "one_row":
         kernel, constants["DEPTH"] = one_row, choice.depth
     else:

@@ -70,7 +70,7 @@ from tests.runtime.cuda.compiling import compile_for
 for name, types, constants, warps in json.load(sys.stdin):
     module, kernel = name.split(".")
     kernel = getattr(importlib.import_module("trtkit.runtime.cuda." + module), kernel)
-    start = {"early": True} if sys.argv[1] == "90" else {}
+    start = {"early": sys.argv[1] == "90"}
     made = compile_for(int(sys.argv[1]), kernel, types, constants | start, warps=warps, stages=5)
     products = [line for line in made.ttgir.splitlines() if " tt.dot " in line or " ttng.warp_group_dot " in line]
     print(json.dumps([name, constants, {
