@@ -22,6 +22,7 @@ def build(kind: Kind, capability: int, choice: Choice) -> Resources:
     """The kernel of a choice, for inputs that fill its steps."""
     codes = kind in ("int8-sq", "fp8")
     constants: dict[str, Any] = {"COLUMNS": choice.columns, "EVEN": True, "PRE": choice.fused and kind != "fp8"}
+    constants["early"] = capability >= 90
     if choice.kernel == "one_row":
         kernel, constants["DEPTH"] = one_row, choice.depth
     else:
@@ -37,6 +38,13 @@ def build(kind: Kind, capability: int, choice: Choice) -> Resources:
     return compile_for(capability, kernel, used, constants, warps=choice.warps, stages=choice.stages)
 
 
+def _waits_first(ptx: str) -> bool:
+    """Whether nothing is loaded or stored before the kernel's predecessor is done; prefetched is."""
+    before, wait, after = ptx.partition("griddepcontrol.wait")
+    touched = ("ld.global", "st.global", "cp.async", "atom.global", "red.global")
+    return bool(wait) and not any(word in before for word in touched) and "griddepcontrol.launch_dependents" in after
+
+
 def main() -> None:
     kind, capability, entries = json.load(sys.stdin)
     answers = []
@@ -49,6 +57,7 @@ def main() -> None:
                 "shared": found.shared_bytes,
                 "wide_copies": found.ptx.count("cp.async.cg.shared.global ["),
                 "narrow_copies": found.ptx.count("cp.async.ca"),
+                "waits_first": _waits_first(found.ptx),
             }
         )
     json.dump(answers, sys.stdout)

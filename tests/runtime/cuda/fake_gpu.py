@@ -301,7 +301,7 @@ class _Kernel:
 @contextlib.contextmanager
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[FakeGpu]:
     """Everything within runs on it. Models, caches and engines must be made within, too."""
-    from trtkit.runtime.cuda import attention, kernels, launch, pointwise, sampling, tuning, workspace
+    from trtkit.runtime.cuda import attention, dependent, kernels, launch, pointwise, sampling, tuning, workspace
     from trtkit.runtime.torch_engine import TorchEngine
 
     gpu, fake = FakeGpu(**settings), _Fake(allow_non_fake_inputs=True)
@@ -318,7 +318,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[FakeG
     monkeypatch.setattr(tuning, "table_of", lambda _device: table)
     monkeypatch.setattr(kernels, "_compiles", lambda _device: True)
     monkeypatch.delenv(SWITCH, raising=False)
-    caches = (workspace.workspace_of, tuning.gpu_of, _asked())
+    caches = (workspace.workspace_of, tuning.gpu_of, dependent.dependent, _asked())
     for cache in caches:
         cache.cache_clear()
     try:

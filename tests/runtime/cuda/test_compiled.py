@@ -70,12 +70,16 @@ from tests.runtime.cuda.compiling import compile_for
 for name, types, constants, warps in json.load(sys.stdin):
     module, kernel = name.split(".")
     kernel = getattr(importlib.import_module("trtkit.runtime.cuda." + module), kernel)
-    made = compile_for(int(sys.argv[1]), kernel, types, constants, warps=warps, stages=5)
+    start = {"early": sys.argv[1] == "90"}
+    made = compile_for(int(sys.argv[1]), kernel, types, constants | start, warps=warps, stages=5)
     products = [line for line in made.ttgir.splitlines() if " tt.dot " in line or " ttng.warp_group_dot " in line]
     print(json.dumps([name, constants, {
         "registers": made.registers, "spilled": made.spilled_bytes, "shared": made.shared_bytes,
         "products": [re.findall(r"opIdx = ([01]),.*?kWidth = ([0-9]+)", line) for line in products],
         "async_copies": "cp.async" in made.ptx,
+        "touched_before": re.findall(
+            r"(?:ld|st|atom|red)\\.global|cp\\.async", made.ptx.split("griddepcontrol.wait")[0]
+        ),
     }]), flush=True)
 """
 
@@ -105,6 +109,7 @@ def test_attention_leaves_room_for_a_second_program(capability: int) -> None:
         assert facts["shared"] * programs <= SHARED[capability], (name, constants, facts)
         assert facts["spilled"] <= (256 if constants.get("tile_m") == 64 else 64), (name, constants, facts)
         assert facts["async_copies"] or name != "attention.attend_split"
+        assert not facts["touched_before"] or capability < 90, name
 
 
 @pytest.mark.slow
@@ -126,3 +131,4 @@ def test_a_cached_key_and_a_node_are_summed_in_the_same_order(capability: int) -
 def test_pointwise_kernels_compile_without_spills(capability: int) -> None:
     for name, _, facts in compiled(capability, list(POINTWISE)):
         assert facts["spilled"] == 0, (name, facts)
+        assert not facts["touched_before"] or capability < 90, name

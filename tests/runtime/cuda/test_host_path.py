@@ -169,6 +169,24 @@ def test_no_sum_has_a_launch_of_its_own(gpu: FakeGpu) -> None:
     assert norms == [False, *[True] * 6]
 
 
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+def test_what_a_layer_launches_starts_early_on_hopper(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:  # fmt: skip
+    """Both halves of it: a kernel that is launched early and does not wait reads what is not there yet."""
+    hopper = capability == (9, 0)
+    with fake_gpu(monkeypatch, capability=capability) as gpu:
+        for precision in ("bf16", "fp8", "int4"):
+            engine = _engine(_model(precision))
+            engine.submit(request("a", (1, 2, 3), max_tokens=2))
+            engine.step()
+        layer = [launch for launch in gpu.launches if launch.name not in ("peak", "weigh", "draw", "expand_words")]
+        assert {launch.name for launch in layer} >= {"product", "product_words", "add_norm", "combine_splits"}
+        for launch in layer:
+            early = (launch.options.get("launch_pdl", False), launch.constants.get("early", False))
+            assert early == (hopper, hopper), launch.name
+
+
 def test_the_number_of_rows_compiles_no_kernel_of_the_pick_anew(gpu: FakeGpu) -> None:
     engine = _engine(_model())
     for count in (1, 2, 3, 6):

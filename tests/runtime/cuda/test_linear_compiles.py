@@ -68,6 +68,7 @@ def test_every_candidate_fits(kind: Kind, capability: int) -> None:
     for choice, found in zip(choices, compiled(kind, capability, choices), strict=True):
         assert found["spilled"] == 0, (choice, found)
         assert found["shared"] <= SHARED_LIMIT[capability], (choice, found)
+        assert found["waits_first"] or capability < 90, choice
 
 
 @pytest.mark.slow
@@ -94,3 +95,4 @@ def test_the_first_candidate_compiles(kind: Kind) -> None:
     # Loads are 16 bytes wide, ahead of their use, and go past the L1.
     assert found["wide_copies"] > 0
     assert found["narrow_copies"] == 0
+    assert found["waits_first"]

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtkit.runtime.cuda.batch import CudaVerifyBatch
+from trtkit.runtime.cuda.dependent import dependent, started
 from trtkit.runtime.kv_cache import KvCache
 
 __all__ = ["attend_split", "attend_verify_triton", "combine_splits", "split_shape"]
@@ -118,12 +119,13 @@ def attend_split(
     q_stride, k_stride, v_stride, pool_stride, table_width, mask_row, mask_node, nodes, splits, m_tiles,
     key_scale, value_scale, softmax_scale,
     group: tl.constexpr, head_dim: tl.constexpr, block_size: tl.constexpr,
-    tile_m: tl.constexpr, tile_s: tl.constexpr, tile_d: tl.constexpr, split: tl.constexpr,
+    tile_m: tl.constexpr, tile_s: tl.constexpr, tile_d: tl.constexpr, split: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
     """One (split, query tile), KV head and row. Writes the fresh keys and values of its slots on the way.
 
     sums (R, kv_heads, splits, M, D), tops and norms (R, kv_heads, splits, M), all float32; tops in units of log2.
     """
+    started(early)
     part = tl.program_id(0) // m_tiles
     m_tile = tl.program_id(0) % m_tiles
     head = tl.program_id(1)
@@ -186,8 +188,10 @@ def attend_split(
 def combine_splits(
     out, sums, tops, norms, cached, nodes, splits, value_scale,
     group: tl.constexpr, head_dim: tl.constexpr, tile_d: tl.constexpr, split: tl.constexpr, chunk: tl.constexpr,
+    early: tl.constexpr = False,
 ):  # fmt: skip
     """One query head of one node: fold its splits, ``chunk`` at a time, in order of their slots."""
+    started(early)
     head = tl.program_id(0)
     token = tl.program_id(1)
     row = token // nodes
@@ -244,10 +248,10 @@ def attend_verify_triton(cache: KvCache, layer: int, batch: CudaVerifyBatch, q: 
         q.stride(0), k.stride(0), v.stride(0), key_pool.stride(0), batch.blocks.stride(0), mask.stride(0),
         mask.stride(1), batch.nodes, splits, m_tiles, key_scale, value_scale, head_dim**-0.5 * math.log2(math.e),
         group=group, head_dim=head_dim, block_size=cache.block_size, tile_m=tile_m, tile_s=_TILE,
-        tile_d=tile_d, split=split, num_warps=4, num_stages=_STAGES,
+        tile_d=tile_d, split=split, num_warps=4, num_stages=_STAGES, **dependent(q.device),
     )  # fmt: skip
     combine_splits[(heads, tokens)](
         out, sums, stats[0], stats[1], batch.cached, batch.nodes, splits, value_scale,
-        group=group, head_dim=head_dim, tile_d=tile_d, split=split, chunk=_COMBINED, num_warps=4,
+        group=group, head_dim=head_dim, tile_d=tile_d, split=split, chunk=_COMBINED, num_warps=4, **dependent(q.device),
     )  # fmt: skip
     return out

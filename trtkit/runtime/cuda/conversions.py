@@ -10,14 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trtkit.runtime.cuda.dependent import started
 from trtkit.runtime.cuda.products import activation_codes, codes_of
 
 __all__ = ["expand_words", "quantize_activations", "rescale"]
 
 
 @triton.jit
-def quantize_activations(x_ptr, pre_ptr, inverse_ptr, codes_ptr, K, PRE: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_activations(
+    x_ptr, pre_ptr, inverse_ptr, codes_ptr, K,
+    PRE: tl.constexpr, BLOCK: tl.constexpr, early: tl.constexpr = False,
+):  # fmt: skip
     """Row ``program_id(0)`` of x (M, K), times ``pre`` (K,), to int8 or e4m3 codes of a static step."""
+    started(early)
     row = tl.program_id(0).to(tl.int64) * K
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row + k, mask=k < K, other=0.0).to(tl.float32)

@@ -15,6 +15,7 @@ from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import LinearWeights
 from trtkit.runtime.cuda.choices import Choice, Kind, Shape
 from trtkit.runtime.cuda.conversions import expand_words, quantize_activations, rescale
+from trtkit.runtime.cuda.dependent import dependent
 from trtkit.runtime.cuda.layout import TILE, group_ratios, to_words
 from trtkit.runtime.cuda.products import one_row, product, product_words
 from trtkit.runtime.cuda.workspace import workspace_of
@@ -127,7 +128,7 @@ def prepare_input(x: Tensor, weights: DeviceWeights) -> Tensor:
     rows, depth = x.shape
     quantize_activations[(rows, -(-depth // _BLOCK))](
         x, x if pre is None else pre, weights.inverse_step, codes, depth,
-        PRE=pre is not None, BLOCK=_BLOCK, num_warps=4,
+        PRE=pre is not None, BLOCK=_BLOCK, num_warps=4, **dependent(x.device),
     )  # fmt: skip
     return codes
 
@@ -148,7 +149,7 @@ def _product(x: Tensor, weights: DeviceWeights, choice: Choice) -> Tensor:
     after = (out, space.partial, space.arrived)
     tile = {
         "ROWS": choice.rows, "COLUMNS": choice.columns, "SWAP": choice.swap, "EVEN": depth % choice.depth == 0,
-        "PRE": pre is not None, "num_warps": choice.warps, "num_stages": choice.stages,
+        "PRE": pre is not None, "num_warps": choice.warps, "num_stages": choice.stages, **dependent(x.device),
     }  # fmt: skip
     grid = (tiles_m, tiles_n, splits)
     if weights.bits is not None:
@@ -175,7 +176,7 @@ def _one_row(x: Tensor, weights: DeviceWeights, choice: Choice) -> Tensor:
     one_row[(-(-columns // choice.columns),)](
         x, weights.codes, weights.scale, weights.bias, x if pre is None else pre, out, columns, depth,
         COLUMNS=choice.columns, DEPTH=choice.depth, EVEN=depth % choice.depth == 0, PRE=pre is not None,
-        num_warps=choice.warps, num_stages=choice.stages,
+        num_warps=choice.warps, num_stages=choice.stages, **dependent(x.device),
     )  # fmt: skip
     return out
 

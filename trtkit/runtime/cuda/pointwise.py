@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trtkit.decoder import Norms, Rope
 from trtkit.model_spec import ModelSpec
+from trtkit.runtime.cuda.dependent import dependent, started
 
 __all__ = ["TritonPointwise", "add_norm", "gated", "rotate"]
 
@@ -25,9 +26,10 @@ _GATED = 1024
 @triton.jit
 def add_norm(
     out, hidden, delta, weight, out_stride, hidden_stride, delta_stride, eps,
-    width: tl.constexpr, tile: tl.constexpr, adds: tl.constexpr,
+    width: tl.constexpr, tile: tl.constexpr, adds: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
     """One token: out = rms_norm(x) * weight, x = hidden or, where ``adds``, hidden + delta, stored over hidden."""
+    started(early)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, tile)
     real = column < width
@@ -45,12 +47,13 @@ def add_norm(
 @triton.jit
 def rotate(
     qkv, cos, sin, q_weight, k_weight, stride, eps,
-    heads: tl.constexpr, head_dim: tl.constexpr, tile: tl.constexpr, norms: tl.constexpr,
+    heads: tl.constexpr, head_dim: tl.constexpr, tile: tl.constexpr, norms: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
     """One query or key head of one token, in place: its norm where the model has one, then the turn by its position.
 
     cos and sin (T, D); the first half of D pairs with the second.
     """
+    started(early)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     half: tl.constexpr = head_dim // 2
@@ -83,8 +86,9 @@ def _turned(x, across, cos, sin, real):
 
 
 @triton.jit
-def gated(out, gate_up, stride, width: tl.constexpr, tile: tl.constexpr):
+def gated(out, gate_up, stride, width: tl.constexpr, tile: tl.constexpr, early: tl.constexpr = False):
     """silu(gate) * up for ``tile`` columns of one token; silu is rounded before the product, as torch's is."""
+    started(early)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     real = column < width
@@ -116,7 +120,7 @@ class TritonPointwise:
             rotate[(tokens, spec.heads + spec.kv_heads)](
                 qkv, rope.cos.contiguous(), rope.sin.contiguous(), q_weight, k_weight, qkv.stride(0), spec.norm_eps,
                 heads=spec.heads, head_dim=head_dim, tile=triton.next_power_of_2(head_dim // 2),
-                norms=norms.q is not None and norms.k is not None, num_warps=1,
+                norms=norms.q is not None and norms.k is not None, num_warps=1, **dependent(qkv.device),
             )  # fmt: skip
         parts = qkv.view(tokens, -1, head_dim)
         q, k, v = torch.split(parts, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
@@ -128,7 +132,9 @@ class TritonPointwise:
         assert gate_up.stride(1) == 1
         out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
         if tokens:
-            gated[(tokens, -(-width // _GATED))](out, gate_up, gate_up.stride(0), width=width, tile=_GATED, num_warps=4)
+            gated[(tokens, -(-width // _GATED))](
+                out, gate_up, gate_up.stride(0), width=width, tile=_GATED, num_warps=4, **dependent(out.device)
+            )
         return out
 
 
@@ -142,6 +148,6 @@ def _normed(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
             out, hidden, hidden if delta is None else delta, weight, out.stride(0), hidden.stride(0),
             0 if delta is None else delta.stride(0), eps,
             width=width, tile=triton.next_power_of_2(width), adds=delta is not None,
-            num_warps=8 if width > 2048 else 4,
+            num_warps=8 if width > 2048 else 4, **dependent(hidden.device),
         )  # fmt: skip
     return out

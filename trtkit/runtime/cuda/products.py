@@ -33,6 +33,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trtkit.runtime.cuda.dependent import fetch, started
+
 __all__ = ["activation_codes", "codes_of", "one_row", "product", "product_words"]
 
 # 1.5 * 2^23: adding and taking it away rounds to the nearest integer, ties to even, as torch.round does.
@@ -151,7 +153,7 @@ def product(
     x_ptr, w_ptr, scale_ptr, bias_ptr, pre_ptr, inverse_ptr, out_ptr, partial_ptr, arrived_ptr,
     M, N, K, steps, splits,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SWAP: tl.constexpr,
-    EVEN: tl.constexpr, PRE: tl.constexpr, QUANTIZE: tl.constexpr,
+    EVEN: tl.constexpr, PRE: tl.constexpr, QUANTIZE: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
     """bf16 weights or codes of fp8 and int8-sq (N, K), row by row as they are stored.
 
@@ -165,6 +167,9 @@ def product(
     first = split * steps * DEPTH
     x_pointers = x_ptr + m[:, None].to(tl.int64) * K + (first + depth)[None, :]
     w_pointers = w_ptr + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + (first + depth)[None, :]
+    ahead = first + tl.arange(0, 4) * (1024 // w_ptr.dtype.element_ty.primitive_bitwidth)
+    fetch(w_ptr + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + tl.minimum(ahead, K - 1)[None, :], early)
+    started(early)
     code_type: tl.constexpr = w_ptr.dtype.element_ty if QUANTIZE else x_ptr.dtype.element_ty
     inverse = tl.load(inverse_ptr) if QUANTIZE else 1.0
     integers: tl.constexpr = code_type == tl.int8
@@ -200,7 +205,7 @@ def product_words(
     x_ptr, w_ptr, ratio_ptr, scale_ptr, bias_ptr, pre_ptr, out_ptr, partial_ptr, arrived_ptr,
     M, N, K, WIDTH, steps, splits,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, SWAP: tl.constexpr,
-    EVEN: tl.constexpr, PRE: tl.constexpr,
+    EVEN: tl.constexpr, PRE: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
     """bf16 x against int8 or int4 codes in words (N, WIDTH), as :mod:`layout` puts them.
 
@@ -218,6 +223,9 @@ def product_words(
     x_pointers = x_ptr + m[:, None].to(tl.int64) * K + k[None, :]
     w_pointers = w_ptr + row[:, None].to(tl.int64) * WIDTH + (first * 64 + depth)[None, :]
     count = tl.minimum(steps, WIDTH // 64 - first)
+    ahead = tl.minimum(first * 64 + tl.arange(0, 4) * 64, WIDTH - 1)
+    fetch(w_ptr + row[:, None].to(tl.int64) * WIDTH + ahead[None, :], early)
+    started(early)
     acc = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), tl.float32)
     if BITS == 4:
         ratio_pointers = ratio_ptr + first * 2 * N + row
@@ -255,13 +263,14 @@ def product_words(
 def one_row(
     x_ptr, w_ptr, scale_ptr, bias_ptr, pre_ptr, out_ptr, N, K,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    EVEN: tl.constexpr, PRE: tl.constexpr,
+    EVEN: tl.constexpr, PRE: tl.constexpr, early: tl.constexpr = False,
 ):  # fmt: skip
     """M = 1 against bf16 weights (N, K): products and sums in float32, straight from registers."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     w_pointers = w_ptr + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + depth[None, :]
     acc = tl.zeros((COLUMNS, DEPTH), tl.float32)
+    started(early)
     for start in range(0, K, DEPTH):
         k = start + depth
         x = _input(x_ptr + k[None, :], k[None, :] < K, pre_ptr + k, k < K, 1.0, x_ptr.dtype.element_ty, PRE)
