@@ -30,7 +30,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         facts |= {
             "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
             "memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
+            "cuda": torch.version.cuda, "early_start": os.environ.get("TRTKIT_EARLY_START") == "1",
         }  # fmt: skip
     else:
         facts["device"] = platform.processor() or platform.machine()

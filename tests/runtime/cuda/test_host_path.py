@@ -34,6 +34,7 @@ from trtkit.quant.group import quantize_group
 from trtkit.quant.tensor import LinearWeights, dense
 from trtkit.runtime.api import SwitchPenalty
 from trtkit.runtime.cuda import graphs, launch
+from trtkit.runtime.cuda.dependent import SWITCH as EARLY
 from trtkit.runtime.draft_head import with_kernels
 from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.load import OpenOptions, device_named, open_engine
@@ -169,12 +170,13 @@ def test_no_sum_has_a_launch_of_its_own(gpu: FakeGpu) -> None:
     assert norms == [False, *[True] * 6]
 
 
-@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
-def test_what_a_layer_launches_starts_early_on_hopper(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+@pytest.mark.parametrize(("capability", "switch"), [((8, 9), "1"), ((9, 0), "1"), ((9, 0), "")])
+def test_what_a_layer_launches_starts_early_on_hopper_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], switch: str
 ) -> None:  # fmt: skip
     """Both halves of it: a kernel that is launched early and does not wait reads what is not there yet."""
-    hopper = capability == (9, 0)
+    monkeypatch.setenv(EARLY, switch)
+    hopper = capability == (9, 0) and switch == "1"
     with fake_gpu(monkeypatch, capability=capability) as gpu:
         for precision in ("bf16", "fp8", "int4"):
             engine = _engine(_model(precision))

@@ -8,12 +8,15 @@ predecessor is done and its stores are seen. Rules that make this as safe as a p
 - every program of such a kernel calls ``started`` before it reads or writes anything but weights, also one that has
   nothing to do. So a kernel that is done means that all before it are;
 - it lets its successor come only after that: at most two kernels are on the device at once.
+
+Off unless the environment says ``TRTKIT_EARLY_START=1``: it has not run on a GPU.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -21,13 +24,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["dependent", "fetch", "started"]
+__all__ = ["SWITCH", "dependent", "fetch", "started"]
+
+SWITCH = "TRTKIT_EARLY_START"
 
 
 @functools.cache
 def dependent(device: torch.device) -> dict[str, Any]:
-    """What a launch on ``device`` is given beside its arguments: nothing where kernels cannot start early."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    """What a launch on ``device`` is given beside its arguments: nothing where kernels start one by one."""
+    if device.type != "cuda" or os.environ.get(SWITCH) != "1" or torch.cuda.get_device_capability(device) < (9, 0):
         return {}
     return {"early": True, "launch_pdl": True}
 
