@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
@@ -246,6 +247,31 @@ def test_the_voted_model_answers_as_the_solver_does() -> None:
         chunks = streamed(client(url), model="tiny:maj", seed=4, max_tokens=100, extra_body={"samples": 12})
         text = "".join(it.choices[0].delta.content or "" for it in chunks)
         assert text == f"\\boxed{{{alone.answer.key}}}"
+
+
+class Watched(Slow):
+    """Knows how many samples of a vote it had at once."""
+
+    most = 0
+
+    def step(self) -> list[StepOutput]:
+        votes = [request for request, _ in self._left.values() if b"user:" not in bytes(request.prompt)]
+        self.most = max(self.most, len(votes))
+        return super().step()
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_vote_beside_others_runs_few_samples_at_once(others: bool) -> None:
+    def answer(request: Request) -> Sequence[int]:
+        return [97] * 4000 if b"user:" in bytes(request.prompt) else CHAT.encode("\\boxed{7}</think>")
+
+    engine = Watched(answer, rows=32)
+    with serving(lambda: engine, CHAT) as (url, service):
+        with sent(url, json.dumps({"messages": ASK, "n": 16}).encode()) if others else contextlib.nullcontext():
+            wait_for(lambda: service.engine.unfinished == (16 if others else 0))
+            reply = whole(client(url), model="tiny:maj", extra_body={"samples": 16})
+        assert (reply.vote["answer"], reply.vote["samples"]) == ("7", 8)
+        assert engine.most == (8 if others else 16)
 
 
 def test_a_vote_keeps_to_its_time() -> None:

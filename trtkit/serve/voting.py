@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from trtkit.chat import Chat
@@ -33,7 +34,13 @@ class Voting(Closing):
         self._threads = ThreadPoolExecutor(max_workers=_AT_ONCE, thread_name_prefix="vote")
 
     async def solve(self, name: str, text: str, options: SolveOptions) -> Solution:
-        """The solution of one problem. Given up when it is cancelled. Raises :class:`EngineError`."""
+        """The solution of one problem. Given up when it is cancelled. Raises :class:`EngineError`.
+
+        While others use half of the rows or more, only ``wave`` of its samples run at once: where the first ones decide,
+        most of the rest never start. The votes are the same.
+        """
+        if self._engine.unfinished * 2 >= self._engine.max_rows:
+            options = replace(options, outstanding=2 * options.wave)
         view = EngineView(self._engine, name)
         work = asyncio.get_running_loop().run_in_executor(self._threads, self._solve, view, text, options)
         try:
