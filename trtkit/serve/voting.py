@@ -36,8 +36,8 @@ class Voting(Closing):
     async def solve(self, name: str, text: str, options: SolveOptions) -> Solution:
         """The solution of one problem. Given up when it is cancelled. Raises :class:`EngineError`.
 
-        While others use half of the rows or more, only ``wave`` of its samples run at once: where the first ones decide,
-        most of the rest never start. The votes are the same.
+        While others use half of the rows or more, only ``wave`` of its samples run at once: where the first ones
+        decide, most of the rest never start. The votes are the same.
         """
         if self._engine.unfinished * 2 >= self._engine.max_rows:
             options = replace(options, outstanding=2 * options.wave)
