@@ -7,14 +7,17 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 from openai import OpenAI
 
+from tests.fakes import EOS_ID, FakeChat, FakeEngine
 from trtkit.chat import Chat
+from trtkit.errors import InputError
 from trtkit.recipe import EngineManifest, Limits, Recipe
-from trtkit.runtime.api import Engine
+from trtkit.runtime.api import Engine, Request, StepOutput
 from trtkit.serve.app import make_app
 from trtkit.serve.engine_thread import EngineThread
 from trtkit.serve.server import HttpServer, bound_socket
@@ -26,6 +29,37 @@ MANIFEST = EngineManifest(
     recipe=Recipe(model="org/tiny", precision="bf16", limits=Limits(batch=16, prompt_tokens=200, total_tokens=256)),
     backend="torch", versions={}, checkpoint_digest={}, quality=None, created="2026-01-01T00:00:00Z",
 )  # fmt: skip
+
+
+class Talk(FakeChat):
+    """Turns are ``role:content|``; the answer begins after ``>``."""
+
+    def conversation(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        if messages[-1]["role"] != "user":
+            raise InputError("the chat template refuses these messages: the user must come last")
+        return tuple("".join(f"{it['role']}:{it['content']}|" for it in messages).encode() + b">")
+
+    def thinking(self, prompt: Sequence[int]) -> bool:
+        return b"opened" in bytes(prompt)
+
+
+CHAT = cast(Chat, Talk())
+ASK = [{"role": "user", "content": "say it"}]
+
+
+CHAT = cast(Chat, Talk())
+ASK = [{"role": "user", "content": "say it"}]
+
+
+def recite(request: Request) -> Sequence[int]:
+    """A thought, an answer, an end."""
+    return [*CHAT.encode("<think>\nsix is é∞</think>\n\\boxed{6} abc END more"), EOS_ID]
+
+
+class Slow(FakeEngine):
+    def step(self) -> list[StepOutput]:
+        time.sleep(0.02)
+        return super().step()
 
 
 @contextlib.contextmanager
@@ -95,3 +129,18 @@ def sent(url: str, body: bytes) -> Iterator[socket.socket]:
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
         yield connection
+
+
+def wait_for(holds: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it does not come about"
+        time.sleep(0.01)
+
+
+def whole(to: OpenAI, **asked: Any) -> Any:
+    return to.chat.completions.create(**{"model": "tiny", "messages": ASK, **asked})
+
+
+def streamed(to: OpenAI, **asked: Any) -> list[Any]:
+    return list(to.chat.completions.create(**{"model": "tiny", "messages": ASK, "stream": True, **asked}))

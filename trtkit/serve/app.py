@@ -20,7 +20,7 @@ from trtkit.errors import EngineError, InputError, TrtkitError
 from trtkit.files import nearest
 from trtkit.log import format_seconds, logger
 from trtkit.serve.bodies import REFUSED, ChatBody, CompletionBody
-from trtkit.serve.generation import Asked, generate, in_full
+from trtkit.serve.generation import Asked, Generation
 from trtkit.serve.metrics import exposition
 from trtkit.serve.replies import ChatReplies, CompletionReplies, Piece, Replies, error_reply, usage
 from trtkit.serve.service import Overloaded, Service
@@ -94,12 +94,12 @@ async def _answered(
 ) -> Response:
     """The choices, whole or as server-sent events."""
     service.check_room(len(asked.prompts) * asked.choices)
+    generation = Generation(service.engine, service.chat, asked)
+    await generation.begin()  # what the engine refuses is refused with a status, not in the middle of a stream
     if stream:
-        events = _events(service, asked, replies, counts=counts)
-        first = await anext(events)  # what the engine refuses is refused with a status, not in the middle of a stream
-        return StreamingResponse(_after(first, events), media_type="text/event-stream")
+        return StreamingResponse(_events(generation, replies, counts=counts), media_type="text/event-stream")
     began = time.monotonic()
-    pieces = await _unless_gone(request, in_full(service.engine, service.chat, asked))
+    pieces = await _unless_gone(request, generation.in_full())
     if isinstance(pieces, Response):
         return pieces
     used = _usage(asked, sum(piece.tokens for piece in pieces))
@@ -107,35 +107,28 @@ async def _answered(
     return JSONResponse(replies.whole(pieces, used))
 
 
-async def _events(service: Service, asked: Asked, replies: Replies, *, counts: bool) -> AsyncGenerator[str, None]:
+async def _events(generation: Generation, replies: Replies, *, counts: bool) -> AsyncGenerator[str, None]:
     """The stream's events. An engine that fails in the middle is an event too."""
-    began, tokens = time.monotonic(), 0
+    began, tokens, asked = time.monotonic(), 0, generation.asked
     choices = len(asked.prompts) * asked.choices
-    opening = "".join(map(_event, replies.opening(choices)))
     try:
-        async with contextlib.aclosing(generate(service.engine, service.chat, asked)) as pieces:
+        for document in replies.opening(choices):
+            yield _event(document)
+        async with contextlib.aclosing(generation.pieces()) as pieces:
             async for piece in pieces:
                 tokens += piece.tokens
-                text = _event(replies.chunk(piece)) if _tells(piece) else ""
-                yield opening + text
-                opening = ""
+                if _tells(piece):
+                    yield _event(replies.chunk(piece))
     except EngineError as problem:
-        yield opening + _event(error_reply(problem)[1])
+        yield _event(error_reply(problem)[1])
     else:
         used = _usage(asked, tokens)
         _note(asked.name, choices, used, began)
         if counts:
             yield _event(replies.counts(used))
+    finally:
+        generation.stop()
     yield "data: [DONE]\n\n"
-
-
-async def _after(first: str, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """``events`` with ``first`` before them; closed when the client goes away, which cancels its rows."""
-    async with contextlib.aclosing(events):
-        yield first
-        async for event in events:
-            if event:
-                yield event
 
 
 async def _voted(service: Service, body: ChatBody, replies: ChatReplies) -> Response:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trtkit.chat import Chat
 from trtkit.errors import EngineError
@@ -15,7 +16,7 @@ from trtkit.serve.replies import Piece, Scored
 from trtkit.serve.text_stream import TextStream, ThoughtSplitter
 from trtkit.solve.prompts import sample_seed
 
-__all__ = ["Asked", "generate", "in_full"]
+__all__ = ["Asked", "Generation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,62 +52,81 @@ class _Row:
     offset: int = 0
     counted: int = 0
     finish: str | None = None
-    ends: frozenset[int] = field(default_factory=frozenset)
 
 
-async def generate(engine: EngineThread, chat: Chat, asked: Asked) -> AsyncGenerator[Piece, None]:
-    """The pieces of all choices, in the order in which they come; each choice's last one has its ``finish``.
+class Generation:
+    """The choices of one request."""
 
-    Close it (``contextlib.aclosing``) to cancel what is left. Raises :class:`RequestError` when the engine refuses one
-    of the rows, and :class:`EngineError` when it fails.
-    """
-    inbox: asyncio.Queue[tuple[Sequence[StepOutput], EngineError | None]] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
+    def __init__(self, engine: EngineThread, chat: Chat, asked: Asked) -> None:
+        self.asked = asked
+        self._engine = engine
+        self._chat = chat
+        self._rows: dict[str, _Row] = {}
+        self._inbox: asyncio.Queue[tuple[Sequence[StepOutput], EngineError | None]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
 
-    def deliver(outputs: Sequence[StepOutput], problem: EngineError | None) -> None:
-        loop.call_soon_threadsafe(inbox.put_nowait, (outputs, problem))
+    async def begin(self) -> None:
+        """Submit them. Raises :class:`RequestError` when one is refused, :class:`EngineError` when the engine failed."""
+        try:
+            requests = _requests(self._engine, self._chat, self.asked)
+            waiting = [asyncio.wrap_future(self._engine.submit(request, self._deliver)) for request in requests]
+            for index, request in enumerate(requests):
+                self._rows[request.id] = _row(self._chat, self.asked, index)
+            await asyncio.gather(*waiting)
+        except BaseException:
+            self.stop()
+            raise
 
-    rows: dict[str, _Row] = {}
-    try:
-        requests = _requests(engine, chat, asked)
-        waiting = [asyncio.wrap_future(engine.submit(request, deliver)) for request in requests]
-        for index, request in enumerate(requests):
-            rows[request.id] = _row(chat, asked, index, request)
-        await asyncio.gather(*waiting)
-        while rows:
-            outputs, problem = await inbox.get()
-            if problem is not None:
-                raise problem
-            for output in outputs:
-                row = rows.get(output.request_id)
-                if row is None:  # its text had come to an end before
-                    continue
-                yield _piece(chat, row, output, scores=asked.logprobs)
-                if row.finish is not None:
-                    del rows[output.request_id]
-                    if output.finish is None:
-                        engine.cancel(output.request_id)
-    finally:
-        for name in rows:
-            engine.cancel(name)
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The pieces of all choices, in the order in which they come; each choice's last one has its ``finish``.
+
+        Close it (``contextlib.aclosing``) to cancel what is left. Raises :class:`EngineError` when the engine fails.
+        """
+        try:
+            while self._rows:
+                outputs, problem = await self._inbox.get()
+                if problem is not None:
+                    raise problem
+                for output in outputs:
+                    row = self._rows.get(output.request_id)
+                    if row is None:  # its text had come to an end before
+                        continue
+                    yield _piece(self._chat, row, output, scores=self.asked.logprobs)
+                    if row.finish is not None:
+                        self._rows.pop(output.request_id, None)
+                        if output.finish is None:
+                            self._engine.cancel(output.request_id)
+        finally:
+            self.stop()
+
+    async def in_full(self) -> list[Piece]:
+        """Each choice as one piece. Raises as :meth:`pieces`."""
+        parts: dict[int, list[Piece]] = {row.index: [] for row in self._rows.values()}
+        async with contextlib.aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                parts[piece.index].append(piece)
+        return [_together(index, pieces, self.asked) for index, pieces in parts.items()]
+
+    def stop(self) -> None:
+        """Cancel what is left; :meth:`pieces` ends."""
+        for name in self._rows:
+            self._engine.cancel(name)
+        self._rows.clear()
+        self._inbox.put_nowait(((), None))
+
+    def _deliver(self, outputs: Sequence[StepOutput], problem: EngineError | None) -> None:
+        self._loop.call_soon_threadsafe(self._inbox.put_nowait, (outputs, problem))
 
 
-async def in_full(engine: EngineThread, chat: Chat, asked: Asked) -> list[Piece]:
-    """Each choice as one piece. Raises as :func:`generate`."""
-    parts: dict[int, list[Piece]] = {index: [] for index in range(len(asked.prompts) * asked.choices)}
-    async for piece in generate(engine, chat, asked):
-        parts[piece.index].append(piece)
-    return [
-        Piece(
-            index=index,
-            text="".join(piece.text for piece in pieces),
-            thought="".join(piece.thought or "" for piece in pieces) if asked.splits else None,
-            scored=tuple(it for piece in pieces for it in piece.scored or ()) if asked.logprobs else None,
-            finish=pieces[-1].finish,
-            tokens=sum(piece.tokens for piece in pieces),
-        )
-        for index, pieces in parts.items()
-    ]
+def _together(index: int, pieces: Sequence[Piece], asked: Asked) -> Piece:
+    return Piece(
+        index=index,
+        text="".join(piece.text for piece in pieces),
+        thought="".join(piece.thought or "" for piece in pieces) if asked.splits else None,
+        scored=tuple(it for piece in pieces for it in piece.scored or ()) if asked.logprobs else None,
+        finish=pieces[-1].finish,
+        tokens=sum(piece.tokens for piece in pieces),
+    )
 
 
 def _requests(engine: EngineThread, chat: Chat, asked: Asked) -> list[Request]:
@@ -129,12 +149,11 @@ def _requests(engine: EngineThread, chat: Chat, asked: Asked) -> list[Request]:
     ]
 
 
-def _row(chat: Chat, asked: Asked, index: int, request: Request) -> _Row:
+def _row(chat: Chat, asked: Asked, index: int) -> _Row:
     return _Row(
         index=index,
         stream=TextStream(chat.decode, asked.stops),
         splitter=ThoughtSplitter(opened=asked.thinking) if asked.splits else None,
-        ends=frozenset(request.stop_ids),
     )
 
 
