@@ -66,7 +66,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
 
     async def begin(self) -> None:
-        """Submit them. Raises :class:`RequestError` when one is refused, :class:`EngineError` when the engine failed."""
+        """Submit them. Raises :class:`RequestError` when one is refused, :class:`EngineError` from a broken engine."""
         try:
             requests = _requests(self._engine, self._chat, self.asked)
             waiting = [asyncio.wrap_future(self._engine.submit(request, self._deliver)) for request in requests]
