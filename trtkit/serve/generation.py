@@ -115,7 +115,8 @@ class Generation:
         self._inbox.put_nowait(((), None))
 
     def _deliver(self, outputs: Sequence[StepOutput], problem: EngineError | None) -> None:
-        self._loop.call_soon_threadsafe(self._inbox.put_nowait, (outputs, problem))
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+            self._loop.call_soon_threadsafe(self._inbox.put_nowait, (outputs, problem))
 
 
 def _together(index: int, pieces: Sequence[Piece], asked: Asked) -> Piece:
