@@ -18,7 +18,7 @@ from drafter.data import Sample, Window
 from drafter.loss import DraftBatch
 from drafter.model import Drafter
 from tests.chat_files import save_problems
-from tests.engines import random_prompts
+from tests.engines import random_prompts, request
 from tests.fakes import EOS_ID, FakeChat, FakeEngine
 from tests.tiny import save_tiny, tiny_model
 from tests.training.small import small_training
@@ -26,10 +26,11 @@ from trtkit.chat import VARIANTS
 from trtkit.checkpoint.unified import open_unified
 from trtkit.runtime.api import EngineStats
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.thread_choice import ThreadChooser
 from trtkit.training import run
 from trtkit.training.evaluate import DepthHits, TreeResult, hits_by_depth, measure_tree
 from trtkit.training.rows import Row, read_rows
-from trtkit.training.target import written_answers
+from trtkit.training.target import target_engine, written_answers
 
 CPU = torch.device("cpu")
 TWO = (VARIANTS["solve"], VARIANTS["reason"])
@@ -52,6 +53,24 @@ def test_worked_solutions_are_cut_and_need_room_behind_the_prompt() -> None:
     assert [sample.prompt for sample in made] == [9, 9, 10]
     whole = written_answers(_rows()[:1], WritingChat(), TWO, max_tokens=99)
     assert whole[0].tokens == (*b"solve|1+11+11+11+1", EOS_ID)
+
+
+def test_answers_take_as_few_threads_as_are_fastest_and_give_them_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path)
+    model = DecoderModel(open_unified(tmp_path), device=CPU, dtype=torch.float32, max_tokens=160)
+    monkeypatch.setattr(ThreadChooser, "threads", property(lambda chooser: chooser.counts[0]))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with target_engine(model, None, 64) as engine:
+            engine.submit(request("a", (5, 6, 7), max_tokens=3))
+            engine.step()
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_no_more_rows_are_taken_than_asked(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from drafter.loss import DraftBatch
 from trtkit.chat import Chat, PromptVariant
 from trtkit.decoder import Attend, causal_attention
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.thread_choice import ThreadChooser
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 from trtkit.training.rows import Row
 
@@ -36,11 +37,16 @@ def written_answers(
 
 
 def target_engine(model: DecoderModel, drafting: Drafting | None, total_tokens: int) -> TorchEngine:
-    """An engine over weights that are already in memory."""
+    """An engine over weights that are already in memory.
+
+    On a CPU its steps take up to as many threads as are set, the fastest number; as many are set again when it closes.
+    """
     rows, size = 32, 16
     blocks = rows * (total_tokens // size + 3)
     limits = TorchLimits(rows=rows, total_tokens=total_tokens, kv_blocks=blocks, block_size=size)
-    return TorchEngine(model, limits, drafting)
+    threads = torch.get_num_threads()
+    adapts = model.device.type == "cpu" and threads > 1
+    return TorchEngine(model, limits, drafting, ThreadChooser(threads) if adapts else None)
 
 
 @torch.no_grad()
