@@ -72,7 +72,17 @@ def test_what_the_engine_refuses_is_a_bad_request(real: str) -> None:
 
 
 def test_what_asks_for_nothing_is_no_error(url: str) -> None:
-    idle = {"frequency_penalty": 0, "logit_bias": None, "tools": [], "user": "me", "response_format": {"type": "text"}}
+    idle = {
+        "top_k": -1,
+        "repetition_penalty": 1.0,
+        "skip_special_tokens": False,
+        "chat_template_kwargs": {},
+        "frequency_penalty": 0,
+        "logit_bias": None,
+        "tools": [],
+        "user": "me",
+        "response_format": {"type": "text"},
+    }
     assert whole(client(url), extra_body=idle).choices[0].finish_reason == "stop"
 
 

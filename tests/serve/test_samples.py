@@ -101,6 +101,12 @@ def test_stop_strings_end_a_choice_and_its_row(url: str) -> None:
         assert text == "<think>\nsix is é∞"
 
 
+def test_stop_tokens_end_a_choice(url: str) -> None:
+    reply = whole(client(url), extra_body={"stop_token_ids": [ord("b"), ord("E")], "ignore_eos": True})
+    assert reply.choices[0].message.content == "<think>\nsix is é∞</think>\n\\"
+    assert reply.choices[0].finish_reason == "stop"
+
+
 def test_a_stop_string_ends_the_row_and_the_count() -> None:
     """What the engine made after the token that completed the text is neither shown nor counted."""
     opened = Slow(lambda request: [*CHAT.encode("one END and " + "on and " * 500)], burst=5)

@@ -1,8 +1,8 @@
 """The bodies of ``/v1/chat/completions`` and ``/v1/completions``, checked: all that is wrong with one is said at once.
 
-Field names and meanings are OpenAI's (https://platform.openai.com/docs/api-reference), ``top_k``, ``min_p`` and
-``ignore_eos`` those of other open servers. What this server does not do is refused, unless the value asks for nothing;
-fields that change no token (``user``, ``metadata``, ...) are ignored.
+Field names and meanings are OpenAI's (https://platform.openai.com/docs/api-reference); ``top_k`` (-1 is off, too),
+``min_p``, ``stop_token_ids`` and ``ignore_eos`` are those of other open servers. What this server does not do is refused,
+unless the value asks for nothing; fields that change no token (``user``, ``metadata``, ...) are ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
-    "n_probs": (0,),
+    "skip_special_tokens": (False,),
+    "spaces_between_special_tokens": (True, False),  # there is nothing between them here
+    "include_stop_str_in_output": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "add_generation_prompt": (True,),
+    "chat_template_kwargs": ({}, {"enable_thinking": True}),
 }
 """Fields that are not supported, and the values that ask for nothing (null does too)."""
 
@@ -92,6 +99,7 @@ class Sampled(_Strict):
     n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Whole | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(max_length=16)] | None = None
     ignore_eos: Flag | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None

@@ -32,6 +32,8 @@ class Asked:
     max_tokens: int | None
     """None: as many as fit."""
     stops: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    """Beside the ends of a turn; they are no text either."""
     ignore_eos: bool = False
     seed: int | None = None
     """None: another one each time."""
@@ -134,7 +136,7 @@ def _requests(engine: EngineThread, chat: Chat, asked: Asked) -> list[Request]:
     """One request per choice. The samples of a prompt share its KV blocks."""
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
     single = [ids[0] for stop in asked.stops if len(ids := chat.encode(stop)) == 1 and chat.decode(ids) == stop]
-    stop_ids = tuple(dict.fromkeys((*(() if asked.ignore_eos else chat.eos_ids), *single)))
+    stop_ids = tuple(dict.fromkeys((*(() if asked.ignore_eos else chat.eos_ids), *single, *asked.stop_ids)))
     return [
         Request(
             id=f"{asked.name}/{place}/{choice}",

@@ -23,6 +23,8 @@ __all__ = ["VOTED", "Overloaded", "Reasoning", "Service"]
 Reasoning: TypeAlias = Literal["inline", "separate"]
 VOTED = ":maj"
 """After a model's name: the answer is the vote of many samples."""
+_OFF_ELSEWHERE = -1
+"""What other servers call a ``top_k`` that keeps all."""
 _CHARACTERS_PER_TOKEN = 32
 """No tokenizer packs text denser on average. Longer text is refused without tokenizing megabytes."""
 
@@ -92,7 +94,9 @@ class Service:
 
         Raises :class:`InputError` and :class:`UsageError`.
         """
-        idle = [it for it in ("stop", "logprobs", "ignore_eos") if getattr(body, it)] + ["n"] * ((body.n or 1) > 1)
+        idle = [it for it in ("stop", "stop_token_ids", "logprobs", "ignore_eos") if getattr(body, it)] + ["n"] * (
+            (body.n or 1) > 1
+        )
         if idle:
             raise InputError(f"{', '.join(idle)}: not for the voted model")
         if len(body.messages) != 1 or body.messages[0].role != "user":
@@ -124,11 +128,14 @@ class Service:
             raise RequestError("too long", offenders=sorted(set(wrong)))
         return Asked(
             name=name, prompts=tuple(prompts), choices=body.n or 1, sampling=sampling, max_tokens=longest,
-            stops=body.stops, ignore_eos=bool(body.ignore_eos), seed=body.seed, logprobs=logprobs,
+            stops=body.stops, stop_ids=tuple(body.stop_token_ids or ()), ignore_eos=bool(body.ignore_eos),
+            seed=body.seed, logprobs=logprobs,
         )  # fmt: skip
 
     def _sampling(self, body: Sampled) -> SamplingParams:
         given = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        if given["top_k"] == _OFF_ELSEWHERE:
+            given["top_k"] = 0
         return replace(self.options.sampling, **{name: it for name, it in given.items() if it is not None})
 
     def _check_text(self, characters: int) -> None:
