@@ -1,7 +1,7 @@
 """The bodies of ``/v1/chat/completions`` and ``/v1/completions``, checked: all that is wrong with one is said at once.
 
 Field names and meanings are OpenAI's (https://platform.openai.com/docs/api-reference); ``top_k`` (-1 is off, too),
-``min_p``, ``stop_token_ids`` and ``ignore_eos`` are those of other open servers. What this server does not do is refused,
+``min_p``, ``stop_token_ids`` and ``ignore_eos`` are those of other open servers. What it does not do is refused,
 unless the value asks for nothing; fields that change no token (``user``, ``metadata``, ...) are ignored.
 """
 
