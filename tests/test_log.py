@@ -32,7 +32,8 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(3.14, "3.1s"), (60, "1:00"), (75.2, "1:15"), (3599.7, "1:00:00"), (7505, "2:05:05")]
+    ("seconds", "text"),
+    [(59.97, "1:00"), (3.14, "3.1s"), (60, "1:00"), (75.2, "1:15"), (3599.7, "1:00:00"), (7505, "2:05:05")],
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text

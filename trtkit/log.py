@@ -28,7 +28,7 @@ def set_up_logging(*, verbose: bool = False, quiet: bool = False) -> None:
 
 def format_seconds(seconds: float) -> str:
     """``75.2`` -> ``1:15``, ``3.14`` -> ``3.1s``."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f}s"
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)

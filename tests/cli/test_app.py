@@ -104,7 +104,8 @@ def test_the_traceback_comes_with_debug_only(
     ("problem", "code", "said"),
     [
         (KeyboardInterrupt(), 130, "goes on from there"),
-        (OSError(28, "No space left on device", "/x"), 1, "No space left"),
+        (OSError(28, "No space left on device", "/x"), 1, "/x: No space left on device\nhint:  free some space"),
+        (OSError("connection lost"), 1, "error: connection lost\nhint:  run again with --debug"),
         (MemoryError(), 1, "out of memory"),
         (ZeroDivisionError("oops"), 1, "--debug"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -39,6 +40,13 @@ _AFTER_INTERRUPT = {
     "build": "nothing half-made was kept; run the same command again",
     "compile": "nothing half-made was kept; run the same command again",
     "train-drafter": "finished answers and the last saved state are kept; the same command goes on from there",
+}
+_SEE_WHERE = "run again with --debug to see where it happened"
+_SYSTEM_HINTS = {
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EDQUOT: "free some space, then run the same command again",
+    errno.EACCES: "check the permissions there, or choose another place",
+    errno.EROFS: "choose another place: nothing can be written there",
 }
 # Newer typer brings its own copy of click, older typer uses the package: take the classes from typer itself.
 _UsageProblem = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
@@ -120,9 +128,11 @@ def _report(problem: Exception, verb: str) -> int:
         return 2 if isinstance(problem, _UsageProblem) else 1
     if isinstance(problem, MemoryError):
         _complain("out of memory", "use a smaller --batch or a smaller precision, or free memory")
+    elif isinstance(problem, OSError):
+        where = f"{problem.filename}: " if problem.filename and problem.strerror else ""
+        _complain(f"{where}{problem.strerror or problem}", _SYSTEM_HINTS.get(problem.errno or 0, _SEE_WHERE))
     else:
-        kind = "" if isinstance(problem, OSError) else f"{type(problem).__name__}: "
-        _complain(f"{kind}{problem}", "run again with --debug to see where it happened")
+        _complain(f"{type(problem).__name__}: {problem}", _SEE_WHERE)
     return 1
 
 

@@ -110,7 +110,7 @@ def command(
     )
     total = len(traces.problems) * len(options.samples)
     with Grader() as grader:
-        with Progress("replay", total=total, unit="problems") as progress:
+        with Progress("replay", total=total, unit="votes") as progress:
             rows = trade_offs(traces, policies, options, grader, advance=progress.advance)
         saved = saved_order(traces, policies, options, grader) if answers is not None else []
     _print(traces, rows, seconds=finish_order == "recorded")
