@@ -165,7 +165,7 @@ def test_no_sum_has_a_launch_of_its_own(gpu: FakeGpu) -> None:
     engine.submit(request("a", (1, 2, 3), max_tokens=2))
     engine.step()
     gpu.launches.clear()
-    engine._graphs.step(engine._graphs.load(engine._scheduler.running, None))  # type: ignore[union-attr]
+    engine._graphs.step(engine._graphs.load(engine._scheduler.running, None))
     norms = [launch.constants["adds"] for launch in gpu.launches if launch.name == "add_norm"]
     assert norms == [False, *[True] * 6]
 
