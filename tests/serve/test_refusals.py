@@ -58,6 +58,8 @@ def test_so_many_choices_and_no_more(url: str) -> None:
     status, text = call(url, "/v1/completions", {"prompt": ["x"] * 100, "n": 3})
     assert status == 400
     assert "300 choices in all: at most 256" in text
+    status, text = call(url, "/v1/completions", {"prompt": []})
+    assert (status, "prompt: there is none" in text) == (400, True)
     status, text = call(url, "/v1/completions", {"prompt": [[1, 99999]], "max_tokens": 1})
     assert status == 200  # the scripted engine knows no vocabulary
     status, text = call(url, "/v1/completions", {"model": "tiny:maj", "prompt": "x"})

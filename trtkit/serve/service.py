@@ -85,6 +85,8 @@ class Service:
             if isinstance(prompt, str):
                 self._check_text(len(prompt))
             prompts.append(self.chat.encode(prompt) if isinstance(prompt, str) else tuple(prompt))
+        if not prompts:
+            raise RequestError("prompt: there is none")
         if len(prompts) * (body.n or 1) > MOST_CHOICES:
             raise RequestError(f"{len(prompts) * (body.n or 1)} choices in all: at most {MOST_CHOICES}")
         return self._asked(name, body, prompts, body.max_tokens, logprobs=body.logprobs is not None)
