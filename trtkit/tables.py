@@ -10,7 +10,7 @@ from pathlib import Path
 from trtkit.errors import InputError
 from trtkit.files import JsonObject, read_jsonl, read_text
 
-__all__ = ["HEADER_HINT", "is_table", "read_records", "read_table"]
+__all__ = ["HEADER_HINT", "is_table", "read_records", "read_table", "short"]
 
 HEADER_HINT = "text with commas, quotes or line ends is quoted"
 _SHOWN = 20
@@ -63,7 +63,7 @@ def _rows(
         if twice:
             offenders.append(f"{path}:1: several columns are named {' and '.join(twice)}")
         if names and not {*names} & {*needed}:
-            offenders.append(f"{path}:1: no column is named {' or '.join(needed)}: {', '.join(map(_short, names))}")
+            offenders.append(f"{path}:1: no column is named {' or '.join(needed)}: {', '.join(map(short, names))}")
         if offenders:
             return []
         while (row := next(reader, None)) is not None:
@@ -79,6 +79,7 @@ def _rows(
     return rows
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as a complaint shows it."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."

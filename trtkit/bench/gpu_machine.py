@@ -26,11 +26,13 @@ def environment(device: torch.device) -> dict[str, Any]:
     """The device and the versions that the figures belong to."""
     facts: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     if device.type == "cuda":
+        from trtkit.runtime.cuda.dependent import SWITCH  # loads triton
+
         properties = torch.cuda.get_device_properties(device)
         facts |= {
             "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
             "memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda, "early_start": os.environ.get("TRTKIT_EARLY_START") == "1",
+            "cuda": torch.version.cuda, "early_start": os.environ.get(SWITCH) == "1",
         }  # fmt: skip
     else:
         facts["device"] = platform.processor() or platform.machine()

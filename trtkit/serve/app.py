@@ -23,7 +23,7 @@ from trtkit.serve.bodies import REFUSED, ChatBody, CompletionBody
 from trtkit.serve.generation import Asked, Generation
 from trtkit.serve.metrics import exposition
 from trtkit.serve.replies import ChatReplies, CompletionReplies, Piece, Replies, error_reply, usage
-from trtkit.serve.service import Overloaded, Service
+from trtkit.serve.service import OverloadError, Service
 from trtkit.serve.voting import votes_of
 
 __all__ = ["make_app"]
@@ -198,7 +198,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(TrtkitError)
     async def known(_: Request, problem: TrtkitError) -> Response:
-        return _refusal(problem, status=429 if isinstance(problem, Overloaded) else None)
+        return _refusal(problem, status=429 if isinstance(problem, OverloadError) else None)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, problem: RequestValidationError) -> Response:

@@ -168,9 +168,8 @@ class CompletionBody(Sampled):
         given = self.prompt
         if isinstance(given, str):
             return [given]
-        if given and isinstance(given[0], int):
-            return [given]
-        return list(given)  # type: ignore[arg-type]  # texts, or lists of ids
+        ids = [item for item in given if isinstance(item, int)]
+        return [ids] if ids else [item for item in given if not isinstance(item, int)]
 
 
 def _sorted_out(data: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

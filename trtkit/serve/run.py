@@ -85,6 +85,7 @@ def run_serve(
         broken = threading.Event()
         engine = stack.enter_context(EngineThread(lambda: open_engine(directory, opening), on_broken=broken.set))
         voting = stack.enter_context(Voting(engine, chat))
+        stack.callback(engine.close)  # before the votes, which wait for what it does
         service = Service(
             engine=engine, voting=voting, chat=chat, manifest=manifest, name=options.name, options=options.voting,
             reasoning=options.reasoning, most_unfinished=options.most_unfinished, key=options.key,
@@ -98,9 +99,7 @@ def run_serve(
             HttpServer(make_app(service), on_ready=lambda: on_ready(serving), until=broken).run(sockets=[listening])
         if engine.broken:
             raise EngineError(engine.why_broken)
-        stats = engine.stats().result()
-        engine.close()  # first, so that nobody waits for it
-        return stats
+        return engine.stats().result()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from trtkit.serve.generation import Asked
 from trtkit.serve.voting import Voting
 from trtkit.solve.options import SolveOptions
 
-__all__ = ["VOTED", "Overloaded", "Reasoning", "Service"]
+__all__ = ["VOTED", "OverloadError", "Reasoning", "Service"]
 
 Reasoning: TypeAlias = Literal["inline", "separate"]
 VOTED = ":maj"
@@ -29,7 +29,7 @@ _CHARACTERS_PER_TOKEN = 32
 """No tokenizer packs text denser on average. Longer text is refused without tokenizing megabytes."""
 
 
-class Overloaded(TrtkitError):  # noqa: N818
+class OverloadError(TrtkitError):
     """More is under way than may wait."""
 
 
@@ -60,10 +60,10 @@ class Service:
         return self.name, self.name + VOTED
 
     def check_room(self, choices: int) -> None:
-        """Raises :class:`Overloaded` where so many more rows would wait too long."""
+        """Raises :class:`OverloadError` where so many more rows would wait too long."""
         unfinished = self.engine.unfinished
         if unfinished and unfinished + choices > self.most_unfinished:
-            raise Overloaded(
+            raise OverloadError(
                 f"{unfinished} samples run or wait, at most {self.most_unfinished} may", hint="try again later"
             )
 

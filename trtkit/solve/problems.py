@@ -16,7 +16,7 @@ from trtkit.errors import ConfigError, InputError
 from trtkit.files import check_lasting, read_text
 from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE
 from trtkit.solve.run_head import RUN_FILE
-from trtkit.tables import HEADER_HINT, is_table, read_table
+from trtkit.tables import HEADER_HINT, is_table, read_table, short
 
 __all__ = ["Problem", "read_problems", "refuse_directory"]
 
@@ -62,7 +62,7 @@ def read_problems(path: Path) -> list[Problem]:
         problem = _problem({**row, "id": line} if numbered else row, complaints)
         if problem is not None:
             if problem.id in first_line:
-                complaints.append(f"id {_short(problem.id)} was already used in line {first_line[problem.id]}")
+                complaints.append(f"id {short(problem.id)} was already used in line {first_line[problem.id]}")
                 twice += 1
             first_line.setdefault(problem.id, line)
             problems.append(problem)
@@ -141,7 +141,7 @@ def _problem(row: Mapping[str, Any], complaints: list[str]) -> Problem | None:
     if "id" not in row:
         complaints.append("no id")
     elif isinstance(identity, bool) or not isinstance(identity, (str, int)) or not str(identity).strip():
-        complaints.append(f"id {_short(identity)}: must be a non-empty string or an integer")
+        complaints.append(f"id {short(identity)}: must be a non-empty string or an integer")
         identity = None
     text = _field(row, _TEXT_FIELDS)
     if text is None:
@@ -184,8 +184,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
