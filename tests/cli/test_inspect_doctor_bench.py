@@ -80,6 +80,7 @@ def test_the_latest_engine_is_the_default(tmp_path: Path, monkeypatch: pytest.Mo
         (["--drafter", "some head"], 0.5, "solve problems.jsonl --engine E"),
         (["--tree", "2x3"], 9.0, "solve problems.jsonl --engine E --tree 2x3"),
         (["--output-layer", "int8"], 0.5, "solve problems.jsonl --engine E --output-layer int8"),
+        (["--tp", "2"], 0.5, "solve problems.jsonl --engine E --tp 2"),
     ],
 )  # fmt: skip
 def test_the_next_line_of_bench_runs_what_was_fastest(
@@ -94,7 +95,7 @@ def test_the_next_line_of_bench_runs_what_was_fastest(
                           copy_bytes_per_second=1.0, load_average=0.0, busy=False)  # fmt: skip
         plain = Point(
             engine=str(engines[0]), precision="bf16", output_layer=asked.output_layer or "model", drafter=None, batch=1,
-            tokens_per_second=1.0, prefill_tokens_per_second=1.0, tokens_per_step=1.0, accepted_by_depth=(),
+            tensor_parallel=asked.tensor_parallel or 1, tokens_per_second=1.0, prefill_tokens_per_second=1.0, tokens_per_step=1.0, accepted_by_depth=(),
             phase_seconds={}, speedup=None, step_bytes=1.0, ceiling_tokens_per_second=2.0, roofline_fraction=0.5,
         )  # fmt: skip
         drafts = replace(plain, drafter=str(asked.tree or "auto"), tokens_per_second=drafting, speedup=drafting)
@@ -102,7 +103,9 @@ def test_the_next_line_of_bench_runs_what_was_fastest(
 
     monkeypatch.setattr("trtkit.bench.engines.measure", measured)
     assert run(["bench", "--engine", "E", *options]) == 0
-    assert f"next: trtkit {next_line}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"next: trtkit {next_line}\n" in said
+    assert ("batch  tp  bytes/step" in said) == ("--tp" in options)
 
 
 @pytest.mark.parametrize("named", ["--drafter", "--problems"])

@@ -30,7 +30,7 @@ from trtkit.plan.memory import ValueBytes
 from trtkit.recipe import output_layer_of, read_manifest
 from trtkit.runtime.api import Engine, EngineStats, Request, SamplingParams
 from trtkit.runtime.draft_head import HeadOptions
-from trtkit.runtime.load import OpenOptions, compute_dtype, device_named, open_engine
+from trtkit.runtime.load import OpenOptions, compute_dtype, device_named, open_engine, rank_count
 from trtkit.scheme import OutputLayer, scheme_named
 from trtkit.solve.problems import read_problems
 
@@ -49,6 +49,8 @@ class BenchOptions:
     rounds: int = 1
     """How often each engine is opened; plain and speculative take turns."""
     device: str = "auto"
+    tensor_parallel: int | None = None
+    """As in :class:`OpenOptions`."""
     threads: int | None = None
     problems: Path | None = None
     """Problems to ask. A draft head is only as good as on text of its kind, so measure it on some."""
@@ -76,6 +78,11 @@ class BenchOptions:
         if wrong:
             raise UsageError("options that make no sense", offenders=wrong)
 
+    @property
+    def threads_of_each(self) -> int:
+        """CPU threads of every process of an engine: a number, so that it tries no other while it is measured."""
+        return self.threads or max(1, torch.get_num_threads() // (self.tensor_parallel or 1))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
@@ -87,6 +94,7 @@ class Point:
     drafter: str | None
     """``auto`` or the tree; None for plain decoding."""
     batch: int
+    tensor_parallel: int
     tokens_per_second: float
     """Decoding, all rows together; median of the repeats."""
     prefill_tokens_per_second: float
@@ -185,7 +193,8 @@ def _points(directory: Path, batch: int, options: BenchOptions, machine: Machine
 
 def _timed(directory: Path, batch: int, options: BenchOptions, speculative: bool) -> list[_Timing]:
     opening = OpenOptions(
-        device=options.device, threads=options.threads or torch.get_num_threads(), rows=batch, speculative=speculative,
+        device=options.device, threads=options.threads_of_each, tensor_parallel=options.tensor_parallel,
+        rows=batch, speculative=speculative,
         tree=options.tree if speculative else None, drafter=options.drafter if speculative else None,
         head=options.head, output_layer=options.output_layer,
     )  # fmt: skip
@@ -218,11 +227,14 @@ def _point(
         context=statistics.mean(map(len, prompts)) + options.new_tokens / 2, kv_dtype=recipe.kv_dtype,
         output_layer=output_layer, per=per,
     )  # fmt: skip
-    ceiling = batch * step * machine.read_bytes_per_second / read
+    device = device_named(options.device)
+    ranks = recipe.tensor_parallel if compiled else rank_count(recipe, options.tensor_parallel, device)
+    together = 1 if device.type == "cpu" else ranks  # a CPU's processes share its memory
+    ceiling = batch * step * together * machine.read_bytes_per_second / read
     drafter = None if plain is None else "auto" if options.tree is None else str(options.tree)
     return Point(
         engine=str(directory), precision=recipe.precision, output_layer=output_layer, drafter=drafter, batch=batch,
-        tokens_per_second=speed,
+        tensor_parallel=ranks, tokens_per_second=speed,
         prefill_tokens_per_second=_median(timings, "prefill_tokens_per_second"), tokens_per_step=step,
         accepted_by_depth=tuple(map(statistics.mean, zip(*(t.accepted_by_depth for t in timings), strict=True))),
         phase_seconds={

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from trtkit.bench.device_clock import spent_by_name
@@ -26,9 +25,11 @@ from trtkit.runtime.load import OpenOptions, device_named, open_engine
 
 __all__ = ["KINDS", "StepProfile", "profile_engine"]
 
-KINDS = ("linears", "attention", "cache", "sampling", "other", "host")
+KINDS = ("exchange", "linears", "attention", "cache", "sampling", "other", "host")
+"""``exchange`` is between the processes of one engine, waiting for each other included."""
 _WARM_UP = 5
 _STEPS = 30
+_EXCHANGE = ("nccl", "gloo", "c10d")
 _LINEARS = ("linear", "addmm", "::mm", "qlinear", "pack_mm", "scaled_mm", "gemm")
 _ATTENTION = ("bmm", "matmul", "softmax", "masked_fill", "scaled_dot_product", "attend", "attention")
 _CACHE = ("index_select", "index_copy", "index_put")
@@ -62,9 +63,10 @@ class StepProfile:
 def profile_engine(directory: Path, batch: int, options: BenchOptions) -> StepProfile:
     """Profile steps of a full batch. With a draft head its tree is ``options.tree``, or 1x3."""
     opening = OpenOptions(
-        device=options.device, threads=options.threads or torch.get_num_threads(), rows=batch,
+        device=options.device, threads=options.threads_of_each, rows=batch,
         speculative=options.speculative, tree=options.tree if has_head(directory, options) else None,
         drafter=options.drafter, head=options.head, output_layer=options.output_layer,
+        tensor_parallel=options.tensor_parallel,
     )  # fmt: skip
     prompts = prompts_of(directory, read_model_spec(directory).vocab, options)
     device = device_named(options.device)
@@ -114,7 +116,7 @@ def kind_of(operation: str) -> str:
     """``aten::bmm`` -> ``attention``. The first kind that knows a part of the name."""
     if operation in _OWN:
         return _OWN[operation]
-    for kind, parts in zip(KINDS, (_LINEARS, _ATTENTION, _CACHE, _SAMPLING), strict=False):
+    for kind, parts in zip(KINDS, (_EXCHANGE, _LINEARS, _ATTENTION, _CACHE, _SAMPLING), strict=False):
         if any(part in operation for part in parts):
             return kind
     return "other"

@@ -16,6 +16,7 @@ from trtkit.chat import load_chat
 from trtkit.checkpoint.convert import check_alignment, convert
 from trtkit.checkpoint.hf import EMBEDDING, HfCheckpoint, check_finite, open_source, resolve_source
 from trtkit.checkpoint.quality import measure_quality
+from trtkit.checkpoint.rank_share import check_shares
 from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import CheckpointError, InputError, OutputError, QualityError, UsageError
 from trtkit.files import staged_dir
@@ -60,6 +61,7 @@ def build_native(
     before = _state(directory)
     source = open_source(directory)
     check_alignment(source.spec, scheme)
+    check_shares(source.spec, scheme, recipe.tensor_parallel)
     if drafter is not None:
         check_head(drafter, source.spec, load_chat(source.directory))
     calibrated = _needs_data(recipe, scheme)

@@ -10,7 +10,17 @@ import typer
 
 from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.engines import BUILT, chosen_engine
-from trtkit.cli.options import Device, Json, Model, OutputLayer, Threads, Tree, drafting_named, refuse_idle
+from trtkit.cli.options import (
+    Device,
+    Json,
+    Model,
+    OutputLayer,
+    TensorParallel,
+    Threads,
+    Tree,
+    drafting_named,
+    refuse_idle,
+)
 from trtkit.cli.output import facts, finish, gigabytes, notice, quoted, table
 from trtkit.errors import UsageError
 
@@ -57,6 +67,7 @@ def command(
         Path | None, typer.Option("--out", help="Where --suite writes; default: engines/built/suite-MODEL.")
     ] = None,
     device: Device = "auto",
+    tensor_parallel: TensorParallel = None,
     threads: Threads = None,
     output_layer: OutputLayer = None,
     as_json: Json = True,
@@ -82,7 +93,8 @@ def command(
     speculative, shape = drafting_named(tree)
     options = BenchOptions(
         batches=tuple(batch or (1, 8, 32)), prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats,
-        rounds=rounds, device=device, threads=threads, problems=problems, temperature=temperature,
+        rounds=rounds, device=device, tensor_parallel=tensor_parallel, threads=threads, problems=problems,
+        temperature=temperature,
         speculative=speculative, tree=shape, drafter=drafter_named(drafter),
         output_layer=output_layer,  # type: ignore[arg-type]  # checked there
         head=HeadOptions(vocabulary=draft_vocabulary, precision=draft_precision),  # type: ignore[arg-type]
@@ -120,7 +132,8 @@ def _advice(fastest: Point, options: BenchOptions) -> str:
     tree = f" --tree {options.tree}" if fastest.drafter is not None and options.tree is not None else ""
     if fastest.drafter is None or options.drafter is None:
         layer = "" if options.output_layer is None else f" --output-layer {options.output_layer}"
-        return f"trtkit solve problems.jsonl --engine {quoted(fastest.engine)}{tree}{layer}"
+        ranks = "" if options.tensor_parallel is None else f" --tp {options.tensor_parallel}"
+        return f"trtkit solve problems.jsonl --engine {quoted(fastest.engine)}{tree}{layer}{ranks}"
     recipe = read_manifest(Path(fastest.engine)).recipe
     layer = "" if fastest.output_layer == recipe.output_layer else f" --output-layer {fastest.output_layer}"
     made = f"trtkit build --precision {fastest.precision} --model {quoted(recipe.model)}{layer}"
@@ -146,7 +159,8 @@ def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -
 
     check_sources(engines, options)
     found = [profile_engine(directory, batch, options) for directory in engines for batch in options.batches]
-    headings = ("engine", "batch", "step", *KINDS)
+    kinds = [kind for kind in KINDS if kind != "exchange" or any(step.kinds[kind] for step in found)]
+    headings = ("engine", "batch", "step", *kinds)
     table(
         headings,
         [
@@ -154,7 +168,7 @@ def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -
                 Path(step.engine).name,
                 str(step.batch),
                 f"{1e3 * step.step_seconds:.2f} ms",
-                *(f"{step.kinds[kind] / step.step_seconds:.0%}" for kind in KINDS),
+                *(f"{step.kinds[kind] / step.step_seconds:.0%}" for kind in kinds),
             )
             for step in found
         ],
@@ -178,6 +192,7 @@ def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -
     notice("measured under a profiler, which takes time itself: read the shares")
     finish(
         f"trtkit bench --engine {quoted(engines[0])}"
+        + ("" if options.tensor_parallel is None else f" --tp {options.tensor_parallel}")
         + ("" if options.drafter is None else f" --drafter {quoted(options.drafter)}"),
         {"profiles": [step.document() for step in found]} if as_json else None,
     )
@@ -198,7 +213,9 @@ def _show_machine(machine: Machine) -> None:
 
 
 def _show_points(points: Sequence[Point]) -> None:
-    headings = ("engine", "precision", "drafter", "batch", "bytes/step", "ceiling", "decode", "of ceiling",
+    together = any(point.tensor_parallel > 1 for point in points)
+    tp = ("tp",) if together else ()
+    headings = ("engine", "precision", "drafter", "batch", *tp, "bytes/step", "ceiling", "decode", "of ceiling",
                 "speed-up", "prefill")  # fmt: skip
     table(
         headings,
@@ -208,6 +225,7 @@ def _show_points(points: Sequence[Point]) -> None:
                 point.precision,
                 point.drafter or "-",
                 str(point.batch),
+                *([str(point.tensor_parallel)] if together else []),
                 gigabytes(point.step_bytes),
                 f"{point.ceiling_tokens_per_second:,.0f}",
                 f"{point.tokens_per_second:,.1f}",

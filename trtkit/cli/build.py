@@ -123,7 +123,7 @@ def command(
         gpu=profile.name,
         kv_dtype=kv_dtype,  # type: ignore[arg-type]  # _check_names has seen the four of them
         backend=backend,  # type: ignore[arg-type]
-        tensor_parallel=profile.count if compiled else 1,
+        tensor_parallel=profile.count,
         int4_method=int4_method,  # type: ignore[arg-type]
         output_layer=output_layer,  # type: ignore[arg-type]
         calibrator=calibrator,  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ __all__ = [
     "Json",
     "Model",
     "OutputLayer",
+    "TensorParallel",
     "Threads",
     "Tree",
     "drafting_named",
@@ -39,6 +40,12 @@ ChosenThreads: TypeAlias = Annotated[
 ]
 OutputLayer: TypeAlias = Annotated[
     str | None, typer.Option("--output-layer", help="lm_head in this run: model (16 bit) or int8; default: as built.")
+]
+TensorParallel: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--tp", min=1, help="GPUs (on a CPU: processes) that share each layer; default: as built, if they are there."
+    ),
 ]
 Tree: TypeAlias = Annotated[
     str,

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trtkit.cli.engines import chosen_engine, stem
-from trtkit.cli.options import ChosenThreads, Device, Json, OutputLayer, Tree, drafting_named, out_of_range_is_usage
+from trtkit.cli.options import (
+    ChosenThreads,
+    Device,
+    Json,
+    OutputLayer,
+    TensorParallel,
+    Tree,
+    drafting_named,
+    out_of_range_is_usage,
+)
 from trtkit.cli.output import facts, finish, quoted
 
 if TYPE_CHECKING:
@@ -48,6 +57,7 @@ def command(
         typer.Option("--api-key", envvar="TRTKIT_API_KEY", help="What clients must present; default: nothing."),
     ] = None,
     device: Device = "auto",
+    tensor_parallel: TensorParallel = None,
     threads: ChosenThreads = None,
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="Rows that run at once; default: the engine's own limit.")
@@ -81,6 +91,7 @@ def command(
     opening = OpenOptions(
         device=device, threads=threads, rows=batch, speculative=speculative, tree=shape,
         output_layer=output_layer,  # type: ignore[arg-type]  # checked there
+        tensor_parallel=tensor_parallel,
     )  # fmt: skip
     with out_of_range_is_usage():
         sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)

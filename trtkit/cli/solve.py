@@ -14,6 +14,7 @@ from trtkit.cli.options import (
     Device,
     Json,
     OutputLayer,
+    TensorParallel,
     Tree,
     drafting_named,
     out_of_range_is_usage,
@@ -127,6 +128,7 @@ def command(
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Most rows in flight.")] = None,
     tree: Tree = "auto",
     device: Device = "auto",
+    tensor_parallel: TensorParallel = None,
     threads: ChosenThreads = None,
     output_layer: OutputLayer = None,
     save_text: Annotated[bool, typer.Option("--save-text", help="Keep each sample's text.")] = False,
@@ -233,7 +235,7 @@ def command(
     speculative, shape = drafting_named(tree)
     opening = OpenOptions(
         device=device, threads=threads, rows=batch, speculative=speculative, tree=shape,
-        output_layer=final.output_layer,
+        output_layer=final.output_layer, tensor_parallel=tensor_parallel,
     )  # fmt: skip
     with sigterm_as_interrupt():
         outcome = run_solve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -10,8 +11,10 @@ import torch
 
 from drafter.config import TreeShape
 from drafter.model import Drafter
+from trtkit.checkpoint.rank_share import RankShare, check_shares
 from trtkit.checkpoint.trtllm_parse import read_trtllm_config
 from trtkit.checkpoint.trtllm_reader import is_trtllm, merged_drafter, open_checkpoint
+from trtkit.checkpoint.unified import UnifiedCheckpoint
 from trtkit.errors import CapacityError, EngineError, UsageError
 from trtkit.files import digest_file
 from trtkit.model_spec import ModelSpec
@@ -23,13 +26,15 @@ from trtkit.runtime.draft_head import HeadOptions, measured_acceptance, open_hea
 from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.memory import free_bytes
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.ranks.engine import RankedEngine
+from trtkit.runtime.ranks.group import Ranks
 from trtkit.runtime.thread_choice import ThreadChooser
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
 from trtkit.runtime.tree_memory import memory_file
 from trtkit.scheme import OutputLayer
 
-__all__ = ["OpenOptions", "compute_dtype", "device_named", "open_engine", "set_threads"]
+__all__ = ["OpenOptions", "compute_dtype", "device_named", "open_engine", "open_rank", "rank_count", "set_threads"]
 
 _BLOCK_SIZE = 16
 _BESIDE_BYTES = 3 << 29
@@ -67,10 +72,15 @@ class OpenOptions:
     """A draft head in place of the engine's own, or for an engine without one."""
     output_layer: OutputLayer | None = None
     """How to run lm_head; None takes what the engine was built, and its quality measured, with."""
+    tensor_parallel: int | None = None
+    """Processes that share each layer, on CUDA one per GPU; None: as many as the engine was built for where there are
+    so many GPUs, else one. See ``ranks``."""
 
     def __post_init__(self) -> None:
         if self.output_layer not in (None, *get_args(OutputLayer)):
             raise UsageError(f"unknown output layer {self.output_layer!r}", hint="model or int8")
+        if self.tensor_parallel is not None and self.tensor_parallel < 1:
+            raise UsageError(f"tensor parallel {self.tensor_parallel}: must be at least 1")
 
 
 def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
@@ -83,7 +93,40 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
     if manifest.backend == "tensorrt-llm":
         return _open_trtllm(directory, manifest, options)
     device = device_named(options.device)
-    set_threads(options.threads)
+    ranks = rank_count(manifest.recipe, options.tensor_parallel, device)
+    if ranks == 1:
+        return _open_torch(directory, manifest, options, device)
+    _checkpoint(directory, manifest, ranks)
+    return RankedEngine(ranks, device.type, (directory, options), lambda first: open_rank(directory, options, first))
+
+
+def open_rank(directory: Path, options: OpenOptions, ranks: Ranks) -> TorchEngine:
+    """Open this process's part of an engine that runs on several. Raises what :func:`open_engine` does."""
+    device = device_named(options.device)
+    if device.type == "cuda":
+        device = device_named(f"cuda:{ranks.rank}")
+    elif options.threads is None:
+        options = dataclasses.replace(options, threads=max(1, torch.get_num_threads() // ranks.size))
+    return _open_torch(directory, _manifest(directory), options, device, ranks)
+
+
+def rank_count(recipe: Recipe, asked: int | None, device: torch.device) -> int:
+    """How many processes run an engine of the torch runtime; ``asked`` as ``OpenOptions.tensor_parallel``.
+
+    Raises :class:`UsageError` when more GPUs are asked for than there are.
+    """
+    on_cuda = device.type == "cuda"
+    here = torch.cuda.device_count() if on_cuda and device.index is None else 1
+    if asked is None:
+        return recipe.tensor_parallel if recipe.tensor_parallel <= here else 1
+    if on_cuda and asked > here:
+        there = f"this machine has {here}" if device.index is None else f"{device} is one"
+        raise UsageError(f"--tp {asked} takes as many GPUs, {there}", hint="--device cuda is all that are visible")
+    return asked
+
+
+def _checkpoint(directory: Path, manifest: EngineManifest, ranks: int) -> UnifiedCheckpoint:
+    """The weights. Raises :class:`EngineError`, or :class:`UnsupportedError` when they cannot be shared out."""
     checkpoint = open_checkpoint(directory)
     if checkpoint.scheme.name != manifest.recipe.precision:
         raise EngineError(
@@ -91,6 +134,17 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
             where=str(directory),
             hint="the directory was edited; build it again",
         )
+    if ranks > 1:
+        check_shares(checkpoint.spec, checkpoint.scheme, ranks)
+    return checkpoint
+
+
+def _open_torch(
+    directory: Path, manifest: EngineManifest, options: OpenOptions, device: torch.device, ranks: Ranks | None = None
+) -> TorchEngine:  # fmt: skip
+    set_threads(options.threads)
+    size = 1 if ranks is None else ranks.size
+    checkpoint = _checkpoint(directory, manifest, size)
     dtype = _DTYPES[_known(options.dtype)] if options.dtype else compute_dtype(checkpoint.spec, device)
     total = min(manifest.recipe.limits.total_tokens, checkpoint.spec.max_positions)
     trees: tuple[TreeShape | None, ...] = (None,)
@@ -104,15 +158,27 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
         )
     reach = total + TreeChooser(trees).max_nodes
     output_layer = options.output_layer or output_layer_of(manifest.recipe)
-    model = DecoderModel(checkpoint, device=device, dtype=dtype, max_tokens=reach, output_layer=output_layer)
+    source = checkpoint if ranks is None else RankShare(whole=checkpoint, rank=ranks.rank, ranks=size)
+    try:
+        model = DecoderModel(
+            source, device=device, dtype=dtype, max_tokens=reach, output_layer=output_layer, ranks=ranks
+        )
+    except torch.OutOfMemoryError:
+        raise CapacityError(
+            f"the weights do not fit into the free memory of {device}", where=str(directory), hint=_room(device, size)
+        ) from None
     drafting = None
-    if trees != (None,):
+    if trees != (None,) and ranks is not None and ranks.rank > 0:
+        drafting = Drafting(head=None, trees=trees)
+    elif trees != (None,):
         head = _head(directory, model, options)
         identity = directory / (ENGINE_FILE if (directory / ENGINE_FILE).is_file() else "config.json")
-        memory = memory_file(digest_file(identity), device, f"{options.head} {dtype} {options.drafter} {output_layer}")
+        memory = memory_file(
+            digest_file(identity), device, f"{options.head} {dtype} {options.drafter} {output_layer} {size}"
+        )
         expected = measured_acceptance(options.drafter or directory / DRAFTER_DIR)
         drafting = Drafting(head=head, trees=trees, memory=memory, expected=expected)
-    limits = _limits(manifest, checkpoint.spec, options, model, total_tokens=total, reach=reach)
+    limits = _limits(manifest, options, model, total_tokens=total, reach=reach)
     threads = torch.get_num_threads()
     adapts = device.type == "cpu" and options.threads is None and threads > 1
     return TorchEngine(model, limits, drafting, ThreadChooser(threads) if adapts else None)
@@ -163,11 +229,21 @@ def _open_trtllm(directory: Path, manifest: EngineManifest, options: OpenOptions
         wrong.append("draft head options: its drafter is compiled in")
     if options.output_layer == "int8":
         wrong.append("output layer int8: it is compiled in 16 bits")
+    if options.tensor_parallel not in (None, manifest.recipe.tensor_parallel):
+        wrong.append(f"tensor parallel {options.tensor_parallel}: it was built for {manifest.recipe.tensor_parallel}")
     if wrong:
         raise UsageError("a tensorrt-llm engine cannot be opened like that", where=str(directory), offenders=wrong)
     return open_compiled(
         directory, ExecutorOptions(rows=options.rows, kv_memory_fraction=options.kv_memory_fraction or 0.9)
     )
+
+
+def _room(device: torch.device, ranks: int) -> str:
+    """Where more memory may come from."""
+    here = torch.cuda.device_count() if device.type == "cuda" else 0
+    if here > ranks:
+        return f"share the model out over the GPUs of this machine: --tp {here}"
+    return "free memory, or see `trtkit plan` for what fits where"
 
 
 def set_threads(threads: int | None) -> None:
@@ -212,7 +288,6 @@ def _known(dtype: str) -> str:
 
 def _limits(
     manifest: EngineManifest,
-    spec: ModelSpec,
     options: OpenOptions,
     model: DecoderModel,
     *,
@@ -222,20 +297,23 @@ def _limits(
     """``reach``: slots that a row may touch, its length and the nodes of a draft tree."""
     rows = options.rows or manifest.recipe.limits.batch
     kv_dtype = manifest.recipe.kv_dtype
-    block_bytes = kv_block_bytes(spec, kv_dtype, model.dtype, _BLOCK_SIZE)
+    block_bytes = kv_block_bytes(model.spec, kv_dtype, model.dtype, _BLOCK_SIZE)
     fraction = options.kv_memory_fraction or (0.9 if model.device.type == "cuda" else CPU_KV_SHARE)
     free = free_bytes(model.device)
     usable = int(free * fraction)
     if model.device.type == "cuda" and options.kv_memory_fraction is None:
         usable = max(0, min(usable, free - _BESIDE_BYTES))
-    affordable = usable // block_bytes
+    ranks = model.ranks
+    if ranks is not None and model.device.type == "cpu":
+        usable //= ranks.size  # they share its memory
+    affordable = usable // block_bytes if ranks is None else ranks.least(usable // block_bytes)
     # One block more for the copy of a shared partial prompt block.
     least = blocks_for(reach, _BLOCK_SIZE) + 1
     if affordable < least:
         raise CapacityError(
             f"the keys and values of one request of {total_tokens} tokens take {least * block_bytes / 1e9:.2f} GB, "
             f"{affordable * block_bytes / 1e9:.2f} GB may be used",
-            hint="build with a smaller --max-total-tokens, or free memory",
+            hint=f"build with a smaller --max-total-tokens, or {_room(model.device, ranks.size if ranks else 1)}",
         )
     return TorchLimits(
         rows=rows, total_tokens=total_tokens, kv_blocks=min(affordable, rows * least), block_size=_BLOCK_SIZE,

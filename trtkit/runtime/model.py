@@ -24,6 +24,7 @@ from trtkit.runtime.cuda.linear import prepare_linears
 from trtkit.runtime.linear import Kernel, runtime_linear
 from trtkit.runtime.native.kernels import NativePointwise, open_kernels
 from trtkit.runtime.native.layers import open_layers
+from trtkit.runtime.ranks.group import Ranks
 from trtkit.scheme import OutputLayer
 
 __all__ = ["DecoderModel", "WeightSource"]
@@ -31,13 +32,19 @@ __all__ = ["DecoderModel", "WeightSource"]
 _NAMES: tuple[LinearName, ...] = ("qkv", "o", "gate_up", "down")
 
 
+_SUMMED: tuple[LinearName, ...] = ("o", "down")
+"""Products over a rank's share of their inputs: see ``checkpoint/rank_share.py``."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Layer:
     norms: Norms
     kernels: dict[LinearName, Kernel]
+    ranks: Ranks | None
 
     def linear(self, name: LinearName, x: Tensor) -> Tensor:
-        return self.kernels[name](x)
+        product = self.kernels[name](x)
+        return product if self.ranks is None or name not in _SUMMED else self.ranks.sum(product)
 
 
 class WeightSource(Protocol):
@@ -64,9 +71,11 @@ class DecoderModel:
 
     def __init__(
         self, checkpoint: WeightSource, *, device: torch.device, dtype: torch.dtype, max_tokens: int,
-        output_layer: OutputLayer = "model",
+        output_layer: OutputLayer = "model", ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
+        """``ranks``: the processes that share the layers; ``checkpoint`` is then this one's ``RankShare``."""
         self.spec = checkpoint.spec
+        self.ranks = ranks
         self.device = device
         self.dtype = dtype
         self.native = open_kernels(self.spec.parameters, device, dtype)
@@ -79,8 +88,9 @@ class DecoderModel:
         self.embedding = self._held(checkpoint.embedding(), "the embedding").to(device=device, dtype=dtype)
         self._final_norm = checkpoint.final_norm().to(device).float()
         whole = [(layer.norms, layer.kernels) for layer in self._layers]
-        self.native_layers = open_layers(self.spec, whole, self._final_norm) if self.native else None
-        """Every layer in one call, for decode steps on the C++ kernels."""
+        at_once = self.native and ranks is None
+        self.native_layers = open_layers(self.spec, whole, self._final_norm) if at_once else None
+        """Every layer in one call, for decode steps on the C++ kernels. Ranks meet twice in each layer."""
         matrix = self._held(checkpoint.lm_head(), "lm_head")
         head = int8_matrix(matrix, steps=128) if output_layer == "int8" else dense(matrix)
         self._head = runtime_linear(LinearWeights(weight=head), device=device, dtype=dtype)
@@ -106,7 +116,7 @@ class DecoderModel:
         kernels = {
             name: runtime_linear(weights, device=self.device, dtype=self.dtype) for name, weights in linears.items()
         }
-        return _Layer(norms, kernels)
+        return _Layer(norms, kernels, self.ranks)
 
     def _held(self, tensor: Tensor, where: str) -> Tensor:
         """``tensor``. Raises :class:`CheckpointError` when float16, which ends at 65504, is to hold it and cannot; the
@@ -146,8 +156,12 @@ class DecoderModel:
         return F.embedding(tokens, self.embedding)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(T, H) -> (T, V)."""
-        return self._head(hidden)
+        """(T, H) -> (T, V), on every rank."""
+        logits = self._head(hidden)
+        if self.ranks is None:
+            return logits
+        shares, width = self.ranks.gather(logits), logits.shape[1]
+        return torch.cat([part[:, : max(0, self.spec.vocab - i * width)] for i, part in enumerate(shares)], dim=1)
 
 
 def _fold(norm: Tensor, weights: LinearWeights) -> tuple[Tensor, LinearWeights]:

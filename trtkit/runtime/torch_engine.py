@@ -68,13 +68,13 @@ class TorchLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drafting:
-    """A draft head on the model's device, and the trees it may draw.
+    """A draft head on the model's device, and the trees it may draw. Of several ranks the first one has the head.
 
     With one option that tree is drawn in every step; with several (None is plain decoding) the engine takes the one
     that it measures to be fastest at the current batch.
     """
 
-    head: Drafter
+    head: Drafter | None
     trees: tuple[TreeShape | None, ...] = DEFAULT_TREES
     memory: Path | None = None
     """File that keeps the measured step times from run to run."""
@@ -92,7 +92,8 @@ class TorchEngine(Closing):
         self, model: DecoderModel, limits: TorchLimits, drafting: Drafting | None = None,
         threads: ThreadChooser | None = None,
     ) -> None:  # fmt: skip
-        """``threads`` chooses how many CPU threads a step takes; None leaves the process's number as it is."""
+        """``threads`` chooses how many CPU threads a step takes; None leaves the process's number as it is. The ranks
+        that share ``model`` make the same calls."""
         self._model = model
         self._threads = threads
         self._limits = limits
@@ -133,7 +134,7 @@ class TorchEngine(Closing):
     def _tune(self, rows: int, shape: TreeShape | None) -> None:
         """Let the kernels measure themselves for a step of ``rows`` rows."""
         self._model.prepare(rows * (1 if shape is None else shape.max_nodes))
-        if self._drafting is not None and shape is not None:
+        if self._drafting is not None and self._drafting.head is not None and shape is not None:
             prepare_head(self._drafting.head, rows * shape.beams)
 
     @property
@@ -234,13 +235,18 @@ class TorchEngine(Closing):
         if self._threads is not None and torch.get_num_threads() != self._threads.threads:
             torch.set_num_threads(self._threads.threads)
         rows = self._schedule()
-        shape = self._chooser.choose(len(rows))
+        shape = self._choose(len(rows))
         if self._graphs is None or any(row.request.sampling.switch is not None for row in rows):
             began = time.perf_counter()
             return outputs + self._book(rows, shape, began, *self._emit(rows, shape))
         with self._phase("verify"):
             launched = self._graphs.launch(rows, shape)
         return outputs + self._collect(launched)
+
+    def _choose(self, rows: int) -> TreeShape | None:
+        """The draft tree of the next step, by what the first rank has measured."""
+        choice, options, ranks = self._chooser.choose(rows), self._chooser.options, self._model.ranks
+        return choice if ranks is None or len(options) == 1 else options[ranks.agree(options.index(choice))]
 
     def _schedule(self) -> Sequence[Row]:
         """The rows of the next step, their prompts prefilled."""
@@ -274,7 +280,7 @@ class TorchEngine(Closing):
         reach = earlier.key.path + self._nodes
         if not (graphs.covers(earlier, reach) and self._scheduler.look_ahead(reach, self._nodes)):
             return None
-        return graphs.follow(earlier, self._chooser.choose(len(earlier.rows)))
+        return graphs.follow(earlier, self._choose(len(earlier.rows)))
 
     def _discard_flight(self) -> None:
         """Wait for the launch in flight and forget it. Rows that still run lose nothing: the same is drawn again."""

@@ -81,7 +81,7 @@ def _check_survived(option: Choice, problem: Exception, device: torch.device) ->
 def _microseconds(run: Callable[[], object], other: torch.Tensor) -> float:
     run()  # compiles and reserves
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
         run()
     times: list[float] = []
     for _ in range(_REPEATS):

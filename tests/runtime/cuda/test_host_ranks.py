@@ -1,0 +1,104 @@
+"""The host's side of a rank on a GPU: what it exchanges lies on the device and can be captured. No GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from drafter.config import TreeShape
+from tests.engines import random_prompts, request
+from tests.runtime.cuda.fake_gpu import CUDA, FakeGpu, fake_gpu
+from trtkit.bench.random_model import RandomWeights, random_head, shape_spec
+from trtkit.checkpoint.rank_share import share_spec, vocab_share
+from trtkit.runtime.cuda import graphs
+from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.scheme import Precision
+
+RANKS = 2
+TREES = (None, TreeShape(beams=1, length=3), TreeShape(beams=3, length=2))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    monkeypatch.setattr(graphs, "_WARM_UPS", 1)
+    with fake_gpu(monkeypatch) as made:
+        yield made
+
+
+@dataclass
+class _Ranks:
+    """What NCCL asks for: contiguous tensors of the device. Any call of the host's while a step is captured fails."""
+
+    rank: int
+    gpu: FakeGpu
+    size: int = RANKS
+    calls: list[str] = field(default_factory=list)
+    agreed: int = 0
+
+    def _seen(self, name: str, x: Tensor) -> Tensor:
+        assert x.device.type == "cuda", f"{name} of a tensor of the host"
+        assert x.is_contiguous(), f"{name} of a tensor with gaps"
+        self.calls.append(name)
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._seen("sum", x)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        return list(torch.cat([self._seen("gather", x.contiguous())] * self.size).chunk(self.size))
+
+    def first(self, x: Tensor) -> Tensor:
+        return self._seen("first", x.contiguous())
+
+    def agree(self, number: int) -> int:
+        assert not self.gpu.capturing
+        self.agreed += 1
+        return number
+
+    def least(self, number: int) -> int:
+        return number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Share(RandomWeights):
+    """One rank's weights, on the host as a checkpoint gives them."""
+
+    def lm_head(self) -> Tensor:
+        return self._draw(vocab_share(self.spec.vocab, RANKS), self.spec.hidden)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int4"])
+def test_a_step_of_a_rank_is_captured_whole(gpu: FakeGpu, precision: Precision, rank: int) -> None:
+    whole = dataclasses.replace(shape_spec("tiny"), layers=3, heads=8, kv_heads=4, intermediate=1024)
+    ranks = _Ranks(rank, gpu)
+    weights = _Share(spec=share_spec(whole, RANKS), precision=precision, device=torch.device("cpu"))
+    model = DecoderModel(weights, device=CUDA, dtype=torch.bfloat16, max_tokens=4096, ranks=ranks)
+    head = random_head(whole, device=CUDA, dtype=torch.bfloat16) if rank == 0 else None
+    limits = TorchLimits(rows=8, total_tokens=3000, kv_blocks=900)
+    engine = TorchEngine(model, limits, Drafting(head=head, trees=TREES))
+    for index, prompt in enumerate(random_prompts(0, [19, 2500])):
+        engine.submit(request(str(index), prompt, max_tokens=400, top_p=0.9))
+    for _ in range(30):
+        engine.step()
+    assert engine._graphs is not None
+    assert engine._graphs._captures, "no step could be captured"
+    assert all(graph.captured == 1 for graph in gpu.graphs)
+    assert len({key.shape for key in engine._graphs._graphs}) == len(TREES)
+    assert ranks.agreed >= 30
+    waited, captured = gpu.waits, len(gpu.graphs)
+    engine.step()
+    assert len(gpu.graphs) == captured
+    assert gpu.waits - waited == 1, "a step waits for its output and for nothing else"
+
+    ranks.calls.clear()
+    engine._graphs.step(engine._graphs.load(engine._scheduler.running, TREES[2]))
+    assert ranks.calls == ["first", *["sum"] * 2 * whole.layers, "gather"]

@@ -1,0 +1,199 @@
+"""Real processes: the same tokens, whoever fails is named, and nobody is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from drafter.checkpoint import save_drafter
+from drafter.config import DrafterConfig, TreeShape
+from drafter.model import Drafter
+from tests.engines import random_prompts, request, run_all, tiny_engine_dir
+from trtkit.errors import EngineError, RequestError, UnsupportedError, UsageError
+from trtkit.recipe import Recipe
+from trtkit.runtime import load
+from trtkit.runtime.api import Engine
+from trtkit.runtime.load import OpenOptions, open_engine, open_rank, rank_count
+from trtkit.runtime.ranks.engine import RankedEngine
+from trtkit.runtime.ranks.group import Place, joined
+
+VOCAB = 12
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_engine_dir(tmp_path_factory.mktemp("engine"), vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(5)
+    made = tmp_path_factory.mktemp("head")
+    save_drafter(Drafter(DrafterConfig(hidden_size=256, vocab_size=VOCAB, exit_dim=32)), made, dtype=torch.float32)
+    return made
+
+
+def _options(**more: Any) -> OpenOptions:
+    return OpenOptions(**{"device": "cpu", "dtype": "float32", "threads": 1, **more})
+
+
+def _children() -> list[int]:
+    """Processes that this one has started, apart from those that have ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text(encoding="utf-8").rpartition(")")
+        except OSError:
+            continue
+        state, parent, *_ = rest.split()
+        if int(parent) == os.getpid() and state != "Z" and "python" in name:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_two_processes_emit_what_one_does_and_a_dead_one_is_an_error(directory: Path, head: Path) -> None:
+    """One engine after the other, each with processes of its own; none of them stays."""
+    before = set(_children())
+    prompts = random_prompts(1, [3, 20, 33], vocab=VOCAB)
+    requests = [request(str(i), p, seed=i, max_tokens=40, temperature=i / 2) for i, p in enumerate(prompts)]
+    with open_engine(directory, _options()) as engine:
+        plain = run_all(engine, requests)
+    with open_engine(directory, _options(drafter=head, tensor_parallel=2)) as engine:
+        assert isinstance(engine, RankedEngine)
+        with pytest.raises(RequestError, match="outside the vocabulary"):  # the other rank lives on
+            engine.submit(request("bad", (VOCAB,)))
+        assert run_all(engine, requests) == plain
+        stats = engine.stats()
+        assert stats.accepted_by_depth[0] > 0
+        assert stats.kv_blocks_free == stats.kv_blocks
+        with pytest.raises(EngineError, match=r"torch.distributed is in use"):
+            open_engine(directory, _options(tensor_parallel=2))
+
+    with open_engine(directory, _options(tensor_parallel=2)) as engine:
+        (other,) = set(_children()) - before
+        for one in requests:
+            engine.submit(one)
+        engine.step()
+        os.kill(other, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(EngineError, match=r"rank 1: its process was ended by SIGKILL \(memory may have run out\)"):
+            _run_on(engine)
+        with pytest.raises(EngineError, match="SIGKILL"):  # and stays so
+            engine.submit(request("more", (1,)))
+        assert time.monotonic() - began < 60
+    assert set(_children()) <= before
+    assert not dist.is_initialized()
+
+
+def _run_on(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
+def test_a_rank_that_cannot_open_says_why(directory: Path, tmp_path: Path) -> None:
+    """The first one is in the middle of meeting it."""
+    before = set(_children())
+    options = _options()
+    with pytest.raises(EngineError, match=r"rank 1: .*nowhere") as failed:
+        RankedEngine(
+            2, "cpu", (tmp_path / "nowhere", options), lambda ranks: open_rank(directory, options, ranks)
+        )  # fmt: skip
+    assert "--verbose" in str(failed.value)
+    assert set(_children()) <= before
+
+    def out_of_memory(_ranks: object) -> Any:
+        raise MemoryError("here")
+
+    with pytest.raises(MemoryError, match="here"):
+        RankedEngine(2, "cpu", (directory, options), out_of_memory)
+    assert set(_children()) <= before
+    assert not dist.is_initialized()
+
+
+def test_a_rank_ends_when_the_first_one_is_gone() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trtkit.runtime.ranks.worker", str(theirs.fileno())], pass_fds=[theirs.fileno()]
+        )
+    ours.close()
+    assert process.wait(60) == 1
+
+
+def test_what_several_processes_cannot_run_is_refused_before_any_is_started(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "RankedEngine", None)
+    with pytest.raises(UnsupportedError) as refused:
+        open_engine(directory, _options(tensor_parallel=3))
+    assert refused.value.offenders == ("4 attention heads", "2 KV heads")
+    with pytest.raises(UsageError, match="must be at least 1"):
+        OpenOptions(tensor_parallel=0)
+
+
+def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    recipe = Recipe(model="m", precision="fp8", tensor_parallel=4)
+    cpu, cuda, second = torch.device("cpu"), torch.device("cuda"), torch.device("cuda:1")
+    assert [rank_count(recipe, None, device) for device in (cpu, cuda, second)] == [1, 4, 1]
+    assert [rank_count(recipe, 2, device) for device in (cpu, cuda)] == [2, 2]
+    assert rank_count(recipe, 1, cuda) == 1
+    for device, there in ((cuda, "this machine has 4"), (second, "cuda:1 is one")):
+        with pytest.raises(UsageError, match=f"--tp 8 takes as many GPUs, {there}"):
+            rank_count(recipe, 8, device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert rank_count(recipe, None, cuda) == 1  # built for more than there are
+
+
+def test_ranks_meet_on_this_machine_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo looks the host's name up unless it is told an interface; that may fail, or lead outside."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    seen: list[str | None] = []
+    real = dist.init_process_group
+
+    def noted(*arguments: Any, **named: Any) -> None:
+        seen.append(os.environ.get("GLOO_SOCKET_IFNAME"))
+        real(*arguments, **named)
+
+    monkeypatch.setattr(dist, "init_process_group", noted)
+    with joined(Place(rank=0, size=1, device="cpu", store=tmp_path / "store"), int) as alone:
+        assert alone.least(7) == 7
+        assert torch.equal(alone.sum(torch.ones(2)), torch.ones(2))
+    assert seen == ["lo"]
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+def test_two_gpus_emit_what_one_does(directory: Path, head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums and gathers within CUDA graphs, steps launched ahead, and a rank that is killed while the GPUs work."""
+    monkeypatch.setenv("TRTKIT_NATIVE", "1")
+    prompts = random_prompts(1, [3, 20, 33], vocab=VOCAB)
+    requests = [request(str(i), p, seed=i, max_tokens=90, temperature=i / 2) for i, p in enumerate(prompts)]
+    with open_engine(directory, _options(device="cuda", tensor_parallel=1)) as engine:
+        plain = run_all(engine, requests)
+    for tree in (TreeShape(beams=1, length=3), TreeShape(beams=3, length=2), None):
+        with open_engine(directory, _options(device="cuda", tensor_parallel=2, drafter=head, tree=tree)) as engine:
+            assert run_all(engine, requests) == plain
+            assert isinstance(engine, RankedEngine)
+            assert engine._engine._graphs is not None
+            assert len(engine._engine._graphs) > 1
+    before = set(_children())
+    with open_engine(directory, _options(device="cuda", tensor_parallel=2)) as engine:
+        (other,) = set(_children()) - before
+        for one in requests:
+            engine.submit(one)
+        engine.step()
+        os.kill(other, signal.SIGKILL)
+        with pytest.raises(EngineError, match="rank 1"):
+            _run_on(engine)

@@ -1,0 +1,190 @@
+"""The processes of the other ranks, as the first rank starts, instructs and watches them.
+
+Instructions go through one pipe to each process, and word of its state comes back through it. A process that dies
+closes its pipe, so the first rank finds out whatever it is doing; and the others end by themselves when the first rank
+is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+
+from trtkit.errors import EngineError
+from trtkit.log import logger
+from trtkit.runtime.ranks.group import Place
+
+__all__ = ["CLOSE", "Crew", "News"]
+
+CLOSE = ("close",)
+"""The last instruction."""
+_FAREWELL_SECONDS = 10.0
+"""How long a process may take to end when it is told to."""
+_NEWS_SECONDS = 5.0
+"""How long it may take until word of a failure is there that has broken a step already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class News:
+    """What a rank says of itself."""
+
+    state: Literal["ready", "open", "failed", "lost"]
+    """``ready`` to meet the others; its engine is ``open``; it has ``failed``; or it has ``lost`` one of the others,
+    which is no failure of its own."""
+    problem: str = ""
+    trace: str = ""
+
+
+_State: TypeAlias = Literal["started", "ready", "open", "gone"]
+
+
+class Crew:
+    """The processes of the ranks 1 to ``size`` - 1 on ``device`` (cpu or cuda), each told ``opening`` first."""
+
+    def __init__(self, size: int, device: str, opening: tuple[Any, ...]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="trtkit-ranks-")
+        store = Path(self._folder.name) / "store"
+        self.place = Place(rank=0, size=size, device=device, store=store)
+        self._changed = threading.Condition()
+        self._states: list[_State] = ["started"] * (size - 1)
+        self._failure: str | None = None
+        self._released = False
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._pipes: list[Connection] = []
+        for rank in range(1, size):
+            self._start(Place(rank=rank, size=size, device=device, store=store), opening)
+        self._watcher = threading.Thread(target=self._watch, name="trtkit-ranks", daemon=True)
+        self._watcher.start()
+
+    def _start(self, place: Place, opening: tuple[Any, ...]) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # A session of its own: Ctrl-C in the terminal is for the first rank, which tells the others.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "trtkit.runtime.ranks.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )  # fmt: skip
+        pipe = Connection(ours.detach())
+        self._processes.append(process)
+        self._pipes.append(pipe)
+        pipe.send((place, logger.getEffectiveLevel(), *opening))
+
+    def _watch(self) -> None:
+        """Take in what the others say, until all of them are gone."""
+        indices = {pipe: index for index, pipe in enumerate(self._pipes)}
+        while indices:
+            for pipe in wait(list(indices)):
+                assert isinstance(pipe, Connection)
+                try:
+                    self._hear(indices[pipe], pipe.recv())
+                except (EOFError, OSError):
+                    self._hear(indices.pop(pipe), None)
+
+    def _hear(self, index: int, news: News | None) -> None:
+        """``news`` None: the process has ended."""
+        with self._changed:
+            failed = self._states[index] != "gone" if news is None else news.state == "failed"
+            failed = failed and not self._released
+            self._states[index] = news.state if news is not None and news.state in ("ready", "open") else "gone"
+            if failed and self._failure is None:
+                what = _ending(self._processes[index]) if news is None else news.problem
+                self._failure = f"rank {index + 1}: {what}"
+                logger.debug("rank %d: %s", index + 1, "" if news is None else news.trace)
+            self._changed.notify_all()
+        if failed:
+            _abort()
+
+    def wait_until(self, state: Literal["ready", "open"]) -> None:
+        """Return when all have got there. Raises :class:`EngineError` when one could not."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or all(now == state for now in self._states))
+        self.check()
+
+    def check(self, *, patience: float = 0.0) -> None:
+        """Raise :class:`EngineError` when a rank has failed, or does so within ``patience`` seconds."""
+        with self._changed:
+            if self._changed.wait_for(lambda: self._failure is not None, timeout=patience):
+                raise EngineError(
+                    f"one of the engine's processes failed: {self._failure}", hint="--verbose shows where it did"
+                )
+
+    def blame(self) -> None:
+        """:meth:`check` after something has gone wrong here that a failure there would explain."""
+        self.check(patience=_NEWS_SECONDS)
+
+    def tell(self, *message: Any) -> None:
+        """Send all ranks the same instruction. Raises :class:`EngineError` when one of them is gone."""
+        data = pickle.dumps(message)
+        for pipe in self._pipes:
+            try:
+                pipe.send_bytes(data)
+            except OSError:
+                self.blame()
+                raise
+
+    def agree(self, number: int) -> int:
+        """Send all ranks ``number`` in the middle of a step: ``Ranks.agree`` of the first rank."""
+        self.tell(number)
+        return number
+
+    def release(self) -> None:
+        """Tell all processes to end. From now on no ending is a failure."""
+        with self._changed:
+            self._released = True
+        for pipe in self._pipes:
+            try:
+                pipe.send_bytes(pickle.dumps(CLOSE))
+            except OSError:
+                continue
+
+    def dismiss(self) -> None:
+        """See all released processes end, by force where they do not."""
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._watcher.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._folder.cleanup()
+
+
+def _ending(process: subprocess.Popen[bytes]) -> str:
+    """How a process ended that had closed its pipe."""
+    try:
+        code = process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return "its process closed the connection"
+    if code < 0:
+        short = " (memory may have run out)" if -code == signal.SIGKILL else ""
+        return f"its process was ended by {signal.Signals(-code).name}{short}"
+    return f"its process ended with exit code {code}"
+
+
+def _abort() -> None:
+    """Release a step on the GPUs that waits for a rank that is gone. Between CPU processes the broken connection does.
+
+    Not run on GPUs so far.
+    """
+    if torch.cuda.is_available() and dist.is_initialized():
+        # There is no public way to a backend.
+        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cuda"))
+        backend.abort()

@@ -1,0 +1,160 @@
+"""What the ranks of one engine exchange within a step. All of them make the same calls in the same order.
+
+Letters: R rows, B beams, L drafted tokens, T tokens, H hidden, V vocab.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trtkit.errors import EngineError
+
+__all__ = ["LostRankError", "Place", "ProcessRanks", "Ranks", "joined"]
+
+_PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for the others within a step or while weights are read: kernels may be compiled or tuned."""
+
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+
+
+class LostRankError(Exception):
+    """Another rank is gone: this one cannot go on either."""
+
+
+class Ranks(Protocol):
+    """One rank among all. Each method but ``agree`` works on tensors of the engine's device, in place where it can, and
+    may be captured in a CUDA graph."""
+
+    @property
+    def rank(self) -> int:
+        """0 is the one that is asked, drafts and measures."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' ``x``: of products (T, H) over shares of the inputs."""
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """All ranks' ``x``, by rank: logits (T, V / size)."""
+
+    def first(self, x: Tensor) -> Tensor:
+        """The first rank's ``x``: drafted tokens (R, B, L). The others' says what dtype and shape to expect."""
+
+    def agree(self, number: int) -> int:
+        """The first rank's ``number``, on the host."""
+
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers, on the host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessRanks:
+    """:class:`Ranks` over torch.distributed's default group: NCCL between GPUs, gloo between CPU processes."""
+
+    rank: int
+    size: int
+    instructed: Callable[[int], int]
+    """``agree``: it goes the way of the calls, which a rank may wait for as long as nobody asks for anything."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """See :class:`Ranks`."""
+        with _lost():
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """See :class:`Ranks`."""
+        whole = torch.empty(self.size * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
+        with _lost():
+            _gather(whole, x.contiguous())
+        return list(whole.chunk(self.size))
+
+    def first(self, x: Tensor) -> Tensor:
+        """See :class:`Ranks`."""
+        x = x.contiguous()
+        with _lost():
+            dist.broadcast(x, 0)
+        return x
+
+    def agree(self, number: int) -> int:
+        """See :class:`Ranks`."""
+        return self.instructed(number)
+
+    def least(self, number: int) -> int:
+        """See :class:`Ranks`."""
+        word = torch.tensor(number)
+        with _lost():
+            dist.all_reduce(word, dist.ReduceOp.MIN)
+        return int(word)
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as problem:
+        raise LostRankError(str(problem).strip()) from problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a rank meets the others."""
+
+    rank: int
+    size: int
+    device: str
+    """cpu or cuda: there each rank has the device of its number."""
+    store: Path
+    """File through which torch.distributed finds its processes."""
+
+
+@contextmanager
+def joined(place: Place, agree: Callable[[int], int]) -> Iterator[ProcessRanks]:
+    """This process as one of the ranks. ``agree`` as in :class:`ProcessRanks`.
+
+    Raises :class:`EngineError` when torch.distributed is in use already.
+    """
+    if dist.is_initialized():
+        raise EngineError(
+            "torch.distributed is in use in this process", hint="one engine over several processes at a time"
+        )
+    backend = "cpu:gloo,cuda:nccl" if place.device == "cuda" else "gloo"
+    with _loopback():
+        dist.init_process_group(
+            backend, init_method=place.store.as_uri(), rank=place.rank, world_size=place.size, timeout=_PATIENCE
+        )
+    try:
+        if place.device == "cuda":
+            torch.cuda.set_device(place.rank)
+            # NCCL takes its memory at the first exchange: before the rest is given to keys and values.
+            dist.all_reduce(torch.zeros(1, device="cuda"))
+        yield ProcessRanks(rank=place.rank, size=place.size, instructed=agree)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """gloo on the loopback interface: else it looks up the host's name, which may fail or lead outside."""
+    if sys.platform != "linux" or _GLOO_INTERFACE in os.environ:
+        yield
+        return
+    os.environ[_GLOO_INTERFACE] = "lo"
+    try:
+        yield
+    finally:
+        del os.environ[_GLOO_INTERFACE]
