@@ -95,7 +95,8 @@ def test_the_next_line_of_bench_runs_what_was_fastest(
                           copy_bytes_per_second=1.0, load_average=0.0, busy=False)  # fmt: skip
         plain = Point(
             engine=str(engines[0]), precision="bf16", output_layer=asked.output_layer or "model", drafter=None, batch=1,
-            tensor_parallel=asked.tensor_parallel or 1, tokens_per_second=1.0, prefill_tokens_per_second=1.0, tokens_per_step=1.0, accepted_by_depth=(),
+            tensor_parallel=asked.tensor_parallel or 1, tokens_per_second=1.0, prefill_tokens_per_second=1.0,
+            tokens_per_step=1.0, accepted_by_depth=(),
             phase_seconds={}, speedup=None, step_bytes=1.0, ceiling_tokens_per_second=2.0, roofline_fraction=0.5,
         )  # fmt: skip
         drafts = replace(plain, drafter=str(asked.tree or "auto"), tokens_per_second=drafting, speedup=drafting)

@@ -29,11 +29,11 @@ from trtkit.model_spec import ModelSpec
 from trtkit.quant.tensor import LinearWeights, QuantTensor, concat_rows
 from trtkit.scheme import QuantScheme
 
-__all__ = ["PartSource", "RankShare", "check_shares", "share_spec", "vocab_share"]
+__all__ = ["PartSource", "RankShare", "check_shares", "share_rows", "share_spec"]
 
 _SPLITS: dict[str, Split] = {part: linear.split for linear in LINEARS for part in linear.parts}
-_VOCAB_STEP = 64
-"""A rank's share of the vocabulary is a multiple of this: what the kernels like."""
+_ROW_STEP = 64
+"""A rank's share of rows that need not be shared out evenly is a multiple of this: what the kernels like."""
 
 
 class PartSource(Protocol):
@@ -88,9 +88,11 @@ def share_spec(spec: ModelSpec, ranks: int) -> ModelSpec:
     )
 
 
-def vocab_share(vocab: int, ranks: int) -> int:
-    """Rows of lm_head per rank: as many on each, so the last ones may have rows of zeros."""
-    return -(-vocab // (ranks * _VOCAB_STEP)) * _VOCAB_STEP
+def share_rows(matrix: Tensor, rank: int, ranks: int) -> Tensor:
+    """A rank's rows of a matrix (N, K) or of a bias (N,): as many on each rank, so the last ones may be zeros."""
+    rows = -(-matrix.shape[0] // (ranks * _ROW_STEP)) * _ROW_STEP
+    own = matrix[rank * rows : (rank + 1) * rows]
+    return torch.cat([own, own.new_zeros(rows - own.shape[0], *own.shape[1:])])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +159,5 @@ class RankShare:
         return self.whole.final_norm()
 
     def lm_head(self) -> Tensor:
-        """(V / ranks, H), rounded up as :func:`vocab_share` says."""
-        matrix, rows = self.whole.lm_head(), vocab_share(self.whole.spec.vocab, self.ranks)
-        own = matrix[self.rank * rows : (self.rank + 1) * rows]
-        return torch.cat([own, own.new_zeros(rows - own.shape[0], own.shape[1])])
+        """(V / ranks, H), as :func:`share_rows` has it."""
+        return share_rows(self.whole.lm_head(), self.rank, self.ranks)

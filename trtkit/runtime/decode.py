@@ -120,21 +120,12 @@ def root_only(at: Pending) -> TokenTree:
 
 
 def draft(
-    drafter: Drafter | None, model: DecoderModel, contexts: Tensor, at: Pending, shape: TreeShape, *,
-    fixed: bool = False,
-) -> TokenTree:  # fmt: skip
-    """Trees on the pending tokens; contexts (R, H) are the hidden states that drew them. ``fixed`` as in build_tree.
-
-    Where several ranks share the model, the first one drafts; the others need no ``drafter``.
-    """
-    if drafter is None:
-        beams = at.tokens[:, None, None].repeat(1, shape.beams, shape.length)
-    else:
-        beams = beam_search(drafter, model.embed, contexts, at.tokens, shape)
-    if model.ranks is not None:
-        # A vocabulary that is too small for so many beams gives fewer. The last one again adds no node.
-        missing = shape.beams - beams.shape[1]
-        beams = model.ranks.first(torch.cat([beams, beams[:, -1:].expand(-1, missing, -1)], dim=1))
+    drafter: Drafter, model: DecoderModel, contexts: Tensor, at: Pending, shape: TreeShape, *, fixed: bool = False
+) -> TokenTree:
+    """Trees on the pending tokens; contexts (R, H) are the hidden states that drew them. ``fixed`` as in build_tree."""
+    beams = beam_search(drafter, model.embed, contexts, at.tokens, shape)
+    if model.ranks is not None:  # all ranks verify one tree, whatever the last bit of a score is on their own
+        beams = model.ranks.first(beams)
     return build_tree(at.tokens, beams, fixed=fixed)
 
 
@@ -229,7 +220,6 @@ class Stepper:
     """(slots + 1, H): the hidden state that drew each row's pending token; the last line is for rows that pad a batch.
     A fresh row has none yet: its first draft is a poor one, which costs a little speed and nothing else."""
     head: Drafter | None = None
-    """Of several ranks the first one has it."""
     redraw: Redraw | None = None
     """For benchmarks that force an acceptance: replaces what was drawn at the nodes."""
 
@@ -245,11 +235,10 @@ def decode_step(
     draws the same tokens, though from another draft.
     """
     with phase("draft"):
-        if shape is None or (on.head is None and on.model.ranks is None):
+        if on.head is None or shape is None:
             tree = root_only(at)
         else:
-            contexts = on.contexts.index_select(0, at.lines)
-            tree = draft(on.head, on.model, contexts, at, shape, fixed=fixed)
+            tree = draft(on.head, on.model, on.contexts.index_select(0, at.lines), at, shape, fixed=fixed)
     with phase("verify"):
         verified = verify(on.model, on.cache, at, tree)
     with phase("accept"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from drafter.checkpoint import DrafterError, load_drafter
 from drafter.config import TreeShape
 from drafter.model import Drafter
+from trtkit.checkpoint.rank_share import share_rows
 from trtkit.errors import EngineError, UsageError
 from trtkit.files import read_json
 from trtkit.model_spec import ModelSpec
@@ -28,6 +29,7 @@ from trtkit.recipe import TOKEN_ORDER_FILE, TRAINING_FILE
 from trtkit.runtime.cuda.linear import prepare_linears
 from trtkit.runtime.linear import Kernel, runtime_linear
 from trtkit.runtime.native.kernels import DRAFT_ROWS, draft_chain
+from trtkit.runtime.ranks.group import Ranks, gather_columns
 
 __all__ = ["DraftPrecision", "HeadOptions", "measured_acceptance", "open_head", "prepare_head", "with_kernels"]
 
@@ -55,7 +57,7 @@ class HeadOptions:
 
 def open_head(
     directory: Path, spec: ModelSpec, options: HeadOptions, *, device: torch.device, dtype: torch.dtype,
-    embedding: Tensor | None = None,
+    embedding: Tensor | None = None, ranks: Ranks | None = None,
 ) -> Drafter:  # fmt: skip
     """The head in ``directory``, ready to draft for a model of ``spec``. With its ``embedding`` (V, H) chains may be
     drawn in one kernel.
@@ -63,8 +65,9 @@ def open_head(
     Raises :class:`EngineError` when it cannot be read or belongs to another model, :class:`UsageError` when the
     vocabulary cannot be trimmed.
     """
+    alone = ranks is None
     try:
-        head = load_drafter(directory, dtype=dtype, device=device)
+        head = load_drafter(directory, dtype=dtype, device=device if alone else torch.device("cpu"))
     except DrafterError as problem:
         raise EngineError(str(problem), hint="build the engine again with --drafter, or without a tree") from None
     if (head.config.hidden_size, head.config.vocab_size) != (spec.hidden, spec.vocab):
@@ -75,10 +78,10 @@ def open_head(
             hint="train a head for this model",
         )
     if options.vocabulary is not None and options.vocabulary < spec.vocab:
-        head.trim(_most_frequent(directory, options.vocabulary, spec.vocab).to(device))
-    if embedding is not None and options.precision == "model" and device.type == "cpu":
+        head.trim(_most_frequent(directory, options.vocabulary, spec.vocab).to(head.output.weight.device))
+    if embedding is not None and options.precision == "model" and device.type == "cpu" and alone:
         head.chain, head.chain_rows = draft_chain(head, embedding), DRAFT_ROWS
-    return with_kernels(head, options.precision, device=device, dtype=dtype)
+    return with_kernels(head, options.precision, device=device, dtype=dtype, ranks=ranks)
 
 
 def measured_acceptance(directory: Path) -> dict[TreeShape, tuple[float, ...]]:
@@ -116,14 +119,17 @@ def _most_frequent(directory: Path, count: int, vocab: int) -> Tensor:
 
 
 class _KernelLinear(nn.Module):
-    """A linear layer behind one of the runtime's kernels."""
+    """A linear layer behind one of the runtime's kernels; of several ranks each has its share of the ``width`` rows."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, width: int, ranks: Ranks | None) -> None:
         super().__init__()
-        self.kernel = kernel
+        self.kernel, self._width, self._ranks = kernel, width, ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernel(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        found = self.kernel(x.reshape(-1, x.shape[-1]))
+        if self._ranks is not None:
+            found = gather_columns(self._ranks, found, self._width)
+        return found.view(*x.shape[:-1], -1)
 
 
 def prepare_head(head: Drafter, tokens: int) -> None:
@@ -132,15 +138,24 @@ def prepare_head(head: Drafter, tokens: int) -> None:
 
 
 def with_kernels(
-    head: Drafter, precision: DraftPrecision = "model", *, device: torch.device, dtype: torch.dtype
-) -> Drafter:
-    """``head`` with every linear layer behind the runtime's kernel for this device. The head itself is changed."""
+    head: Drafter, precision: DraftPrecision = "model", *, device: torch.device, dtype: torch.dtype,
+    ranks: Ranks | None = None,
+) -> Drafter:  # fmt: skip
+    """``head`` with every linear layer behind the runtime's kernel for this device. The head itself is changed.
+
+    Of several ``ranks`` each reads its share of every layer's rows: at 14B the head has an eighth of all weights, and a
+    step reads it once for every drafted token.
+    """
     for parent in (head, head.blocks):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
                 matrix, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+                if ranks is not None:
+                    matrix = share_rows(matrix, ranks.rank, ranks.size)
+                    bias = None if bias is None else share_rows(bias, ranks.rank, ranks.size)
                 coded = precision == "int8" and layer is head.output
                 weight = int8_matrix(matrix.cpu(), steps=128) if coded else dense(matrix)
                 kernel = runtime_linear(LinearWeights(weight=weight, bias=bias), device=device, dtype=dtype)
-                setattr(parent, name, _KernelLinear(kernel))
+                setattr(parent, name, _KernelLinear(kernel, layer.out_features, ranks))
+    head.token_ids = None if head.token_ids is None else head.token_ids.to(device)
     return head

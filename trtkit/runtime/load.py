@@ -168,16 +168,15 @@ def _open_torch(
             f"the weights do not fit into the free memory of {device}", where=str(directory), hint=_room(device, size)
         ) from None
     drafting = None
-    if trees != (None,) and ranks is not None and ranks.rank > 0:
-        drafting = Drafting(head=None, trees=trees)
-    elif trees != (None,):
+    if trees != (None,):
         head = _head(directory, model, options)
         identity = directory / (ENGINE_FILE if (directory / ENGINE_FILE).is_file() else "config.json")
+        first = ranks is None or ranks.rank == 0
         memory = memory_file(
             digest_file(identity), device, f"{options.head} {dtype} {options.drafter} {output_layer} {size}"
         )
         expected = measured_acceptance(options.drafter or directory / DRAFTER_DIR)
-        drafting = Drafting(head=head, trees=trees, memory=memory, expected=expected)
+        drafting = Drafting(head=head, trees=trees, memory=memory if first else None, expected=expected)
     limits = _limits(manifest, options, model, total_tokens=total, reach=reach)
     threads = torch.get_num_threads()
     adapts = device.type == "cpu" and options.threads is None and threads > 1
@@ -192,10 +191,12 @@ def _head(directory: Path, model: DecoderModel, options: OpenOptions) -> Drafter
         merged = merged_drafter(directory, dtype=dtype, device=device)
     if merged is None:
         place = options.drafter or directory / DRAFTER_DIR
-        return open_head(place, model.spec, wanted, device=device, dtype=dtype, embedding=model.embedding)
+        return open_head(
+            place, model.spec, wanted, device=device, dtype=dtype, embedding=model.embedding, ranks=model.ranks
+        )
     if wanted.vocabulary is not None:
         raise UsageError("a head in rank files does not say which tokens are frequent", where=str(directory))
-    return with_kernels(merged, wanted.precision, device=device, dtype=dtype)
+    return with_kernels(merged, wanted.precision, device=device, dtype=dtype, ranks=model.ranks)
 
 
 def _manifest(directory: Path) -> EngineManifest:

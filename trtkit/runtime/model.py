@@ -24,7 +24,7 @@ from trtkit.runtime.cuda.linear import prepare_linears
 from trtkit.runtime.linear import Kernel, runtime_linear
 from trtkit.runtime.native.kernels import NativePointwise, open_kernels
 from trtkit.runtime.native.layers import open_layers
-from trtkit.runtime.ranks.group import Ranks
+from trtkit.runtime.ranks.group import Ranks, gather_columns
 from trtkit.scheme import OutputLayer
 
 __all__ = ["DecoderModel", "WeightSource"]
@@ -158,10 +158,7 @@ class DecoderModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, H) -> (T, V), on every rank."""
         logits = self._head(hidden)
-        if self.ranks is None:
-            return logits
-        shares, width = self.ranks.gather(logits), logits.shape[1]
-        return torch.cat([part[:, : max(0, self.spec.vocab - i * width)] for i, part in enumerate(shares)], dim=1)
+        return logits if self.ranks is None else gather_columns(self.ranks, logits, self.spec.vocab)
 
 
 def _fold(norm: Tensor, weights: LinearWeights) -> tuple[Tensor, LinearWeights]:

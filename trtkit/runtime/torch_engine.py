@@ -68,13 +68,13 @@ class TorchLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drafting:
-    """A draft head on the model's device, and the trees it may draw. Of several ranks the first one has the head.
+    """A draft head on the model's device, and the trees it may draw.
 
     With one option that tree is drawn in every step; with several (None is plain decoding) the engine takes the one
     that it measures to be fastest at the current batch.
     """
 
-    head: Drafter | None
+    head: Drafter
     trees: tuple[TreeShape | None, ...] = DEFAULT_TREES
     memory: Path | None = None
     """File that keeps the measured step times from run to run."""
@@ -134,7 +134,7 @@ class TorchEngine(Closing):
     def _tune(self, rows: int, shape: TreeShape | None) -> None:
         """Let the kernels measure themselves for a step of ``rows`` rows."""
         self._model.prepare(rows * (1 if shape is None else shape.max_nodes))
-        if self._drafting is not None and self._drafting.head is not None and shape is not None:
+        if self._drafting is not None and shape is not None:
             prepare_head(self._drafting.head, rows * shape.beams)
 
     @property

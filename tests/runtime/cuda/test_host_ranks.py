@@ -15,15 +15,17 @@ pytest.importorskip("triton")
 from drafter.config import TreeShape
 from tests.engines import random_prompts, request
 from tests.runtime.cuda.fake_gpu import CUDA, FakeGpu, fake_gpu
-from trtkit.bench.random_model import RandomWeights, random_head, shape_spec
-from trtkit.checkpoint.rank_share import share_spec, vocab_share
+from trtkit.bench.random_model import RandomWeights, random_drafter, shape_spec
+from trtkit.checkpoint.rank_share import share_rows, share_spec
 from trtkit.runtime.cuda import graphs
+from trtkit.runtime.draft_head import with_kernels
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 from trtkit.scheme import Precision
 
 RANKS = 2
-TREES = (None, TreeShape(beams=1, length=3), TreeShape(beams=3, length=2))
+TREE = TreeShape(beams=3, length=2)
+TREES = (None, TreeShape(beams=1, length=3), TREE)
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ class _Share(RandomWeights):
     """One rank's weights, on the host as a checkpoint gives them."""
 
     def lm_head(self) -> Tensor:
-        return self._draw(vocab_share(self.spec.vocab, RANKS), self.spec.hidden)
+        return share_rows(super().lm_head(), 0, RANKS)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -82,7 +84,8 @@ def test_a_step_of_a_rank_is_captured_whole(gpu: FakeGpu, precision: Precision, 
     ranks = _Ranks(rank, gpu)
     weights = _Share(spec=share_spec(whole, RANKS), precision=precision, device=torch.device("cpu"))
     model = DecoderModel(weights, device=CUDA, dtype=torch.bfloat16, max_tokens=4096, ranks=ranks)
-    head = random_head(whole, device=CUDA, dtype=torch.bfloat16) if rank == 0 else None
+    head = random_drafter(whole, device=torch.device("cpu"), dtype=torch.bfloat16)
+    head = with_kernels(head, device=CUDA, dtype=torch.bfloat16, ranks=ranks)
     limits = TorchLimits(rows=8, total_tokens=3000, kv_blocks=900)
     engine = TorchEngine(model, limits, Drafting(head=head, trees=TREES))
     for index, prompt in enumerate(random_prompts(0, [19, 2500])):
@@ -100,5 +103,8 @@ def test_a_step_of_a_rank_is_captured_whole(gpu: FakeGpu, precision: Precision, 
     assert gpu.waits - waited == 1, "a step waits for its output and for nothing else"
 
     ranks.calls.clear()
-    engine._graphs.step(engine._graphs.load(engine._scheduler.running, TREES[2]))
-    assert ranks.calls == ["first", *["sum"] * 2 * whole.layers, "gather"]
+    engine._graphs.step(engine._graphs.load(engine._scheduler.running, TREE))
+    drafted = [name for name in ranks.calls if name == "gather"][1:]
+    assert ranks.calls == [*drafted, "first", *["sum"] * 2 * whole.layers, "gather"]
+    layers = 1 + head.config.num_draft_layers + 2  # output, blocks, the recurrence
+    assert len(drafted) == layers * TREE.length

@@ -68,7 +68,8 @@ def test_two_processes_emit_what_one_does_and_a_dead_one_is_an_error(directory: 
     requests = [request(str(i), p, seed=i, max_tokens=40, temperature=i / 2) for i, p in enumerate(prompts)]
     with open_engine(directory, _options()) as engine:
         plain = run_all(engine, requests)
-    with open_engine(directory, _options(drafter=head, tensor_parallel=2)) as engine:
+    wide = TreeShape(beams=3, length=2)
+    with open_engine(directory, _options(drafter=head, tree=wide, tensor_parallel=2)) as engine:
         assert isinstance(engine, RankedEngine)
         with pytest.raises(RequestError, match="outside the vocabulary"):  # the other rank lives on
             engine.submit(request("bad", (VOCAB,)))

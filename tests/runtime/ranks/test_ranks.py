@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from trtkit.checkpoint.rank_share import RankShare
 from trtkit.checkpoint.unified import open_unified
 from trtkit.decoder import causal_attention
 from trtkit.runtime.api import EngineStats, FinishReason, Request, SamplingParams, SwitchPenalty
+from trtkit.runtime.draft_head import DraftPrecision, with_kernels
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 
 VOCAB = 12
 """So small that a random head is often right; and no multiple of any number of ranks."""
+CPU = torch.device("cpu")
 CHAIN, TREE = TreeShape(beams=1, length=3), TreeShape(beams=3, length=2)
 
 
@@ -41,15 +44,17 @@ def head() -> Drafter:
 def _model(directory: Path, ranks: ThreadRanks | None = None) -> DecoderModel:
     whole = open_unified(directory)
     source = whole if ranks is None else RankShare(whole=whole, rank=ranks.rank, ranks=ranks.size)
-    return DecoderModel(source, device=torch.device("cpu"), dtype=torch.float32, max_tokens=300, ranks=ranks)
+    return DecoderModel(source, device=CPU, dtype=torch.float32, max_tokens=300, ranks=ranks)
 
 
 def _engine(
     directory: Path, ranks: ThreadRanks | None = None, head: Drafter | None = None,
     trees: tuple[TreeShape | None, ...] = (None,), **limits: Any,
 ) -> TorchEngine:  # fmt: skip
-    leads = ranks is None or ranks.rank == 0
-    drafting = None if trees == (None,) else Drafting(head=head if leads else None, trees=trees)
+    drafting = None
+    if head is not None and trees != (None,):
+        shared = with_kernels(copy.deepcopy(head), device=CPU, dtype=torch.float32, ranks=ranks)
+        drafting = Drafting(head=shared, trees=trees)
     settled = TorchLimits(**{"rows": 8, "total_tokens": 200, "kv_blocks": 300, **limits})
     return TorchEngine(_model(directory, ranks), settled, drafting)
 
@@ -177,15 +182,43 @@ def test_log_probabilities_and_penalties_see_the_whole_vocabulary(directory: Pat
             assert mine[2] == pytest.approx(theirs[2], abs=1e-4)
 
 
-def test_a_head_with_fewer_tokens_than_beams(directory: Path, head: Drafter) -> None:
-    """It drafts fewer beams than the other ranks expect."""
+@torch.inference_mode()
+@pytest.mark.parametrize("precision", ["model", "int8"])
+@pytest.mark.parametrize("exit_dim", [512, 48])  # without and with an input projection
+def test_a_shared_head_is_the_whole_one(precision: DraftPrecision, exit_dim: int) -> None:
+    """150 lines over two ranks of 64 and more; with a trimmed vocabulary the ids are those of the whole."""
     torch.manual_seed(6)
-    trimmed = Drafter(DrafterConfig(hidden_size=256, vocab_size=VOCAB, exit_dim=32)).eval().requires_grad_(False)
-    trimmed.trim(torch.tensor([1, 7]))
-    wide = TreeShape(beams=4, length=1)
+    config = DrafterConfig(hidden_size=256, vocab_size=320, exit_dim=exit_dim)
+    head = Drafter(config).eval().requires_grad_(False)
+    head.trim(torch.randperm(320)[:150])
+    context, state, embedding = torch.randn(3, 5, 256).unbind()
+    expected, next_state = head.step(context, state, embedding)
+
+    @torch.inference_mode()
+    def shared(ranks: ThreadRanks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mine = with_kernels(copy.deepcopy(head), precision, device=CPU, dtype=torch.float32, ranks=ranks)
+        return *mine.step(context, state, embedding), mine.ids(torch.arange(150))
+
+    for logits, state_after, ids in on_ranks(2, shared):
+        torch.testing.assert_close(logits, expected, atol=0.02 if precision == "int8" else 1e-4, rtol=1e-4)
+        torch.testing.assert_close(state_after, next_state, atol=1e-4, rtol=1e-4)
+        assert torch.equal(ids, head.ids(torch.arange(150)))
+
+
+def test_a_draft_is_the_first_ranks(directory: Path, head: Drafter) -> None:
+    """Whatever a rank makes of the head's scores itself."""
+    other = Drafter(DrafterConfig(hidden_size=256, vocab_size=VOCAB, exit_dim=32)).eval().requires_grad_(False)
     plain, _ = _outcome(_engine(directory), _requests())
-    found = on_ranks(2, lambda ranks: _outcome(_engine(directory, ranks, trimmed, (wide,)), _requests()))
-    assert [outcome for outcome, _ in found] == [plain, plain]
+    both = (head, other)
+    for tree in (CHAIN, TREE):
+        found = on_ranks(2, lambda ranks, tree=tree: _outcome(_apart(directory, ranks, both, tree), _requests()))
+        assert [outcome for outcome, _ in found] == [plain, plain]
+
+
+def _apart(directory: Path, ranks: ThreadRanks, heads: tuple[Drafter, ...], tree: TreeShape) -> TorchEngine:
+    """Each rank with a whole head of its own, which no two ranks have in common."""
+    limits = TorchLimits(rows=8, total_tokens=200, kv_blocks=300)
+    return TorchEngine(_model(directory, ranks), limits, Drafting(head=heads[ranks.rank], trees=(tree,)))
 
 
 def test_on_ranks_raises_what_happened() -> None:

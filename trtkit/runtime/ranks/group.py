@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trtkit.errors import EngineError
 
-__all__ = ["LostRankError", "Place", "ProcessRanks", "Ranks", "joined"]
+__all__ = ["LostRankError", "Place", "ProcessRanks", "Ranks", "gather_columns", "joined"]
 
 _PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others within a step or while weights are read: kernels may be compiled or tuned."""
@@ -39,7 +39,7 @@ class Ranks(Protocol):
 
     @property
     def rank(self) -> int:
-        """0 is the one that is asked, drafts and measures."""
+        """0 is the one that is asked, and that decides."""
 
     @property
     def size(self) -> int:
@@ -52,13 +52,19 @@ class Ranks(Protocol):
         """All ranks' ``x``, by rank: logits (T, V / size)."""
 
     def first(self, x: Tensor) -> Tensor:
-        """The first rank's ``x``: drafted tokens (R, B, L). The others' says what dtype and shape to expect."""
+        """The first rank's ``x``: drafted tokens (R, B, L)."""
 
     def agree(self, number: int) -> int:
         """The first rank's ``number``, on the host."""
 
     def least(self, number: int) -> int:
         """The smallest of all ranks' numbers, on the host."""
+
+
+def gather_columns(ranks: Ranks, x: Tensor, width: int) -> Tensor:
+    """All ranks' columns (T, width / size), which may be rounded up, side by side: (T, width)."""
+    shares, each = ranks.gather(x), x.shape[1]
+    return torch.cat([share[:, : max(0, width - rank * each)] for rank, share in enumerate(shares)], dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
