@@ -89,8 +89,9 @@ def test_two_processes_emit_what_one_does_and_a_dead_one_is_an_error(directory: 
         began = time.monotonic()
         with pytest.raises(EngineError, match=r"rank 1: its process was ended by SIGKILL \(memory may have run out\)"):
             _run_on(engine)
-        with pytest.raises(EngineError, match="SIGKILL"):  # and stays so
-            engine.submit(request("more", (1,)))
+        engine.submit(request("more", (1,)))  # who asks now finds out as the others did, in the next step
+        with pytest.raises(EngineError, match="SIGKILL"):
+            engine.step()
         assert time.monotonic() - began < 60
     assert set(_children()) <= before
     assert not dist.is_initialized()
@@ -109,7 +110,7 @@ def test_a_rank_that_cannot_open_says_why(directory: Path, tmp_path: Path) -> No
         RankedEngine(
             2, "cpu", (tmp_path / "nowhere", options), lambda ranks: open_rank(directory, options, ranks)
         )  # fmt: skip
-    assert "--verbose" in str(failed.value)
+    assert "--verbose" not in str(failed.value)  # a refusal needs no traceback
     assert set(_children()) <= before
 
     def out_of_memory(_ranks: object) -> Any:

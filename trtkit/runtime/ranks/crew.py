@@ -7,6 +7,7 @@ is gone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -62,6 +63,7 @@ class Crew:
         self._changed = threading.Condition()
         self._states: list[_State] = ["started"] * (size - 1)
         self._failure: str | None = None
+        self._traced = False
         self._released = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
@@ -104,7 +106,9 @@ class Crew:
             if failed and self._failure is None:
                 what = _ending(self._processes[index]) if news is None else news.problem
                 self._failure = f"rank {index + 1}: {what}"
-                logger.debug("rank %d: %s", index + 1, "" if news is None else news.trace)
+                trace = "" if news is None else news.trace
+                self._traced = bool(trace)
+                logger.debug("rank %d: %s", index + 1, trace or "no traceback")
             self._changed.notify_all()
         if failed:
             _abort()
@@ -119,23 +123,19 @@ class Crew:
         """Raise :class:`EngineError` when a rank has failed, or does so within ``patience`` seconds."""
         with self._changed:
             if self._changed.wait_for(lambda: self._failure is not None, timeout=patience):
-                raise EngineError(
-                    f"one of the engine's processes failed: {self._failure}", hint="--verbose shows where it did"
-                )
+                hint = "--verbose shows where it did" if self._traced else None
+                raise EngineError(f"one of the engine's processes failed: {self._failure}", hint=hint)
 
     def blame(self) -> None:
         """:meth:`check` after something has gone wrong here that a failure there would explain."""
         self.check(patience=_NEWS_SECONDS)
 
     def tell(self, *message: Any) -> None:
-        """Send all ranks the same instruction. Raises :class:`EngineError` when one of them is gone."""
+        """Send all ranks the same instruction. One that is gone gets none: whoever meets it next finds out."""
         data = pickle.dumps(message)
         for pipe in self._pipes:
-            try:
+            with contextlib.suppress(OSError):
                 pipe.send_bytes(data)
-            except OSError:
-                self.blame()
-                raise
 
     def agree(self, number: int) -> int:
         """Send all ranks ``number`` in the middle of a step: ``Ranks.agree`` of the first rank."""
@@ -146,11 +146,7 @@ class Crew:
         """Tell all processes to end. From now on no ending is a failure."""
         with self._changed:
             self._released = True
-        for pipe in self._pipes:
-            try:
-                pipe.send_bytes(pickle.dumps(CLOSE))
-            except OSError:
-                continue
+        self.tell(*CLOSE)
 
     def dismiss(self) -> None:
         """See all released processes end, by force where they do not."""

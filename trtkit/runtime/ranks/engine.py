@@ -48,7 +48,6 @@ class RankedEngine(Closing):
 
     def _told(self, name: str, *arguments: Any, **named: Any) -> Any:
         """Make this call on all ranks."""
-        self._crew.check()
         self._crew.tell(name, arguments, named)
         return self._together(lambda: getattr(self._engine, name)(*arguments, **named))
 
@@ -72,7 +71,8 @@ class RankedEngine(Closing):
         self._told("submit", request)
 
     def step(self) -> Sequence[StepOutput]:
-        """See :class:`trtkit.runtime.api.Engine`."""
+        """See :class:`trtkit.runtime.api.Engine`. Raises :class:`EngineError` when a rank has failed."""
+        self._crew.check()
         outputs: Sequence[StepOutput] = self._told("step")
         return outputs
 
