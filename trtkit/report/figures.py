@@ -166,7 +166,7 @@ def _winners(chosen: NDArray[np.bool_], votes: NDArray[np.intp], answers: int) -
     heads = np.zeros((subsets, answers + 1), dtype=np.intp)
     earliest = np.full((subsets, answers + 1), count, dtype=np.intp)
     for answer in range(answers):
-        (places,) = np.nonzero(votes == answer)
+        places = np.flatnonzero(votes == answer)
         mine = chosen[:, places]
         heads[:, answer] = mine.sum(axis=1)
         earliest[:, answer] = np.where(mine, places, count).min(axis=1)
