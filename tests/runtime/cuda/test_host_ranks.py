@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from drafter.config import TreeShape
+from drafter.config import DrafterConfig, TreeShape
 from tests.engines import random_prompts, request
 from tests.runtime.cuda.fake_gpu import CUDA, FakeGpu, fake_gpu
 from trtkit.bench.random_model import RandomWeights, random_drafter, shape_spec
@@ -24,6 +24,7 @@ from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
 from trtkit.scheme import Precision
 
 RANKS = 2
+WHOLE = dataclasses.replace(shape_spec("tiny"), layers=3, heads=8, kv_heads=4, intermediate=1024)
 TREE = TreeShape(beams=3, length=2)
 TREES = (None, TreeShape(beams=1, length=3), TREE)
 
@@ -44,6 +45,8 @@ class _Ranks:
     size: int = RANKS
     calls: list[str] = field(default_factory=list)
     agreed: int = 0
+    others: int | None = None
+    """What the other rank says to ``least``."""
 
     def _seen(self, name: str, x: Tensor) -> Tensor:
         assert x.device.type == "cuda", f"{name} of a tensor of the host"
@@ -66,7 +69,8 @@ class _Ranks:
         return number
 
     def least(self, number: int) -> int:
-        return number
+        assert not self.gpu.capturing
+        return number if self.others is None else min(number, self.others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,19 +81,23 @@ class _Share(RandomWeights):
         return share_rows(super().lm_head(), 0, RANKS)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "int4"])
-def test_a_step_of_a_rank_is_captured_whole(gpu: FakeGpu, precision: Precision, rank: int) -> None:
-    whole = dataclasses.replace(shape_spec("tiny"), layers=3, heads=8, kv_heads=4, intermediate=1024)
-    ranks = _Ranks(rank, gpu)
-    weights = _Share(spec=share_spec(whole, RANKS), precision=precision, device=torch.device("cpu"))
+def _engine(gpu: FakeGpu, precision: Precision, rank: int) -> tuple[TorchEngine, _Ranks]:
+    ranks, cpu = _Ranks(rank, gpu), torch.device("cpu")
+    weights = _Share(spec=share_spec(WHOLE, RANKS), precision=precision, device=cpu)
     model = DecoderModel(weights, device=CUDA, dtype=torch.bfloat16, max_tokens=4096, ranks=ranks)
-    head = random_drafter(whole, device=torch.device("cpu"), dtype=torch.bfloat16)
+    head = random_drafter(WHOLE, device=cpu, dtype=torch.bfloat16)
     head = with_kernels(head, device=CUDA, dtype=torch.bfloat16, ranks=ranks)
     limits = TorchLimits(rows=8, total_tokens=3000, kv_blocks=900)
     engine = TorchEngine(model, limits, Drafting(head=head, trees=TREES))
     for index, prompt in enumerate(random_prompts(0, [19, 2500])):
         engine.submit(request(str(index), prompt, max_tokens=400, top_p=0.9))
+    return engine, ranks
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int4"])
+def test_a_step_of_a_rank_is_captured_whole(gpu: FakeGpu, precision: Precision, rank: int) -> None:
+    engine, ranks = _engine(gpu, precision, rank)
     for _ in range(30):
         engine.step()
     assert engine._graphs is not None
@@ -105,6 +113,28 @@ def test_a_step_of_a_rank_is_captured_whole(gpu: FakeGpu, precision: Precision, 
     ranks.calls.clear()
     engine._graphs.step(engine._graphs.load(engine._scheduler.running, TREE))
     drafted = [name for name in ranks.calls if name == "gather"][1:]
-    assert ranks.calls == [*drafted, "first", *["sum"] * 2 * whole.layers, "gather"]
-    layers = 1 + head.config.num_draft_layers + 2  # output, blocks, the recurrence
+    assert ranks.calls == [*drafted, "first", *["sum"] * 2 * WHOLE.layers, "gather"]
+    layers = (
+        1 + DrafterConfig(hidden_size=1, vocab_size=1, exit_dim=2).num_draft_layers + 2
+    )  # output, blocks, the recurrence
     assert len(drafted) == layers * TREE.length
+
+
+def test_all_ranks_replay_or_none(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warming up and recording take more exchanges than a step does: a rank that did so alone would wait for ever."""
+    engine, ranks = _engine(gpu, "bf16", 1)
+    ranks.others = 0
+    for _ in range(3):
+        engine.step()
+    assert engine._graphs is not None
+    assert not engine._graphs._captures
+    assert [graph.replays for graph in gpu.graphs] == [0]
+
+    engine, ranks = _engine(gpu, "bf16", 1)
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("here")
+
+    monkeypatch.setattr(engine._graphs, "_prepare", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="here"):
+        engine.step()

@@ -298,18 +298,32 @@ class StepGraphs:
 
     def _graph(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
         """The graph of ``key``, captured on the first call; None when that is not possible."""
-        if key not in self._graphs:
-            try:
-                self._graphs[key] = self._capture(key)
-            except RuntimeError as problem:
-                self._captures = False
-                logger.warning("decode steps run without CUDA graphs: %s", str(problem).strip()[:500])
-                return None
-        return self._graphs[key]
+        if key not in self._graphs and (why := self._capture(key)):
+            self._captures = False
+            logger.warning("decode steps run without CUDA graphs: %s", why)
+        return self._graphs.get(key)
 
-    def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph:
-        """Warm up on a side stream, then record. The input and the rows' contexts are left as they were."""
+    def _capture(self, key: StepKey) -> str:
+        """Warm up, then record: why that is not possible, or nothing. Of several ranks all can, or none."""
         logger.debug("capturing a decode step: %d rows, %d blocks, tree %s", key.rows, key.width, key.shape)
+        ranks, why = self._on.model.ranks, ""
+        try:
+            self._warm_up(key)
+        except RuntimeError as problem:
+            if ranks is not None:
+                raise  # the others go on to exchanges that this one has not come to
+            return str(problem).strip()[:500]
+        try:
+            self._graphs[key] = self._record(key)
+        except RuntimeError as problem:
+            why = str(problem).strip()[:500]
+        if ranks is not None and not ranks.least(0 if why else 1):
+            self._graphs.pop(key, None)
+            why = why or "another rank cannot record them"
+        return why
+
+    def _warm_up(self, key: StepKey) -> None:
+        """Run the step on a side stream. The input and the rows' contexts are left as they were."""
         self._prepare(key.rows, key.shape)
         contexts, current = self._on.contexts.clone(), torch.cuda.current_stream(self._in.device)
         self._side.wait_stream(current)
@@ -318,6 +332,8 @@ class StepGraphs:
                 self.step(key)
         current.wait_stream(self._side)
         self._on.contexts.copy_(contexts)
+
+    def _record(self, key: StepKey) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
             self._advance(key)
