@@ -28,6 +28,7 @@ from trtkit.cli import (
     train_difficulty,
     train_drafter,
 )
+from trtkit.cli.strays import Verb, stands_bare
 from trtkit.errors import TrtkitError
 from trtkit.log import set_up_logging
 
@@ -85,7 +86,8 @@ def _global_options(
 for _module in (
     build, compile, export, train_drafter, train_difficulty, solve, serve, revote, report, plan, doctor, inspect, bench,
 ):  # fmt: skip
-    app.command(_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
+    _name = _module.__name__.rpartition(".")[2].replace("_", "-")
+    app.command(_name, cls=Verb, context_settings={"allow_extra_args": True})(_module.command)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -124,7 +126,12 @@ def _report(problem: Exception, verb: str) -> int:
         return problem.exit_code
     if isinstance(problem, _ClickProblem):
         known = verb if any(verb == command.name for command in app.registered_commands) else ""
-        _complain(problem.format_message(), " ".join(f"see: trtkit {known} --help".split()))
+        option = getattr(problem, "option_name", None)  # of an option that there is not
+        bare = stands_bare(problem.ctx, option) if option and problem.ctx else None
+        if bare:
+            _complain(f"No such option: {option}", bare)
+        else:
+            _complain(problem.format_message(), " ".join(f"see: trtkit {known} --help".split()))
         return 2 if isinstance(problem, _UsageProblem) else 1
     if isinstance(problem, MemoryError):
         _complain("out of memory", "use a smaller --batch or a smaller precision, or free memory")
