@@ -73,6 +73,12 @@ def test_a_stream_says_what_the_whole_says(real: str) -> None:
         assert all(score.logprob <= 0 for score in scores)
 
 
+def test_a_stream_counts_its_tokens_where_it_is_asked_to(url: str) -> None:
+    for options, counted in (({"include_usage": True}, 1), ({"include_usage": False}, 0), ({}, 0), (None, 0)):
+        chunks = streamed(client(url), extra_body={"stream_options": options})
+        assert sum(it.usage is not None for it in chunks) == counted, options
+
+
 def test_streamed_completions_and_where_their_tokens_stand(real: str) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": "x", "seed": 3, "n": 2, "max_tokens": 20, "logprobs": 0}
     reply = client(real).completions.create(**asked)
