@@ -137,6 +137,8 @@ def test_the_thought_apart() -> None:
         assert (message.reasoning_content, message.content) == ("six is é∞", "\\boxed{6} abc END more")
         deltas = [it.choices[0].delta for it in streamed(client(url))]
         assert "".join(getattr(it, "reasoning_content", None) or "" for it in deltas) == "six is é∞"
+        said = [it.model_dump(exclude_unset=True) for it in deltas]
+        assert not [it for it in said if "" in (it.get("content"), it.get("reasoning_content")) and "role" not in it]
         assert "".join(it.content or "" for it in deltas) == "\\boxed{6} abc END more"
         # What the client got is what it sends back in the next turn.
         again = [*ASK, {"role": "assistant", "content": "6", "reasoning_content": "six"}, *ASK]
