@@ -89,6 +89,9 @@ def read_config(directory: Path) -> DrafterConfig:
     if not isinstance(data, dict):
         raise DrafterError(f"{path}: not a draft head's configuration: expected a JSON object")
     wanted = {"hidden_size": int, "vocab_size": int, "exit_dim": int, "num_draft_layers": int, "rnn": bool}
+    own = ("exit_dim", "num_draft_layers", "rnn")
+    if not any(name in data for name in own):  # a model's, say: what else is wrong with it helps nobody
+        raise DrafterError(f"{path}: not a draft head's configuration: it has no {', no '.join(own)}")
     wrong = [f"{name}: expected {kind.__name__}, found {data.get(name)!r}" for name, kind in wanted.items()
              if type(data.get(name)) is not kind]  # fmt: skip
     wrong += [f"{name}: unknown key" for name in data if name not in wanted and name not in _OPTIONAL]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from trtkit import doctor
-from trtkit.errors import ConfigError
+from trtkit.errors import ConfigError, UnsupportedError
 from trtkit.gpu import profile_named
 from trtkit.runtime.native import loader
 from trtkit.scheme import scheme_named
@@ -28,6 +30,83 @@ def test_this_machine(tmp_path: Path) -> None:
     assert {"python", "torch", "device", "disk", "practice"} <= {check.name for check in diagnosis.checks}
     assert all(check.status != "fail" or check.hint for check in diagnosis.checks)
     assert {check.status for check in diagnosis.checks if check.name in ("python", "practice")} == {"ok"}
+
+
+def test_what_is_installed_is_told_with_its_version(tmp_path: Path) -> None:
+    for name in ("torch", "transformers", "safetensors", "tokenizers", "math-verify"):
+        check = found(tmp_path, name)
+        assert (check.status, check.detail) == ("ok", importlib.metadata.version(name))
+    assert doctor.installed_version("no-such-package") is None
+
+
+def test_a_package_is_too_old_here_when_it_is_for_pip() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    asked = dict(re.findall(r'^  "([a-z-]+)[>=]=([0-9.]+)",$', text, re.MULTILINE))
+    for name, least in doctor._LEAST.items():
+        assert asked[name].startswith(f"{least[0]}.{least[1]}"), name
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [((3, 10), "warn"), ((3, 11), "ok"), ((3, 13), "ok"), ((3, 14), "warn")]
+)
+def test_a_python_that_was_not_tested_is_told(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], status: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor.sys, "version_info", (*version, 0, "final", 0))
+        check = doctor._python_check()
+    assert (check.status, "3.11 to 3.13" in check.hint) == (status, status == "warn")
+
+
+@pytest.mark.parametrize(("version", "status", "said"), [("0.40.0", "ok", "0.40.0"), (None, "info", "optional")])
+def test_modelopt_is_optional(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, status: str, said: str
+) -> None:
+    versions(monkeypatch, **{"nvidia-modelopt": version})
+    check = found(tmp_path, "nvidia-modelopt")
+    assert check.status == status
+    assert said in check.detail
+
+
+def test_a_gpu_is_told_and_needs_no_cpu_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions(monkeypatch, tensorrt_llm="1.2.0")
+    monkeypatch.setattr(doctor, "detect", lambda: profile_named("l4x2"))
+    assert found(tmp_path, "device").detail == "2x L4, 24.2 GB each, compute capability 8.9"
+    assert found(tmp_path, "tensorrt-llm").detail == "1.2.0"
+    assert "kernels" not in {check.name for check in doctor.examine(tmp_path).checks}
+    monkeypatch.setattr(doctor, "detect", lambda: profile_named("cpu"))
+    assert found(tmp_path, "device").detail == "CPU (nominal), 17.2 GB; no CUDA GPU"
+    assert found(tmp_path, "tensorrt-llm").detail == "1.2.0, but no NVIDIA GPU to run it on"
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "said", "hint"),
+    [
+        (UnsupportedError("X9 is not in the table", hint="pass another"), "warn", "X9 is not in the table", "pass ano"),
+        (OSError("libcudart.so.13: cannot open"), "fail", "torch does not work: libcudart.so.13", "reinstall torch"),
+    ],
+)
+def test_a_device_that_cannot_be_told_leaves_the_rest_standing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception, status: str, said: str, hint: str
+) -> None:
+    def detect() -> None:
+        raise problem
+
+    versions(monkeypatch, tensorrt_llm="1.2.0")
+    monkeypatch.setattr(doctor, "detect", detect)
+    check = found(tmp_path, "device")
+    assert (check.status, check.detail.startswith(said), check.hint.startswith(hint)) == (status, True, True)
+    diagnosis = doctor.examine(tmp_path)
+    assert {support.detail for support in diagnosis.precisions} == {"unknown device"}
+    assert diagnosis.healthy is (status != "fail")
+    assert "no NVIDIA GPU" in found(tmp_path, "tensorrt-llm").detail
+
+
+def test_without_torch_the_device_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "detect", lambda: pytest.fail("that would import it"))
+    check = found(tmp_path, "device")
+    assert (check.status, check.detail) == ("info", "unknown without torch")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +198,14 @@ def test_a_busy_machine_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert found(tmp_path, "threads").status == status
 
 
+def test_other_systems_know_less_of_their_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(doctor.os, "sched_getaffinity", raising=False)
+    monkeypatch.delattr(doctor.os, "getloadavg", raising=False)
+    for counted, said in ((6, "6 CPU cores usable, load average 0.0"), (None, "1 CPU cores usable, load average 0.0")):
+        monkeypatch.setattr(doctor.os, "cpu_count", lambda counted=counted: counted)
+        assert found(tmp_path, "threads").detail == said
+
+
 @pytest.mark.parametrize(("version", "status"), [("2.7.0+cpu", "ok"), ("2.10.1", "ok"), ("2.6.9", "fail")])
 def test_versions_are_numbers_and_the_least_one_will_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, status: str
@@ -135,6 +222,15 @@ def test_a_missing_practice_checkpoint_is_a_failure(tmp_path: Path, monkeypatch:
     assert found(tmp_path, "practice").status == "fail"
 
 
+def test_a_practice_checkpoint_with_a_hole_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "practice_dir", lambda: tmp_path)
+    (tmp_path / "tokenizer.json").touch()
+    check = found(tmp_path, "practice")
+    assert (check.status, check.detail) == ("fail", f"{tmp_path}: model.safetensors missing")
+    (tmp_path / "model.safetensors").touch()
+    assert found(tmp_path, "practice").status == "ok"
+
+
 def test_precisions_by_device() -> None:
     assert doctor.precision_support(scheme_named("fp8"), profile_named("l4")).native  # 8.9, the least that has it
     on_cpu = {
@@ -143,3 +239,7 @@ def test_precisions_by_device() -> None:
     assert on_cpu == {"bf16": True, "fp8": False}
     assert not doctor.precision_support(scheme_named("fp8"), profile_named("a100")).native
     assert not doctor.precision_support(scheme_named("int8"), None).native
+    assert doctor.precision_support(scheme_named("int8-sq"), profile_named("cpu")).native
+    a100, l4 = (doctor.precision_support(scheme_named("fp8"), profile_named(name)) for name in ("a100", "l4"))
+    assert (a100.detail, l4.detail) == ("not on A100 80GB (8.0)", "runs on L4")
+    assert a100.needs == "GPU with compute capability 8.9"

@@ -36,6 +36,30 @@ def test_a_byte_that_is_no_utf8_is_named_with_its_line(tmp_path: Path, mark: byt
     assert caught.value.where == f"{path}:2"
 
 
+def test_a_file_that_is_not_there_comes_with_what_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def hint(name: str) -> str | None:
+        with pytest.raises(InputError, match="no such file") as caught:
+            read_jsonl(Path(name))
+        return caught.value.hint
+
+    assert hint("a/b.jsonl") == "there is no directory a"
+    assert hint("omr.jsonl") == f"it was looked for from {tmp_path}"
+    assert hint(str(tmp_path / "omr.jsonl")) is None
+    (tmp_path / "others.jsonl").mkdir()
+    for name in "cabdef":
+        Path(f"rows-{name * 9}.JSONL").touch()
+    assert hint("row-aaaaaaaaa.JSONL") == "did you mean rows-aaaaaaaaa.JSONL?"
+    shown = ", ".join(f"rows-{name * 9}.JSONL" for name in "abcde")
+    assert hint("omr.jsonl") == f"in {tmp_path} there are: {shown}, ..."
+    assert hint("omr.json") == f"it was looked for from {tmp_path}"
+    Path("generation_config.json").touch()
+    assert hint("config.json") == f"it was looked for from {tmp_path}", "something else, not a slip of the pen"
+    monkeypatch.setattr(Path, "iterdir", lambda _: (_ for _ in ()).throw(PermissionError()))
+    assert hint("omr.jsonl") is None
+
+
 def test_what_is_no_document_is_named_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with pytest.raises(ConfigError, match="no such file") as caught:

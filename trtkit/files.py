@@ -37,6 +37,7 @@ __all__ = [
 JsonObject: TypeAlias = dict[str, Any]
 
 _SAVE = "save the text in a file and name that"
+_SHOWN = 5
 
 
 def check_lasting(path: Path) -> None:
@@ -52,7 +53,7 @@ def read_text(path: Path, error: type[TrtkitError] = ConfigError) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise error("no such file", where=str(path)) from None
+        raise error("no such file", where=str(path), hint=_what_is_there(path)) from None
     except OSError as problem:
         raise error(f"cannot be read: {problem.strerror or problem}", where=str(path)) from None
     try:
@@ -65,6 +66,23 @@ def read_text(path: Path, error: type[TrtkitError] = ConfigError) -> str:
             where=f"{path}:{line}",
             hint="convert the file to UTF-8, for example with iconv",
         ) from None
+
+
+def _what_is_there(path: Path) -> str | None:
+    """A hint about a file that is not there."""
+    folder, suffix = path.parent, path.suffix.lower()
+    if not folder.is_dir():
+        return f"there is no directory {folder}"
+    try:
+        names = sorted(other.name for other in folder.iterdir() if other.is_file())
+    except OSError:
+        return None
+    if close := difflib.get_close_matches(path.name, names, n=1, cutoff=0.8):
+        return f"did you mean {folder / close[0]}?"
+    alike = [name for name in names if name.lower().endswith(suffix)] if suffix in (".jsonl", ".csv") else []
+    if alike:
+        return f"in {folder.resolve()} there are: {', '.join(alike[:_SHOWN])}{', ...' if len(alike) > _SHOWN else ''}"
+    return None if path.is_absolute() else f"it was looked for from {Path.cwd()}"
 
 
 def read_json(path: Path, error: type[TrtkitError] = ConfigError) -> JsonObject:

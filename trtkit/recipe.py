@@ -188,7 +188,7 @@ def read_manifest(directory: Path, name: str = ENGINE_FILE) -> EngineManifest:
     path = directory / name
     if not path.is_file():
         raise EngineError(
-            "not an engine directory (no engine.json)",
+            f"not an engine directory ({'no engine.json' if directory.is_dir() else 'no such directory'})",
             where=str(directory),
             hint="build one with `trtkit build`, or ask `trtkit inspect` what this directory is",
         )

@@ -76,6 +76,7 @@ def test_what_the_other_runtime_does_with_the_output_layer_is_said(
     ("arguments", "code", "said"),
     [
         (["--format", "trtlm"], 2, "did you mean 'trtllm'"),
+        (["--format", "hf"], 2, "unknown --format 'hf'"),
         (["--format", "unified-hf", "--tp", "2", "--greedy"], 2, "- --greedy"),
         (["--format", "trtllm", "--tree", "1x3"], 2, "need a draft head"),
         (["--format", "trtllm", "--dtype", "fp16"], 2, "one of: bfloat16, float16"),

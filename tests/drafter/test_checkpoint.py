@@ -85,6 +85,18 @@ def test_everything_wrong_is_listed(tmp_path: Path) -> None:
         load_drafter(tmp_path, dtype=torch.float32, device=CPU)
 
 
+def test_the_configuration_of_a_model_is_not_gone_through(tmp_path: Path) -> None:
+    made = {"model_type": "qwen2", "hidden_size": 4, "vocab_size": 6, "num_attention_heads": 2, "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    with pytest.raises(DrafterError) as caught:
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+    said = "not a draft head's configuration: it has no exit_dim, no num_draft_layers, no rnn"
+    assert str(caught.value) == f"{tmp_path / 'config.json'}: {said}"
+    (tmp_path / "config.json").write_text(json.dumps({**made, "rnn": True}))
+    with pytest.raises(DrafterError, match=r"exit_dim: expected int, found None; .*rope_theta: unknown key"):
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+
+
 @pytest.mark.parametrize("text", ["[1]", "null", "[" * 100_000])
 def test_a_configuration_that_is_no_object_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)

@@ -83,8 +83,26 @@ def test_one_beam_is_greedy() -> None:
         assert torch.equal(beams[:, 0, position], newest)
 
 
-def test_impossible_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least one beam"):
-        TreeShape(beams=0, length=3)
-    with pytest.raises(ValueError, match="hidden_size must be positive; exit_dim must be positive"):
-        DrafterConfig(hidden_size=0, vocab_size=5, exit_dim=0)
+@pytest.mark.parametrize("beams", [1, 2])
+@torch.no_grad()
+def test_a_trimmed_head_drafts_the_best_of_the_tokens_that_it_kept(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = torch.tensor([6, 1, 3, 4])
+    drafter = Drafter(DrafterConfig(hidden_size=4, vocab_size=7, exit_dim=6))
+    table, context, token = torch.randn(7, 4), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 6])
+    drafter.output.weight.mul_(4)
+    step = drafter.step
+
+    def others_never(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, state = step(*given)
+        lost = torch.ones(7, dtype=torch.bool).index_fill(0, kept, False)
+        return logits.masked_fill(lost, -torch.inf), state
+
+    shape = TreeShape(beams=beams, length=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(drafter, "step", others_never)
+        wanted = beam_search(drafter, table.__getitem__, context, token, shape)
+    assert not torch.equal(beam_search(drafter, table.__getitem__, context, token, shape), wanted)
+    drafter.trim(kept)
+    assert torch.equal(beam_search(drafter, table.__getitem__, context, token, shape), wanted)
+    assert {*wanted.flatten().tolist()} <= {*kept.tolist()}
+    assert drafter.output.weight.shape == (4, 6)

@@ -9,16 +9,18 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from drafter import train as module
 from drafter.config import DrafterConfig
 from drafter.data import Sample, Window, pack, split_by_problem, windows
-from drafter.loss import DraftBatch, Objective
+from drafter.loss import DraftBatch, Objective, draft_loss
 from drafter.model import Drafter
-from drafter.train import NonFiniteLossError, TrainConfig, learning_rate, saved_updates, train
+from drafter.train import NonFiniteLossError, Report, TrainConfig, learning_rate, saved_updates, train
 
 CONFIG = TrainConfig(updates=24, parts=2, peak_rate=1e-2, save_every=5, report_every=1)
 
@@ -102,6 +104,52 @@ def test_long_updates_are_saved_by_the_clock(tmp_path: Path, seconds: float, kep
     train(head, _batch, config, out)
     assert saved_updates(out) == (CONFIG.updates, CONFIG.updates)
     assert _equal(head.state_dict(), _train(_made(tmp_path / "whole")))
+
+
+@pytest.mark.parametrize(("saving", "last"), [(0.0, 18), (1.0, 19), (3.0, 15)])
+def test_the_clock_saves_again_and_again_but_a_twentieth_of_the_time_at_most(
+    saving: float, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates of 5 seconds, a save every 15; where one takes a second, every 20, and where it takes three, every 60."""
+    now = 0.0
+
+    def slow_batch(update: int, part: int) -> DraftBatch:
+        nonlocal now
+        now += 2.5
+        if update == 19:
+            raise KeyboardInterrupt
+        return _batch(update, part)
+
+    def slow_save(*given: Any) -> None:
+        nonlocal now
+        now += saving
+        save(*given)
+
+    save = torch.save
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(module.torch, "save", slow_save)
+    config = dataclasses.replace(CONFIG, save_every=10**6, save_seconds=15.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(_head(), slow_batch, config, tmp_path)
+    assert saved_updates(tmp_path) == (last, CONFIG.updates)
+
+
+def test_what_is_reported_is_the_loss_of_that_update(tmp_path: Path) -> None:
+    told: list[Report] = []
+    config = dataclasses.replace(CONFIG, report_every=10)
+    train(_head(), _uneven, config, tmp_path, on_report=told.append)
+    assert [report.update for report in told] == [10, 20, 24]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [json.loads(json.dumps(dataclasses.asdict(report))) for report in told]
+    first: list[Report] = []
+    train(_head(), _uneven, dataclasses.replace(CONFIG, report_every=1), _made(tmp_path / "first"),
+          on_report=first.append)  # fmt: skip
+    losses = [draft_loss(_head(), _uneven(0, part), depth_weights=CONFIG.depth_weights) for part in range(2)]
+    weights = [float(loss.weight) for loss in losses]
+    assert weights[0] != weights[1]
+    mean = sum(float(loss.total) * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
+    assert first[0].loss == pytest.approx(mean, rel=1e-5)
+    assert first[0].rate == learning_rate(CONFIG, 0)
 
 
 def _made(path: Path) -> Path:

@@ -107,7 +107,7 @@ def close_clients() -> None:
         _clients.pop().close()
 
 
-def call(url: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
+def call(url: str, path: str, body: object = None) -> tuple[int, str]:
     """(status, text) of a GET, or of a POST with a JSON body."""
     host, _, port = url.removeprefix("http://").partition(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=60)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
 
+from tests.fakes import FakeEngine
 from tests.serve.serving import CHAT, Slow, wait_for
 from trtkit.errors import RequestError
 from trtkit.runtime.api import Request, SamplingParams
@@ -56,3 +58,26 @@ def test_a_stream_that_is_left_at_its_first_word_runs_no_more() -> None:
     with EngineThread(Picky) as engine:
         asyncio.run(ask(engine))
         wait_for(lambda: engine.unfinished == 0)
+
+
+class Ahead(FakeEngine):
+    """Has the rest of a sample under way when it is cancelled."""
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+
+def test_what_comes_for_a_sample_whose_text_has_ended_is_passed_over() -> None:
+    said: dict[int, str] = {0: "", 1: ""}
+
+    async def ask(engine: EngineThread) -> None:
+        generation = Generation(engine, CHAT, dataclasses.replace(asked([5, 6]), stops=("bc",)))
+        await generation.begin()
+        async for piece in generation.pieces():
+            said[piece.index] += piece.text + (f" ({piece.finish})" if piece.finish else "")
+
+    engines = [Ahead(lambda request: CHAT.encode("abcdefgh" if request.id.endswith("/0") else "x" * 40))]
+    with EngineThread(engines.pop) as engine:
+        asyncio.run(ask(engine))
+        wait_for(lambda: engine.unfinished == 0)
+    assert said == {0: "a (stop)", 1: "x" * 40 + " (length)"}

@@ -44,6 +44,8 @@ from tests.serve.test_engine_thread import Breaking
         ({"stop": ""}, ["stop"]),
         ({"stream_options": {"include_usage": True}}, ["stream_options: only with stream"]),
         ({"max_tokens": 0}, ["max_tokens: Input should be greater"]),
+        ({"stop": ["a"] * 17}, ["wrong: stop: Input should be a valid string; stop: List should have at most 16"]),
+        ({"messages": [{"role": "user", "content": 5}]}, [" messages.0.content: Input should be a valid string; "]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_all_at_once(url: str, asked: dict[str, Any], said: list[str]) -> None:
@@ -52,6 +54,22 @@ def test_what_is_wrong_is_said_all_at_once(url: str, asked: dict[str, Any], said
     error = json.loads(text)["error"]
     assert error["type"] == "invalid_request_error"
     assert [part for part in said if part not in error["message"]] == []
+
+
+def test_fields_of_several_kinds_are_named_as_the_request_does(url: str) -> None:
+    status, text = call(url, "/v1/completions", {"prompt": [1, "a"], "stop": 5})
+    said = json.loads(text)["error"]["message"].removeprefix("the request's body is wrong: ").split("; ")
+    assert status == 400
+    places = ("prompt: ", "prompt.0: ", "prompt.1: ", "stop: ")
+    assert [line for line in said if not line.startswith(places)] == []
+    assert len(said) == len({*said})
+
+
+@pytest.mark.parametrize("body", [[], 5, "text"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_body_that_is_no_object_is_a_bad_request(url: str, path: str, body: object) -> None:
+    status, text = call(url, path, body)
+    assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_so_many_choices_and_no_more(url: str) -> None:
@@ -73,19 +91,30 @@ def test_what_the_engine_refuses_is_a_bad_request(real: str) -> None:
         assert "token id 99999 lies outside the vocabulary" in text
 
 
+IDLE = {
+    "frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}, "tools": [],
+    "tool_choice": "none", "functions": [], "response_format": {"type": "text"}, "modalities": ["text"],
+    "top_logprobs": 0, "echo": False, "best_of": 1, "suffix": "", "skip_special_tokens": False,
+    "spaces_between_special_tokens": True, "include_stop_str_in_output": False, "use_beam_search": False,
+    "length_penalty": 1.0, "min_tokens": 0, "add_generation_prompt": True, "chat_template_kwargs": {},
+}  # fmt: skip
+"""What other servers' clients send without wanting anything."""
+
+
 def test_what_asks_for_nothing_is_no_error(url: str) -> None:
-    idle = {
-        "top_k": -1,
-        "repetition_penalty": 1.0,
-        "skip_special_tokens": False,
-        "chat_template_kwargs": {},
-        "frequency_penalty": 0,
-        "logit_bias": None,
-        "tools": [],
-        "user": "me",
-        "response_format": {"type": "text"},
-    }
-    assert whole(client(url), extra_body=idle).choices[0].finish_reason == "stop"
+    more = {"top_k": -1, "user": "me", "tool_choice": "auto", "chat_template_kwargs": {"enable_thinking": True}}
+    for idle in (IDLE, dict.fromkeys(IDLE), IDLE | more):
+        assert whole(client(url), extra_body=idle).choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"echo": True}, {"length_penalty": 2}, {"best_of": 2}, {"min_tokens": 1}, {"skip_special_tokens": True},
+     {"chat_template_kwargs": {"enable_thinking": False}}, {"suffix": "x"}, {"frequency_penalty": 1}],
+)  # fmt: skip
+def test_what_asks_for_something_is_not_passed_over(url: str, asked: dict[str, Any]) -> None:
+    status, text = call(url, "/v1/completions", {"prompt": "x", **asked})
+    assert (status, f"{next(iter(asked))}: not supported" in text) == (400, True)
 
 
 def test_unknown_models_and_paths(url: str) -> None:

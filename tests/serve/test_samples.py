@@ -73,6 +73,12 @@ def test_a_stream_says_what_the_whole_says(real: str) -> None:
         assert all(score.logprob <= 0 for score in scores)
 
 
+def test_a_stream_counts_its_tokens_where_it_is_asked_to(url: str) -> None:
+    for options, counted in (({"include_usage": True}, 1), ({"include_usage": False}, 0), ({}, 0), (None, 0)):
+        chunks = streamed(client(url), extra_body={"stream_options": options})
+        assert sum(it.usage is not None for it in chunks) == counted, options
+
+
 def test_streamed_completions_and_where_their_tokens_stand(real: str) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": "x", "seed": 3, "n": 2, "max_tokens": 20, "logprobs": 0}
     reply = client(real).completions.create(**asked)
@@ -131,6 +137,8 @@ def test_the_thought_apart() -> None:
         assert (message.reasoning_content, message.content) == ("six is é∞", "\\boxed{6} abc END more")
         deltas = [it.choices[0].delta for it in streamed(client(url))]
         assert "".join(getattr(it, "reasoning_content", None) or "" for it in deltas) == "six is é∞"
+        said = [it.model_dump(exclude_unset=True) for it in deltas]
+        assert not [it for it in said if "" in (it.get("content"), it.get("reasoning_content")) and "role" not in it]
         assert "".join(it.content or "" for it in deltas) == "\\boxed{6} abc END more"
         # What the client got is what it sends back in the next turn.
         again = [*ASK, {"role": "assistant", "content": "6", "reasoning_content": "six"}, *ASK]

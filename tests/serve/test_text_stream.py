@@ -79,3 +79,27 @@ def test_the_thought_is_split_off_the_same_in_any_pieces(text: str, cuts: list[i
     splitter = ThoughtSplitter(opened=opened)
     pieces = [splitter.push(part) for part in map("".join, cut(text, cuts))] + [splitter.finish()]
     assert ("".join(it[0] for it in pieces), "".join(it[1] for it in pieces)) == split_thought(text, opened=opened)
+
+
+@pytest.mark.parametrize(
+    "whole", ["<think>\n\na</think>\n\nb\n\nc", " \n<think>a\n</think>b", "\na</think>\nb", "</think>\n"]
+)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_the_line_ends_behind_a_tag_go_with_it(whole: str, size: int) -> None:
+    for opened in (False, True):
+        splitter = ThoughtSplitter(opened=opened)
+        pieces = [splitter.push(part) for part in cut(whole, [size])] + [splitter.finish()]
+        got = "".join(it[0] for it in pieces), "".join(it[1] for it in pieces)
+        assert got == split_thought(whole, opened=opened)
+
+
+def test_only_what_may_become_a_tag_is_held_back() -> None:
+    splitter = ThoughtSplitter(opened=False)
+    assert splitter.push(" <thi") == ("", "")
+    assert splitter.push("s") == ("", " <this"), "an answer, from here on as it comes"
+    assert splitter.push("</think>") == ("", "</think>")
+    splitter = ThoughtSplitter(opened=False)
+    assert splitter.push("<think>a") == ("a", "")
+    assert splitter.push("b</th") == ("b", "")
+    assert splitter.push("ink>c") == ("", "c")
+    assert splitter.finish() == ("", "")

@@ -58,18 +58,20 @@ class Watched(Slow):
         return super().step()
 
 
-@pytest.mark.parametrize("others", [False, True])
-def test_a_vote_beside_others_runs_few_samples_at_once(others: bool) -> None:
+@pytest.mark.parametrize(("others", "at_once"), [(0, 16), (15, 16), (16, 8)])
+def test_a_vote_beside_others_runs_few_samples_at_once(others: int, at_once: int) -> None:
+    """Others are many when they use half of the rows."""
+
     def answer(request: Request) -> Sequence[int]:
         return [97] * 4000 if b"user:" in bytes(request.prompt) else CHAT.encode("\\boxed{7}</think>")
 
     engine = Watched(answer, rows=32)
     with serving(lambda: engine, CHAT) as (url, service):
-        with sent(url, json.dumps({"messages": ASK, "n": 16}).encode()) if others else contextlib.nullcontext():
-            wait_for(lambda: service.engine.unfinished == (16 if others else 0))
+        with sent(url, json.dumps({"messages": ASK, "n": others}).encode()) if others else contextlib.nullcontext():
+            wait_for(lambda: service.engine.unfinished == others)
             reply = whole(client(url), model="tiny:maj", extra_body={"samples": 16})
         assert (reply.vote["answer"], reply.vote["samples"]) == ("7", 8)
-        assert engine.most == (8 if others else 16)
+        assert engine.most == at_once
 
 
 def test_a_vote_keeps_to_its_time() -> None:

@@ -239,6 +239,38 @@ def test_a_run_is_read_with_golds_and_answer_mode(tmp_path: Path, caplog: pytest
     assert [p.gold for p in sorted(read_run(out, problems=other).problems, key=lambda p: p.id)] == ["7"] * 3 + [None]
 
 
+def test_known_answers_are_those_of_the_problems_while_they_are_as_they_were(tmp_path: Path) -> None:
+    """A run that was interrupted has no solutions.jsonl yet."""
+    out = full_run(tmp_path, full_vote=True)
+    (out / "solutions.jsonl").unlink()
+    assert {problem.gold for problem in read_run(out).problems} == {"7"}
+    rows = [{"id": "p0", "problem": "problem 0", "answer": "8"}, {"id": "p1", "problem": "problem 1"}]
+    other = write(tmp_path / "other.jsonl", *rows)
+    named = {problem.id: problem.gold for problem in read_run(out, problems=other).problems}
+    assert named == {"p0": "8", "p1": None, "p2": None, "p3": None}, "these and no others"
+    write(tmp_path / "p.jsonl", *rows)
+    assert {problem.gold for problem in read_run(out).problems} == {None}, "not of other problems by now"
+
+
+def test_known_answers_are_asked_for_where_a_run_does_not_name_its_problems(tmp_path: Path) -> None:
+    rows = [attempt("a", 0, "7"), solution("a", "7"), attempt("b", 0, "7"), solution("b", "7")]
+    out = write_run(tmp_path / "run", [{"id": "a", "problem": "x", "answer": "7"}], rows, full_vote=True)
+    run_file = json.loads((out / "run.json").read_text())
+    write(out / "solutions.jsonl", {"id": "a", "gold": "7"}, {"id": "b", "gold": None})
+    for described in ({}, {"problems": {}}, {"problems": {"path": None}}):
+        (out / "run.json").write_text(json.dumps({k: v for k, v in run_file.items() if k != "problems"} | described))
+        assert [problem.gold for problem in read_run(out).problems] == ["7", None]
+
+
+def test_a_recorded_text_is_read_and_cut_where_asked(tmp_path: Path) -> None:
+    text = "\\boxed{1}</think>\\boxed{2}"
+    rows = [attempt("a", 0, "2", 26, text=text), attempt("a", 1, None, 0), solution("a", "2")]
+    out = write_run(tmp_path / "run", [{"id": "a", "problem": "x"}], rows, full_vote=True)
+    for stop_at, found in (("eos", ("2", 26)), ("think", ("1", 17))):
+        [problem] = read_run(out, stop_at=stop_at).problems
+        assert [(trace.box, trace.tokens) for trace in problem.traces] == [found, (None, 1)]
+
+
 def test_a_run_with_stop_rules_is_no_fair_draw(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = full_run(tmp_path)
     with caplog.at_level(logging.WARNING, "trtkit"):

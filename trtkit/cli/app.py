@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -28,8 +29,10 @@ from trtkit.cli import (
     train_difficulty,
     train_drafter,
 )
+from trtkit.cli.launched import is_first, let_the_first_speak
+from trtkit.cli.strays import Verb, stands_bare
 from trtkit.errors import TrtkitError
-from trtkit.log import set_up_logging
+from trtkit.log import logger, set_up_logging
 
 __all__ = ["app", "main", "run"]
 
@@ -80,12 +83,15 @@ def _global_options(
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
     set_up_logging(verbose=verbose or debug, quiet=quiet)
+    if not (is_first() or verbose or debug):
+        logger.setLevel(logging.ERROR)  # the first process logs the same
 
 
 for _module in (
     build, compile, export, train_drafter, train_difficulty, solve, serve, revote, report, plan, doctor, inspect, bench,
 ):  # fmt: skip
-    app.command(_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
+    _name = _module.__name__.rpartition(".")[2].replace("_", "-")
+    app.command(_name, cls=Verb, context_settings={"allow_extra_args": True})(_module.command)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -111,7 +117,7 @@ def run(arguments: Sequence[str]) -> int:
             return 2
         return _report(problem, verb)
     # Newer typer turns Ctrl-C into an exit with this code, older typer raises Abort.
-    if code == _INTERRUPTED:
+    if code == _INTERRUPTED and is_first():
         _complain("interrupted", _AFTER_INTERRUPT.get(verb, "run the same command again"))
     return code if isinstance(code, int) else 0
 
@@ -124,7 +130,12 @@ def _report(problem: Exception, verb: str) -> int:
         return problem.exit_code
     if isinstance(problem, _ClickProblem):
         known = verb if any(verb == command.name for command in app.registered_commands) else ""
-        _complain(problem.format_message(), " ".join(f"see: trtkit {known} --help".split()))
+        option = getattr(problem, "option_name", None)  # of an option that there is not
+        bare = stands_bare(problem.ctx, option) if option and problem.ctx else None
+        if bare:
+            _complain(f"No such option: {option}", bare)
+        else:
+            _complain(problem.format_message(), " ".join(f"see: trtkit {known} --help".split()))
         return 2 if isinstance(problem, _UsageProblem) else 1
     if isinstance(problem, MemoryError):
         _complain("out of memory", "use a smaller --batch or a smaller precision, or free memory")
@@ -144,7 +155,7 @@ def _globals_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _complain(message: str, hint: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {let_the_first_speak()}{message}\n")
     if hint:
         sys.stderr.write(f"hint:  {hint}\n")
     sys.stderr.flush()

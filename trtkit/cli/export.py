@@ -50,7 +50,7 @@ def command(
     """
     if format_name not in _FORMATS:
         raise UsageError(
-            f"--format {format_name!r}{nearest(format_name, _FORMATS)}", hint=f"one of: {', '.join(_FORMATS)}"
+            f"unknown --format {format_name!r}{nearest(format_name, _FORMATS)}", hint=f"one of: {', '.join(_FORMATS)}"
         )
     if (directory / BUNDLE_FILE).is_file() or (directory / "rank0.safetensors").is_file():
         raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
@@ -31,6 +32,8 @@ __all__ = ["make_app"]
 T = TypeVar("T")
 _OPEN_PATHS = ("/health",)
 """Without the key: for what watches the server."""
+_KIND = re.compile(r"\[|^(constrained-)?(str|int)$")
+"""How pydantic names one of the kinds that a field may have."""
 _GONE = 499
 """The client went away before it was answered; nobody reads this."""
 
@@ -218,7 +221,8 @@ def _complaint(error: Mapping[str, Any]) -> str:
     """``messages.0.role: Field required``; what our own checks say stands as it is."""
     if error["type"] == REFUSED:
         return str(error["msg"])
-    place = ".".join(str(part) for part in error["loc"] if part != "body")
+    # A field of several kinds has one complaint for each, with the kind in its place.
+    place = ".".join(part for part in map(str, error["loc"]) if part != "body" and not _KIND.search(part))
     return f"{place}: {error['msg']}" if place else str(error["msg"])
 
 

@@ -11,12 +11,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from trtkit.errors import UsageError
+from trtkit.errors import TrtkitError, UsageError
 
 __all__ = ["Processes", "processes"]
 
 _PATIENCE = timedelta(days=3)
 """The others wait while the first process lets the target write its answers."""
+
+_LOST = ("gloo/transport", "remote process exiting")
+"""In what gloo and NCCL say when a connection breaks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,8 @@ class Processes:
 def processes(device: torch.device, parts: int) -> Iterator[Processes]:
     """The process group of ``torchrun``, or this process alone.
 
-    Raises :class:`UsageError` when an update of ``parts`` batches cannot be shared out evenly.
+    Raises :class:`UsageError` when an update of ``parts`` batches cannot be shared out evenly, and
+    :class:`TrtkitError` when another process is lost.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -59,5 +63,12 @@ def processes(device: torch.device, parts: int) -> Iterator[Processes]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(rank=dist.get_rank(), world=world, device=device)
+    except RuntimeError as problem:
+        if not any(sign in str(problem) for sign in _LOST):
+            raise
+        raise TrtkitError(
+            "another process of this training ended, or cannot be reached",
+            hint="what it said, or torchrun's summary, tells why; the same command goes on from the saved state",
+        ) from problem
     finally:
         dist.destroy_process_group()

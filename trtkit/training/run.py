@@ -8,6 +8,7 @@ out/work/                             texts and the resumable state (work.py); m
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from drafter.checkpoint import load_drafter
-from drafter.config import DrafterConfig
+from drafter.config import DrafterConfig, TreeShape
 from drafter.data import Sample, Window, pack, split_by_problem, windows
 from drafter.loss import DraftBatch
 from drafter.model import Drafter
@@ -35,12 +36,13 @@ from trtkit.runtime.load import compute_dtype
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting
 from trtkit.training.evaluate import DepthHits, TreeResult, hits_by_depth, measure_tree
+from trtkit.training.measures import Measures
 from trtkit.training.plan import TrainingPlan
 from trtkit.training.processes import Processes, processes
 from trtkit.training.publish import publish, token_order
 from trtkit.training.rows import Row
 from trtkit.training.target import draft_batch, target_engine
-from trtkit.training.work import SAMPLES_FILE, WORK, claimed, read_samples, updates_saved, useless_state
+from trtkit.training.work import MEASURES_FILE, SAMPLES_FILE, WORK, claimed, read_samples, updates_saved, useless_state
 
 __all__ = ["HeadReport", "TrainingPlan", "train_head"]
 
@@ -121,13 +123,18 @@ def _train_and_measure(
     if not among.first:
         return None
     drafter.requires_grad_(False).eval()
+    measures = Measures(work / MEASURES_FILE, drafter, parts=1 + len(_measurements(plan)))
     report = HeadReport(
         updates=config.updates,
         parameters=drafter.config.parameters,
         train_tokens=sum(len(sample.tokens) for sample in kept),
         held_out=len({sample.problem for sample in held}),
-        hits=tuple(hits_by_depth(drafter, model, held[:_EVALUATED], depths=plan.depths, tokens=plan.tokens_per_part)),
-        trees=tuple(_measured(plan, drafter, model, chat, held)),
+        hits=measures.part(
+            "hits",
+            DepthHits,
+            lambda: hits_by_depth(drafter, model, held[:_EVALUATED], depths=plan.depths, tokens=plan.tokens_per_part),
+        ),
+        trees=tuple(_measured(plan, measures, drafter, model, chat, held)),
     )
     training = {
         "version": 1,
@@ -239,15 +246,23 @@ def _train(
             ) from None
 
 
+def _measurements(plan: TrainingPlan) -> list[tuple[TreeShape, float]]:
+    return [(tree, temperature) for tree in plan.trees for temperature in (0.0, 1.0)]
+
+
 def _measured(
-    plan: TrainingPlan, drafter: Drafter, model: DecoderModel, chat: Chat, held: Sequence[Sample]
+    plan: TrainingPlan, measures: Measures, drafter: Drafter, model: DecoderModel, chat: Chat, held: Sequence[Sample]
 ) -> Iterator[TreeResult]:
     head = drafter.to(dtype=model.dtype)
     prompts = [sample.tokens[: sample.prompt] for sample in held[:_EVALUATED]]
     longest = min(plan.max_tokens, model.spec.max_positions)
-    for tree in plan.trees:
-        for temperature in (0.0, 1.0):
-            with target_engine(model, Drafting(head=head, trees=(tree,)), longest) as engine:
-                yield measure_tree(
-                    engine, prompts, tree=tree, temperature=temperature, stop_ids=chat.eos_ids, max_tokens=longest
-                )
+
+    def measured(tree: TreeShape, temperature: float) -> Iterator[TreeResult]:
+        with target_engine(model, Drafting(head=head, trees=(tree,)), longest) as engine:
+            yield measure_tree(
+                engine, prompts, tree=tree, temperature=temperature, stop_ids=chat.eos_ids, max_tokens=longest
+            )
+
+    for tree, temperature in _measurements(plan):
+        name = f"{tree} at temperature {temperature:g}"
+        yield from measures.part(name, TreeResult, functools.partial(measured, tree, temperature))

@@ -5,6 +5,7 @@ work/training.lock    held by the process that works here
 work/answers.jsonl    the target's own answers as they come (answers.py)
 work/samples.jsonl    all texts, once they are whole
 work/state.pt         head, optimizer and number of updates (drafter/train.py)
+work/measures.jsonl   what was measured of the trained head (measures.py)
 """
 
 from __future__ import annotations
@@ -31,11 +32,21 @@ from trtkit.training.plan import TrainingPlan
 from trtkit.training.rows import Row, read_rows
 from trtkit.training.target import target_engine, written_answers
 
-__all__ = ["ANSWERS_FILE", "SAMPLES_FILE", "WORK", "claimed", "read_samples", "updates_saved", "useless_state"]
+__all__ = [
+    "ANSWERS_FILE",
+    "MEASURES_FILE",
+    "SAMPLES_FILE",
+    "WORK",
+    "claimed",
+    "read_samples",
+    "updates_saved",
+    "useless_state",
+]
 
 WORK = "work"
 ANSWERS_FILE = "answers.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+MEASURES_FILE = "measures.jsonl"
 _OF_TEXTS = {"model", "data", "own", "rows", "split", "variants", "seed", "max_tokens"}
 """The settings that the texts depend on."""
 
