@@ -161,6 +161,7 @@ def test_what_a_process_that_fails_has_measured_is_kept(tmp_path: Path, monkeypa
     )
     python.chmod(0o755)
     monkeypatch.setattr("trtkit.bench.gpu_subprocess.sys.executable", str(python))
+    monkeypatch.setattr(gpu_subprocess, "_LAST_WORDS_SECONDS", 0.5)
     found = peer_figures("tiny", torch.device("cpu"), 64, 8, 60.0)
     assert found["figures"] == [{"compiled": False, "tokens_per_second": 5.5}]
     assert found["ended"].endswith("-m trtkit.bench.gpu_peer tiny cpu 64 8\n")
@@ -171,6 +172,7 @@ def test_a_process_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytes
     python.write_text("#!/bin/sh\nexec sleep 600\n")
     python.chmod(0o755)
     monkeypatch.setattr("trtkit.bench.gpu_subprocess.sys.executable", str(python))
+    monkeypatch.setattr(gpu_subprocess, "_LAST_WORDS_SECONDS", 0.5)
     found = peer_figures("tiny", torch.device("cpu"), 64, 8, 0.1)
     assert found == {"figures": [], "limit_seconds": 0.1, "ended": "time was up"}
 
@@ -251,7 +253,7 @@ def test_what_no_exception_reaches_ends_the_process() -> None:
 def test_what_runs_beside_may_have_last_words() -> None:
     """When its time is up: an interrupted pytest still says what failed."""
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('1 failed')"
-    ended, output = gpu_subprocess._run([sys.executable, "-c", code], 2.0)
+    ended, output = gpu_subprocess._run([sys.executable, "-I", "-S", "-c", code], 4.0)
     assert (ended, output) == (None, "1 failed\n")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from trtkit.errors import OutputError
 from trtkit.log import logger
 
-__all__ = ["exclusive"]
+__all__ = ["exclusive", "in_turn"]
 
 
 def exclusive(path: Path, doing: str) -> IO[str]:
@@ -43,3 +45,19 @@ def exclusive(path: Path, doing: str) -> IO[str]:
             "%s: locks do not work here (%s); start nothing twice in this place", path, problem.strerror or problem
         )
     return stream
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Wait while another process is inside with the same lock file, however long. Where locks do not work nobody waits.
+
+    Raises :class:`OSError` when the file cannot be made.
+    """
+    with path.open("w", encoding="utf-8") as stream:
+        try:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # Windows, some network file systems
+            logger.debug("%s: locks do not work here", path)
+        yield

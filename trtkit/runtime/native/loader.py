@@ -2,7 +2,7 @@
 
 The library lies in the folder that torch keeps for compiled extensions, under a name made of the sources, the flags,
 the CPU and the torch version. The compiler is called directly, for all sources at the same time: a handful of files
-needs no ninja, and no lock of a killed build can block the next.
+needs no ninja, and one process compiles while the others wait.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from trtkit.locks import in_turn
 from trtkit.log import logger
 
 __all__ = [
@@ -112,7 +113,11 @@ def _library() -> Path:
         compiler = compiler_path()
         if compiler is None:
             raise RuntimeError("no C++ compiler (g++ or clang++; CXX names another)")
-        _compile(compiler, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Several processes of one engine or training want it at once; a killed one gives its turn back.
+        with in_turn(target.with_suffix(".lock")):
+            if not target.is_file():
+                _compile(compiler, target)
     return target
 
 
@@ -137,7 +142,6 @@ def _compile(compiler: str, target: Path) -> None:
     headers, libraries = (Path(torch.__file__).parent / part for part in ("include", "lib"))
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     includes = (f"-I{headers}", f"-I{headers / 'torch' / 'csrc' / 'api' / 'include'}")
-    target.parent.mkdir(parents=True, exist_ok=True)
     logger.info("compiling CPU kernels, once, about %d s", COMPILE_SECONDS)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         # Compiled and linked apart: -fopenmp at the link would bring a second OpenMP library.
