@@ -141,7 +141,7 @@ def test_two_ranks_say_what_one_engine_says(
     parts: _Parts, calls: list[Call], trees: tuple[TreeShape | None, ...], rows: int, spare: int,
     form: tuple[bool, bool],
 ) -> None:  # fmt: skip
-    """Of several trees the first rank's clock chooses, so how far one engine would be after a step is not known then."""
+    """Of several trees the first rank's clock chooses: then nobody knows how far one engine would be after a step."""
     nodes = max(1 if tree is None else tree.max_nodes for tree in trees)
     limits: dict[str, Any] = {"rows": rows, "total_tokens": LONGEST, "block_size": 4}
     limits |= {"kv_blocks": (LONGEST + nodes) // 4 + 2 + spare, "fixed_shapes": form[0], "overlap": form[1]}
