@@ -150,6 +150,8 @@ def test_after_a_step_that_was_cut_short_the_ranks_go_no_further(
         assert isinstance(engine, RankedEngine)
         assert torch.get_num_threads() == 2  # of four, shared out over two ranks
         engine.submit(request("a", (1, 2, 3), max_tokens=200))
+        for process in set(_children()) - before:  # sent to all of a service: the first one tells when it is over
+            os.kill(process, signal.SIGTERM)
         engine.step()
 
         def interrupted(_ranks: ProcessRanks, _x: torch.Tensor) -> torch.Tensor:
@@ -285,21 +287,26 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_meet_on_this_machine_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gloo looks the host's name up unless it is told an interface; that may fail, or lead outside."""
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    """gloo looks the host's name up unless it is told an interface; that may fail, or lead outside. And what torch does
+    to the process, apart from that, is undone."""
+    names = ("GLOO_SOCKET_IFNAME", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    monkeypatch.delenv(names[0], raising=False)
+    monkeypatch.setenv(names[1], "1")  # as the user has it
     seen: list[str | None] = []
     real = dist.init_process_group
 
     def noted(*arguments: Any, **named: Any) -> None:
-        seen.append(os.environ.get("GLOO_SOCKET_IFNAME"))
+        seen.extend(map(os.environ.get, names))
         real(*arguments, **named)
 
     monkeypatch.setattr(dist, "init_process_group", noted)
+    hook = sys.excepthook
     with joined(Place(rank=0, size=1, device="cpu", store=tmp_path / "store"), int) as alone:
         assert alone.least(7) == 7
         assert torch.equal(alone.sum(torch.ones(2)), torch.ones(2))
-    assert seen == ["lo"]
-    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    assert seen == ["lo", "1"]
+    assert sys.excepthook is hook
+    assert [os.environ.get(name) for name in names] == [None, "1"]
 
 
 @pytest.mark.gpu

@@ -28,7 +28,12 @@ _PATIENCE = timedelta(minutes=30)
 _MEETING = timedelta(minutes=2)
 """How long it waits to find them, all of which are ready for it."""
 
-_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+_ENVIRONMENT = {
+    # NCCL's watchdog would end the whole process when a rank is gone. The crew sees that, too, and makes it an error.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    # Else gloo looks up the host's name, which may fail or lead outside.
+    **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
+}
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
@@ -151,7 +156,7 @@ def joined(place: Place, agree: Callable[[int], int]) -> Iterator[ProcessRanks]:
             "torch.distributed is in use in this process", hint="one engine over several processes at a time"
         )
     backend = "cpu:gloo,cuda:nccl" if place.device == "cuda" else "gloo"
-    with _loopback(), _lost():
+    with _environment(), _own_hook(), _lost():
         # Not by a file:// address, which torch takes literally, %20 and all.
         store = dist.FileStore(str(place.store), place.size)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=_MEETING)
@@ -160,20 +165,29 @@ def joined(place: Place, agree: Callable[[int], int]) -> Iterator[ProcessRanks]:
         if place.device == "cuda":
             # NCCL takes its memory at the first exchange: before the rest is given to keys and values.
             with _lost():
-                dist.all_reduce(torch.zeros(1, device="cuda"))
+                dist.all_reduce(torch.zeros(1, device=f"cuda:{place.rank}"))
         yield ProcessRanks(rank=place.rank, size=place.size, instructed=agree)
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def _loopback() -> Iterator[None]:
-    """gloo on the loopback interface: else it looks up the host's name, which may fail or lead outside."""
-    if sys.platform != "linux" or _GLOO_INTERFACE in os.environ:
-        yield
-        return
-    os.environ[_GLOO_INTERFACE] = "lo"
+def _own_hook() -> Iterator[None]:
+    """torch has every traceback of the process begin with a rank from here on, once more with each engine."""
+    hook = sys.excepthook
     try:
         yield
     finally:
-        del os.environ[_GLOO_INTERFACE]
+        sys.excepthook = hook
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What the backends read when they are made, unless it is set already."""
+    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
