@@ -115,6 +115,8 @@ def rank_count(recipe: Recipe, asked: int | None, device: torch.device) -> int:
 
     Raises :class:`UsageError` when more GPUs are asked for than there are.
     """
+    if asked is not None and asked > 1 and not torch.distributed.is_available():
+        raise UsageError("--tp takes a torch with torch.distributed", hint="leave it out, or install torch from PyPI")
     on_cuda = device.type == "cuda"
     here = torch.cuda.device_count() if on_cuda and device.index is None else 1
     if asked is None:

@@ -26,7 +26,6 @@ _PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others within a step or while weights are read: kernels may be compiled or tuned."""
 
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
 class LostRankError(Exception):
@@ -86,7 +85,7 @@ class ProcessRanks:
         """See :class:`Ranks`."""
         whole = torch.empty(self.size * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
         with _lost():
-            _gather(whole, x.contiguous())
+            _all_gather()(whole, x.contiguous())
         return list(whole.chunk(self.size))
 
     def first(self, x: Tensor) -> Tensor:
@@ -106,6 +105,11 @@ class ProcessRanks:
         with _lost():
             dist.all_reduce(word, dist.ReduceOp.MIN)
         return int(word)
+
+
+def _all_gather() -> Any:
+    """It was renamed in torch 2.13. Looked up when it is needed: there are torches without distributed."""
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @contextmanager
