@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -97,7 +98,7 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
     if ranks == 1:
         return _open_torch(directory, manifest, options, device)
     _checkpoint(directory, manifest, ranks)
-    return RankedEngine(ranks, device.type, (directory, options), lambda first: open_rank(directory, options, first))
+    return RankedEngine(ranks, device.type, functools.partial(open_rank, directory, options))
 
 
 def open_rank(directory: Path, options: OpenOptions, ranks: Ranks) -> TorchEngine:

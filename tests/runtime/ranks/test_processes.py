@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 import socket
@@ -26,7 +27,8 @@ from trtkit.runtime import load
 from trtkit.runtime.api import Engine
 from trtkit.runtime.load import OpenOptions, open_engine, open_rank, rank_count
 from trtkit.runtime.ranks.engine import RankedEngine
-from trtkit.runtime.ranks.group import Place, joined
+from trtkit.runtime.ranks.group import Place, Ranks, joined
+from trtkit.runtime.torch_engine import TorchEngine
 
 VOCAB = 12
 
@@ -102,22 +104,23 @@ def _run_on(engine: Engine) -> None:
         engine.step()
 
 
+def _open_apart(first: Path | None, other: Path, ranks: Ranks) -> TorchEngine:
+    """The first rank opens one engine, the other another; None is more than its memory holds."""
+    directory = first if ranks.rank == 0 else other
+    if directory is None:
+        raise MemoryError("here")
+    return open_rank(directory, _options(), ranks)
+
+
 def test_a_rank_that_cannot_open_says_why(directory: Path, tmp_path: Path) -> None:
     """The first one is in the middle of meeting it."""
     before = set(_children())
-    options = _options()
     with pytest.raises(EngineError, match=r"rank 1: .*nowhere") as failed:
-        RankedEngine(
-            2, "cpu", (tmp_path / "nowhere", options), lambda ranks: open_rank(directory, options, ranks)
-        )  # fmt: skip
+        RankedEngine(2, "cpu", functools.partial(_open_apart, directory, tmp_path / "nowhere"))
     assert "--verbose" not in str(failed.value)  # a refusal needs no traceback
     assert set(_children()) <= before
-
-    def out_of_memory(_ranks: object) -> Any:
-        raise MemoryError("here")
-
     with pytest.raises(MemoryError, match="here"):
-        RankedEngine(2, "cpu", (directory, options), out_of_memory)
+        RankedEngine(2, "cpu", functools.partial(_open_apart, None, directory))
     assert set(_children()) <= before
     assert not dist.is_initialized()
 
@@ -188,8 +191,8 @@ def test_two_gpus_emit_what_one_does(directory: Path, head: Path, monkeypatch: p
         with open_engine(directory, _options(device="cuda", tensor_parallel=2, drafter=head, tree=tree)) as engine:
             assert run_all(engine, requests) == plain
             assert isinstance(engine, RankedEngine)
-            assert engine._engine._graphs is not None
-            assert len(engine._engine._graphs) > 1
+            assert engine.own._graphs is not None
+            assert len(engine.own._graphs) > 1
     before = set(_children())
     with open_engine(directory, _options(device="cuda", tensor_parallel=2)) as engine:
         (other,) = set(_children()) - before

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,7 +28,8 @@ import torch.distributed as dist
 
 from trtkit.errors import EngineError
 from trtkit.log import logger
-from trtkit.runtime.ranks.group import Place
+from trtkit.runtime.api import Engine
+from trtkit.runtime.ranks.group import Place, Ranks
 
 __all__ = ["CLOSE", "Crew", "News"]
 
@@ -54,9 +56,10 @@ _State: TypeAlias = Literal["started", "ready", "open", "gone"]
 
 
 class Crew:
-    """The processes of the ranks 1 to ``size`` - 1 on ``device`` (cpu or cuda), each told ``opening`` first."""
+    """The processes of the ranks 1 to ``size`` - 1 on ``device`` (cpu or cuda), each with what ``open_own`` opens."""
 
-    def __init__(self, size: int, device: str, opening: tuple[Any, ...]) -> None:
+    def __init__(self, size: int, device: str, open_own: Callable[[Ranks], Engine]) -> None:
+        """``open_own`` must be found by name in its module: the others get it pickled."""
         self._folder = tempfile.TemporaryDirectory(prefix="trtkit-ranks-")
         store = Path(self._folder.name) / "store"
         self.place = Place(rank=0, size=size, device=device, store=store)
@@ -68,11 +71,11 @@ class Crew:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
         for rank in range(1, size):
-            self._start(Place(rank=rank, size=size, device=device, store=store), opening)
+            self._start(Place(rank=rank, size=size, device=device, store=store), open_own)
         self._watcher = threading.Thread(target=self._watch, name="trtkit-ranks", daemon=True)
         self._watcher.start()
 
-    def _start(self, place: Place, opening: tuple[Any, ...]) -> None:
+    def _start(self, place: Place, open_own: Callable[[Ranks], Engine]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             # A session of its own: Ctrl-C in the terminal is for the first rank, which tells the others.
@@ -84,7 +87,7 @@ class Crew:
         pipe = Connection(ours.detach())
         self._processes.append(process)
         self._pipes.append(pipe)
-        pipe.send((place, logger.getEffectiveLevel(), *opening))
+        pipe.send((place, logger.getEffectiveLevel(), open_own))
 
     def _watch(self) -> None:
         """Take in what the others say, until all of them are gone."""

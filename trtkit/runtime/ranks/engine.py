@@ -19,20 +19,19 @@ T = TypeVar("T")
 
 
 class RankedEngine(Closing):
-    """One engine over ``size`` processes. The others are started here and open theirs with ``opening``."""
+    """One engine over ``size`` processes on ``device`` (cpu or cuda); the others are started here."""
 
-    def __init__(
-        self, size: int, device: str, opening: tuple[Any, ...], open_first: Callable[[Ranks], TorchEngine]
-    ) -> None:  # fmt: skip
-        """``open_first`` opens this rank's own. Raises :class:`EngineError` when a rank fails, and what it raises."""
+    def __init__(self, size: int, device: str, open_own: Callable[[Ranks], TorchEngine]) -> None:
+        """``open_own`` opens a rank's own engine, on every rank: the others get it pickled, so it must be found by name
+        in its module. Raises :class:`EngineError` when another rank fails, and what ``open_own`` raises here."""
         with ExitStack() as stack:
-            self._crew = Crew(size, device, opening)
+            self._crew = Crew(size, device, open_own)
             stack.callback(self._crew.dismiss)
             stack.callback(self._crew.release)
             self._crew.wait_until("ready")
             ranks = stack.enter_context(joined(self._crew.place, self._crew.agree))
             stack.callback(self._crew.release)  # before this rank leaves the others
-            self._engine = stack.enter_context(self._together(lambda: open_first(ranks)))
+            self._engine = stack.enter_context(self._together(lambda: open_own(ranks)))
             self._crew.wait_until("open")
             self._held = stack.pop_all()
 
@@ -50,6 +49,11 @@ class RankedEngine(Closing):
         """Make this call on all ranks."""
         self._crew.tell(name, arguments, named)
         return self._together(lambda: getattr(self._engine, name)(*arguments, **named))
+
+    @property
+    def own(self) -> TorchEngine:
+        """This rank's engine. Its calls that exchange anything must be made on all ranks: through this class."""
+        return self._engine
 
     @property
     def max_total_tokens(self) -> int:

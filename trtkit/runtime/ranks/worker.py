@@ -20,10 +20,9 @@ from typing import Any
 
 from trtkit.errors import CapacityError, RequestError, TrtkitError
 from trtkit.log import set_up_logging
-from trtkit.runtime.load import open_rank
+from trtkit.runtime.api import Engine
 from trtkit.runtime.ranks.crew import CLOSE, News
 from trtkit.runtime.ranks.group import LostRankError, joined
-from trtkit.runtime.torch_engine import TorchEngine
 
 __all__ = ["work"]
 
@@ -60,13 +59,13 @@ class _Inbox:
 def work(pipe: Connection) -> None:
     """Serve as a rank until told to close."""
     inbox = _Inbox(pipe)
-    place, level, directory, options = inbox.next()
+    place, level, open_own = inbox.next()
     set_up_logging(verbose=level <= logging.DEBUG, quiet=True)
     try:
         with ExitStack() as stack:
             pipe.send(News(state="ready"))
             ranks = stack.enter_context(joined(place, inbox.agree))
-            engine = stack.enter_context(open_rank(directory, options, ranks))
+            engine = stack.enter_context(open_own(ranks))
             pipe.send(News(state="open"))
             _repeat(engine, inbox)
     except LostRankError:
@@ -78,7 +77,7 @@ def work(pipe: Connection) -> None:
         _say(pipe, inbox, News(state="failed", problem=said, trace=traceback.format_exc()))
 
 
-def _repeat(engine: TorchEngine, inbox: _Inbox) -> None:
+def _repeat(engine: Engine, inbox: _Inbox) -> None:
     while (message := inbox.next()) != CLOSE:
         name, arguments, named = message
         try:
