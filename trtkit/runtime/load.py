@@ -98,6 +98,8 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
     if ranks == 1:
         return _open_torch(directory, manifest, options, device)
     _checkpoint(directory, manifest, ranks)
+    if device.type == "cpu" and options.threads is None:
+        options = dataclasses.replace(options, threads=max(1, torch.get_num_threads() // ranks))
     return RankedEngine(ranks, device.type, functools.partial(open_rank, directory, options))
 
 
@@ -106,8 +108,6 @@ def open_rank(directory: Path, options: OpenOptions, ranks: Ranks) -> TorchEngin
     device = device_named(options.device)
     if device.type == "cuda":
         device = device_named(f"cuda:{ranks.rank}")
-    elif options.threads is None:
-        options = dataclasses.replace(options, threads=max(1, torch.get_num_threads() // ranks.size))
     return _open_torch(directory, _manifest(directory), options, device, ranks)
 
 

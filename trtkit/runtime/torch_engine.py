@@ -390,7 +390,11 @@ class TorchEngine(Closing):
             self._memory = None
         if self._threads is not None:
             torch.set_num_threads(self._threads.counts[-1])
-        self._discard_flight()
+        try:
+            self._discard_flight()
+        finally:
+            if self._graphs is not None:
+                self._graphs.close()
         del self._graphs, self._stepper, self._model, self._drafting
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -91,6 +91,9 @@ class FakeGraph:
         assert self.captured == 1, "replayed before it was captured"
         self.replays += 1
 
+    def reset(self) -> None:
+        self.captured = 0
+
 
 class _Fake(FakeTensorMode):
     avoid_device_init = True

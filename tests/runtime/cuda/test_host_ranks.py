@@ -119,6 +119,11 @@ def test_a_step_of_a_rank_is_captured_whole(gpu: FakeGpu, precision: Precision, 
     )  # output, blocks, the recurrence
     assert len(drafted) == layers * TREE.length
 
+    held = engine._graphs  # as by a traceback
+    engine.close()
+    assert not len(held)
+    assert not any(graph.captured for graph in gpu.graphs), "NCCL waits for graphs with its exchanges in them"
+
 
 def test_all_ranks_replay_or_none(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warming up and recording take more exchanges than a step does: a rank that did so alone would wait for ever."""

@@ -9,7 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,10 @@ from trtkit.recipe import Recipe
 from trtkit.runtime import load
 from trtkit.runtime.api import Engine
 from trtkit.runtime.load import OpenOptions, open_engine, open_rank, rank_count
+from trtkit.runtime.ranks import group
+from trtkit.runtime.ranks.crew import CLOSE
 from trtkit.runtime.ranks.engine import RankedEngine
-from trtkit.runtime.ranks.group import Place, Ranks, joined
+from trtkit.runtime.ranks.group import Place, ProcessRanks, Ranks, joined
 from trtkit.runtime.torch_engine import TorchEngine
 
 VOCAB = 12
@@ -64,6 +69,18 @@ def _children() -> list[int]:
     return found
 
 
+@pytest.fixture
+def odd_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder for temporary files with a blank in its name; a working directory with a file named like a module."""
+    temporary, here = tmp_path / "a temporary é", tmp_path / "here"
+    temporary.mkdir()
+    here.mkdir()
+    (here / "queue.py").write_text("raise SystemExit('taken for the module')")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.chdir(here)
+
+
+@pytest.mark.usefixtures("odd_places")
 def test_two_processes_emit_what_one_does_and_a_dead_one_is_an_error(directory: Path, head: Path) -> None:
     """And what is refused along the way ends nobody. No process stays."""
     before = set(_children())
@@ -104,7 +121,7 @@ def _run_on(engine: Engine) -> None:
         engine.step()
 
 
-def _open_apart(first: Path | None, other: Path, ranks: Ranks) -> TorchEngine:
+def _open_apart(first: Path | None, other: Path | None, ranks: Ranks) -> TorchEngine:
     """The first rank opens one engine, the other another; None is more than its memory holds."""
     directory = first if ranks.rank == 0 else other
     if directory is None:
@@ -125,11 +142,119 @@ def test_a_rank_that_cannot_open_says_why(directory: Path, tmp_path: Path) -> No
     assert not dist.is_initialized()
 
 
+def test_after_a_step_that_was_cut_short_the_ranks_go_no_further(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, or memory that ran out on the first rank alone: the others have gone on to other exchanges."""
+    before, threads = set(_children()), torch.get_num_threads()
+    torch.set_num_threads(4)
+    real = ProcessRanks.sum
+    with open_engine(directory, _options(tensor_parallel=2, threads=None)) as engine:
+        assert isinstance(engine, RankedEngine)
+        assert torch.get_num_threads() == 2  # of four, shared out over two ranks
+        engine.submit(request("a", (1, 2, 3), max_tokens=200))
+        engine.step()
+
+        def interrupted(_ranks: ProcessRanks, _x: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(ProcessRanks, "sum", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        monkeypatch.setattr(ProcessRanks, "sum", real)
+        engine.cancel("a")
+        engine.submit(request("b", (1, 2, 3)))
+        with pytest.raises(EngineError, match="cut short"):
+            engine.step()
+        began = time.monotonic()
+    assert time.monotonic() - began < 9  # nobody had to be killed
+    assert torch.get_num_threads() == 4
+    torch.set_num_threads(threads)
+    assert set(_children()) <= before
+
+
+def test_what_a_step_brought_without_a_rank_is_not_believed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs an exchange that is aborted returns, with whatever lies in memory."""
+    real = ProcessRanks.sum
+    with open_engine(directory, _options(tensor_parallel=2)) as engine:
+        assert isinstance(engine, RankedEngine)
+        engine.submit(request("a", (1, 2, 3), max_tokens=200))
+        engine.step()
+        crew = engine._crew
+
+        def released(ranks: ProcessRanks, x: torch.Tensor) -> torch.Tensor:
+            crew._failure = "rank 1: gone"
+            return real(ranks, x)
+
+        monkeypatch.setattr(ProcessRanks, "sum", released)
+        with pytest.raises(EngineError, match="rank 1: gone"):
+            engine.step()
+
+
+def test_a_rank_that_ends_before_they_meet_is_missed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "_MEETING", timedelta(seconds=1))
+    before = set(_children())
+
+    def ended(_place: Place) -> None:
+        for process in set(_children()) - before:
+            os.kill(process, signal.SIGKILL)
+
+    monkeypatch.setattr("trtkit.runtime.ranks.engine.claim", ended)
+    with pytest.raises(EngineError, match="rank 1: its process was ended by SIGKILL"):
+        open_engine(directory, _options(tensor_parallel=2))
+    assert set(_children()) <= before
+
+
+def test_without_a_python_to_start_there_are_no_ranks(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "")
+    with pytest.raises(EngineError, match="does not know its own program"):
+        open_engine(directory, _options(tensor_parallel=2))
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(EngineError, match=r"cannot start the engine's processes: .*No such file"):
+        open_engine(directory, _options(tensor_parallel=2))
+
+
+_STUCK = """
+import contextlib, time
+from trtkit.runtime.ranks import worker
+
+@contextlib.contextmanager
+def joined(place, agree):
+    {enter}
+    yield place
+    time.sleep(1000)
+
+worker.joined, worker.FAREWELL_SECONDS = joined, 0.2
+worker.main({end})
+"""
+
+
+@pytest.mark.parametrize("enter", ["pass", "time.sleep(1000)"])
+def test_a_rank_ends_though_the_others_do_not_let_it_go(enter: str) -> None:
+    """A rank that failed says so first; one that is told to end does so, wherever it waits."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        code = _STUCK.format(enter=enter, end=theirs.fileno())
+        process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
+    pipe = Connection(ours.detach())
+    open_own = functools.partial(_open_apart, None, None)
+    pipe.send((Place(rank=1, size=2, device="cpu", store=Path("store")), 30, open_own))
+    assert pipe.recv().state == "ready"
+    if enter == "pass":
+        news = pipe.recv()
+        assert (news.state, news.problem) == ("failed", "MemoryError: here")
+    else:
+        pipe.send(CLOSE)
+    assert process.wait(60) == 1
+    pipe.close()
+
+
 def test_a_rank_ends_when_the_first_one_is_gone() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", "trtkit.runtime.ranks.worker", str(theirs.fileno())], pass_fds=[theirs.fileno()]
+            [sys.executable, "-c", f"from trtkit.runtime.ranks import worker; worker.main({theirs.fileno()})"],
+            pass_fds=[theirs.fileno()],
         )
     ours.close()
     assert process.wait(60) == 1

@@ -174,6 +174,12 @@ class StepGraphs:
         """Graphs captured so far."""
         return len(self._graphs)
 
+    def close(self) -> None:
+        """Give the graphs back now, whoever holds this: NCCL does not end while one of them has an exchange in it."""
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
     def run(self, rows: Sequence[Row], shape: TreeShape | None) -> tuple[list[list[int]], list[list[float]]]:
         """One decode step, launched and read."""
         return self.collect(self.launch(rows, shape))

@@ -8,6 +8,7 @@ is gone.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pickle
 import signal
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -26,16 +27,17 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
+import trtkit
 from trtkit.errors import EngineError
 from trtkit.log import logger
 from trtkit.runtime.api import Engine
 from trtkit.runtime.ranks.group import Place, Ranks
 
-__all__ = ["CLOSE", "Crew", "News"]
+__all__ = ["CLOSE", "FAREWELL_SECONDS", "Crew", "News"]
 
 CLOSE = ("close",)
 """The last instruction."""
-_FAREWELL_SECONDS = 10.0
+FAREWELL_SECONDS = 10.0
 """How long a process may take to end when it is told to."""
 _NEWS_SECONDS = 5.0
 """How long it may take until word of a failure is there that has broken a step already."""
@@ -59,10 +61,10 @@ class Crew:
     """The processes of the ranks 1 to ``size`` - 1 on ``device`` (cpu or cuda), each with what ``open_own`` opens."""
 
     def __init__(self, size: int, device: str, open_own: Callable[[Ranks], Engine]) -> None:
-        """``open_own`` must be found by name in its module: the others get it pickled."""
-        self._folder = tempfile.TemporaryDirectory(prefix="trtkit-ranks-")
-        store = Path(self._folder.name) / "store"
-        self.place = Place(rank=0, size=size, device=device, store=store)
+        """``open_own`` must be found by name in its module: the others get it pickled. Raises :class:`EngineError` when
+        the system starts no more processes."""
+        if not sys.executable:
+            raise EngineError("this Python does not know its own program, so it cannot start more processes of it")
         self._changed = threading.Condition()
         self._states: list[_State] = ["started"] * (size - 1)
         self._failure: str | None = None
@@ -70,24 +72,37 @@ class Crew:
         self._released = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
-        for rank in range(1, size):
-            self._start(Place(rank=rank, size=size, device=device, store=store), open_own)
         self._watcher = threading.Thread(target=self._watch, name="trtkit-ranks", daemon=True)
+        try:
+            with contextlib.ExitStack() as undo:
+                self._folder = tempfile.TemporaryDirectory(prefix="trtkit-ranks-")
+                undo.callback(self._folder.cleanup)
+                undo.callback(self._kill)
+                self.place = Place(rank=0, size=size, device=device, store=Path(self._folder.name) / "store")
+                for rank in range(1, size):
+                    self._start(replace(self.place, rank=rank), open_own)
+                undo.pop_all()
+        except OSError as problem:
+            raise EngineError(f"cannot start the engine's processes: {problem}") from problem
         self._watcher.start()
 
     def _start(self, place: Place, open_own: Callable[[Ranks], Engine]) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
-            # A session of its own: Ctrl-C in the terminal is for the first rank, which tells the others.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "trtkit.runtime.ranks.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )  # fmt: skip
-        pipe = Connection(ours.detach())
+        with ours, theirs:
+            # Not a number of stdin, stdout or stderr, which are free where these are closed.
+            end = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 3)
+            try:
+                # A session of its own: Ctrl-C in the terminal is for the first rank, which tells the others.
+                process = subprocess.Popen(
+                    _command(end), pass_fds=[end], stdin=subprocess.DEVNULL, start_new_session=True
+                )
+            finally:
+                os.close(end)
+            pipe = Connection(ours.detach())
         self._processes.append(process)
         self._pipes.append(pipe)
-        pipe.send((place, logger.getEffectiveLevel(), open_own))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended already, which is noticed soon
+            pipe.send((place, logger.getEffectiveLevel(), open_own))
 
     def _watch(self) -> None:
         """Take in what the others say, until all of them are gone."""
@@ -114,13 +129,16 @@ class Crew:
                 logger.debug("rank %d: %s", index + 1, trace or "no traceback")
             self._changed.notify_all()
         if failed:
-            _abort()
+            self.abort()
 
     def wait_until(self, state: Literal["ready", "open"]) -> None:
         """Return when all have got there. Raises :class:`EngineError` when one could not."""
         with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or all(now == state for now in self._states))
-        self.check()
+            self._changed.wait_for(lambda: "gone" in self._states or all(now == state for now in self._states))
+            gone = "gone" in self._states
+        if gone:
+            self.blame()
+            raise EngineError("one of the engine's processes has ended")
 
     def check(self, *, patience: float = 0.0) -> None:
         """Raise :class:`EngineError` when a rank has failed, or does so within ``patience`` seconds."""
@@ -145,6 +163,13 @@ class Crew:
         self.tell(number)
         return number
 
+    def abort(self) -> None:
+        """Release a step on the GPUs that waits for a rank that is gone. Between CPU processes the broken connection
+        does. Not run on GPUs so far."""
+        if self.place.device == "cuda" and dist.is_initialized():
+            # There is no public way to a backend.
+            dist.distributed_c10d._get_default_group()._get_backend(torch.device("cuda")).abort()
+
     def release(self) -> None:
         """Tell all processes to end. From now on no ending is a failure."""
         with self._changed:
@@ -153,17 +178,20 @@ class Crew:
 
     def dismiss(self) -> None:
         """See all released processes end, by force where they do not."""
-        deadline = time.monotonic() + _FAREWELL_SECONDS
+        deadline = time.monotonic() + FAREWELL_SECONDS
         for process in self._processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._watcher.join()
+        self._kill()
+        self._watcher.join(FAREWELL_SECONDS)
         for pipe in self._pipes:
             pipe.close()
         self._folder.cleanup()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()  # does nothing to one that was waited for
+            process.wait()
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:
@@ -178,12 +206,9 @@ def _ending(process: subprocess.Popen[bytes]) -> str:
     return f"its process ended with exit code {code}"
 
 
-def _abort() -> None:
-    """Release a step on the GPUs that waits for a rank that is gone. Between CPU processes the broken connection does.
-
-    Not run on GPUs so far.
-    """
-    if torch.cuda.is_available() and dist.is_initialized():
-        # There is no public way to a backend.
-        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cuda"))
-        backend.abort()
+def _command(end: int) -> list[str]:
+    """A worker, run by this Python with modules from where this process has them: not from the working directory,
+    unless it is on the path here. ``end`` is its end of the pipe."""
+    path = [*map(os.fspath, sys.path), str(Path(trtkit.__file__).resolve().parents[1])]
+    code = f"import sys; sys.path[:] = {path!r}; from trtkit.runtime.ranks import worker; worker.main({end})"
+    return [sys.executable, *(["-I"] if sys.flags.isolated else []), "-c", code]

@@ -20,10 +20,13 @@ from torch import Tensor
 
 from trtkit.errors import EngineError
 
-__all__ = ["LostRankError", "Place", "ProcessRanks", "Ranks", "gather_columns", "joined"]
+__all__ = ["LostRankError", "Place", "ProcessRanks", "Ranks", "claim", "gather_columns", "joined"]
 
 _PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others within a step or while weights are read: kernels may be compiled or tuned."""
+
+_MEETING = timedelta(minutes=2)
+"""How long it waits to find them, all of which are ready for it."""
 
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -132,26 +135,36 @@ class Place:
     """File through which torch.distributed finds its processes."""
 
 
+def claim(place: Place) -> None:
+    """Take this rank's device. NCCL waits for ever for a rank that fails where they meet, so it is to fail before."""
+    if place.device == "cuda":
+        torch.cuda.set_device(place.rank)
+        torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+
+
 @contextmanager
 def joined(place: Place, agree: Callable[[int], int]) -> Iterator[ProcessRanks]:
     """This process as one of the ranks. ``agree`` as in :class:`ProcessRanks`.
 
-    Raises :class:`EngineError` when torch.distributed is in use already.
+    Raises :class:`EngineError` when torch.distributed is in use already, :class:`LostRankError` when another rank does
+    not come.
     """
     if dist.is_initialized():
         raise EngineError(
             "torch.distributed is in use in this process", hint="one engine over several processes at a time"
         )
     backend = "cpu:gloo,cuda:nccl" if place.device == "cuda" else "gloo"
-    with _loopback():
-        dist.init_process_group(
-            backend, init_method=place.store.as_uri(), rank=place.rank, world_size=place.size, timeout=_PATIENCE
-        )
+    with _loopback(), _lost():
+        # Not by a file:// address, which torch takes literally, %20 and all.
+        store = dist.FileStore(str(place.store), place.size)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=_MEETING)
     try:
+        dist.distributed_c10d._set_pg_timeout(_PATIENCE)
         if place.device == "cuda":
-            torch.cuda.set_device(place.rank)
             # NCCL takes its memory at the first exchange: before the rest is given to keys and values.
-            dist.all_reduce(torch.zeros(1, device="cuda"))
+            with _lost():
+                dist.all_reduce(torch.zeros(1, device="cuda"))
         yield ProcessRanks(rank=place.rank, size=place.size, instructed=agree)
     finally:
         dist.destroy_process_group()

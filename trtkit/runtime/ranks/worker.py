@@ -1,17 +1,17 @@
 """The process of one of the other ranks: opens the same engine and repeats the first rank's calls.
 
-    python -m trtkit.runtime.ranks.worker FD
-
-FD is its end of the pipe of ``crew.py``. It ends when it is told to, or when the first rank is gone.
+``crew.py`` starts it and has the other end of its pipe. It ends when it is told to, or when the first rank is gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
-import sys
+import signal
 import threading
+import time
 import traceback
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
@@ -21,15 +21,15 @@ from typing import Any
 from trtkit.errors import CapacityError, RequestError, TrtkitError
 from trtkit.log import set_up_logging
 from trtkit.runtime.api import Engine
-from trtkit.runtime.ranks.crew import CLOSE, News
-from trtkit.runtime.ranks.group import LostRankError, joined
+from trtkit.runtime.ranks.crew import CLOSE, FAREWELL_SECONDS, News
+from trtkit.runtime.ranks.group import LostRankError, claim, joined
 
-__all__ = ["work"]
+__all__ = ["main"]
 
 
 class _Inbox:
     """What the first rank says, in order. Read by a thread of its own, which ends the process when there is nobody to
-    read from: a rank that waits for the first one within a step would never find out."""
+    read from, or soon after it was told to: a rank that waits for the first one within a step would never find out."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
@@ -40,15 +40,24 @@ class _Inbox:
     def _read(self) -> None:
         while not self.closing:
             try:
-                message = pickle.loads(self._pipe.recv_bytes())
+                data = self._pipe.recv_bytes()
             except (EOFError, OSError):
                 os._exit(1)
+            try:
+                message = pickle.loads(data)
+            except Exception as problem:  # of a module that is not found here, say
+                message = problem
             self.closing = message == CLOSE
             self._messages.put(message)
+        time.sleep(FAREWELL_SECONDS)
+        os._exit(1)
 
     def next(self) -> Any:
-        """Wait for a message."""
-        return self._messages.get()
+        """Wait for a message. Raises what reading it has raised."""
+        message = self._messages.get()
+        if isinstance(message, Exception):
+            raise message
+        return message
 
     def agree(self, _number: int) -> int:
         """The number that the first rank has sent in the middle of a step."""
@@ -56,25 +65,32 @@ class _Inbox:
         return int(number)
 
 
-def work(pipe: Connection) -> None:
-    """Serve as a rank until told to close."""
+def main(end: int) -> None:
+    """Serve as a rank until told to close; ``end``: number of this end of the pipe."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to all of a service at once; the first rank tells when it is over
+    with contextlib.suppress(OSError):  # stderr may be closed
+        os.dup2(2, 1)  # stdout is for results, and libraries print there
+    pipe = Connection(end)
     inbox = _Inbox(pipe)
-    place, level, open_own = inbox.next()
-    set_up_logging(verbose=level <= logging.DEBUG, quiet=True)
+    held = ExitStack()  # after a failure nothing is given back: on GPUs that would wait for the other ranks
     try:
-        with ExitStack() as stack:
-            pipe.send(News(state="ready"))
-            ranks = stack.enter_context(joined(place, inbox.agree))
-            engine = stack.enter_context(open_own(ranks))
-            pipe.send(News(state="open"))
-            _repeat(engine, inbox)
+        place, level, open_own = inbox.next()
+        set_up_logging(verbose=level <= logging.DEBUG, quiet=True)
+        claim(place)
+        pipe.send(News(state="ready"))
+        ranks = held.enter_context(joined(place, inbox.agree))
+        engine = held.enter_context(open_own(ranks))
+        pipe.send(News(state="open"))
+        _repeat(engine, inbox)
     except LostRankError:
-        _say(pipe, inbox, News(state="lost"))
+        _end(pipe, inbox, News(state="lost"))
     except TrtkitError as problem:
-        _say(pipe, inbox, News(state="failed", problem=str(problem)))
+        _end(pipe, inbox, News(state="failed", problem=str(problem)))
     except Exception as problem:  # whatever it is, the first rank must hear of it
         said = f"{type(problem).__name__}: {problem}"
-        _say(pipe, inbox, News(state="failed", problem=said, trace=traceback.format_exc()))
+        _end(pipe, inbox, News(state="failed", problem=said, trace=traceback.format_exc()))
+    held.close()
 
 
 def _repeat(engine: Engine, inbox: _Inbox) -> None:
@@ -86,12 +102,8 @@ def _repeat(engine: Engine, inbox: _Inbox) -> None:
             continue  # as on the first rank, whose caller sees it
 
 
-def _say(pipe: Connection, inbox: _Inbox, news: News) -> None:
+def _end(pipe: Connection, inbox: _Inbox, news: News) -> None:
     """Say why it ends, unless it was told to: then the others are gone already."""
     if not inbox.closing:
         pipe.send(news)
-    sys.exit(1)
-
-
-if __name__ == "__main__":
-    work(Connection(int(sys.argv[1])))
+    os._exit(1)
