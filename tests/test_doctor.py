@@ -32,6 +32,17 @@ def test_this_machine(tmp_path: Path) -> None:
     assert {check.status for check in diagnosis.checks if check.name in ("python", "practice")} == {"ok"}
 
 
+@pytest.mark.parametrize(("gpu", "nccl", "status"), [("l4x4", True, "ok"), ("l4x4", False, "warn"), ("l4", True, "")])
+def test_several_gpus_take_nccl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, nccl: bool, status: str
+) -> None:
+    monkeypatch.setattr(doctor, "detect", lambda: profile_named(gpu))
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: nccl)
+    checks = [check for check in doctor.examine(tmp_path).checks if check.name == "together"]
+    assert [check.status for check in checks] == ([status] if status else [])
+    assert all("--tp" in check.detail for check in checks)
+
+
 def test_what_is_installed_is_told_with_its_version(tmp_path: Path) -> None:
     for name in ("torch", "transformers", "safetensors", "tokenizers", "math-verify"):
         check = found(tmp_path, name)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ import pytest
 import torch
 
 from drafter.tree import build_tree
-from trtkit.bench import gpu_subprocess
+from tests.runtime.ranks.threads import ThreadRanks, on_ranks
+from trtkit.bench import gpu_ranks, gpu_subprocess
 from trtkit.bench.gpu import GpuBench, GpuBenchOptions, main
 from trtkit.bench.gpu_machine import STUCK
+from trtkit.bench.gpu_points import PointPlan, Timed, timed_steps
+from trtkit.bench.gpu_ranks import SharedPlan, measure_shared
 from trtkit.bench.gpu_stages import PUBLISHED_ACCEPTANCE, STAGES, Stage
 from trtkit.bench.gpu_subprocess import gpu_tests, peer_figures
 from trtkit.bench.gpu_targets import goals, lines
-from trtkit.bench.random_model import RandomWeights, forced_acceptance, shape_spec
+from trtkit.bench.random_model import RandomWeights, StandingEngine, forced_acceptance, shape_spec
 from trtkit.quant.tensor import linear_reference
 from trtkit.runtime.decode import Pending
 from trtkit.runtime.model import DecoderModel
@@ -73,7 +77,47 @@ def test_every_stage_runs(tmp_path: Path) -> None:
     assert all(abs(point["tokens_per_step"] - 3.25) < 0.6 for point in drafted)
     assert document["long"]["rows"] == 64
     assert [figure["compiled"] for figure in document["transformers"]["figures"]] == [False, True]
+    assert [point["ranks"] for point in document["shared_points"]] == [2] * 5
+    assert [point["draft_vocabulary"] for point in document["shared_points"]][-2:] == [None, 64]
     assert {goal["name"].split(",")[0] for goal in document["goals"]} >= {"bf16", "int8", "fp8", "int4"}
+
+
+def test_a_point_over_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks as threads: each times the same steps, and drafts are accepted as they are forced to be."""
+    point = PointPlan(precision="fp8", rows=12, context=64, steps=12, shares=PUBLISHED_ACCEPTANCE, overlap=True)
+    plan = SharedPlan(shape="tiny", device="cpu", ranks=2, point=point, draft_vocabulary=64)
+
+    class Ranked:
+        """The first rank's engine, the other one doing as much on a thread of its own."""
+
+        own: StandingEngine
+
+        def __init__(self, size: int, device: str, open_own: Callable[[ThreadRanks], StandingEngine]) -> None:
+            assert (size, device) == (2, "cpu")
+            self.open_own = open_own
+
+        def __enter__(self) -> Ranked:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+    def timed(engine: Ranked, asked: PointPlan) -> Timed:
+        both = on_ranks(2, lambda ranks: _timed(engine.open_own(ranks), asked))
+        engine.own = both[0][0]
+        assert both[0][1].tokens == both[1][1].tokens
+        return both[0][1]
+
+    monkeypatch.setattr(gpu_ranks, "RankedEngine", Ranked)
+    monkeypatch.setattr(gpu_ranks, "timed_steps", timed)
+    found = measure_shared(plan, copy=1e9)
+    assert (found["ranks"], found["tree"], found["draft_vocabulary"]) == (2, "1x3", 64)
+    assert abs(found["tokens_per_step"] - 3.25) < 0.6
+    assert found["copy_fraction"] == pytest.approx(found["step_bytes"] / found["step_ms"] * 1e3 / 2e9)
+
+
+def _timed(engine: StandingEngine, plan: PointPlan) -> tuple[StandingEngine, Timed]:
+    return engine, timed_steps(engine, plan)
 
 
 def test_a_failing_stage_does_not_take_the_others_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

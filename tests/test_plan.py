@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.engines import tiny_engine_dir
 from trtkit.build.trtllm_config import check_gpu
 from trtkit.checkpoint.convert import check_alignment
 from trtkit.checkpoint.trtllm_check import TrtllmOptions, check_trtllm
+from trtkit.checkpoint.trtllm_layout import rank_layout
 from trtkit.errors import CapacityError, UnsupportedError
 from trtkit.gpu import GPUS, GpuProfile, profile_named
 from trtkit.known_models import KNOWN_MODELS, known_model
@@ -38,6 +40,20 @@ from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.scheme import SCHEMES, KvDtype, OutputLayer, scheme_named
 
 WORK = Workload(batch=12, length=16384)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_devices_weights_are_those_of_its_rank_file(precision: str, tied: bool, count: int) -> None:
+    """The table of embeddings is whole in each of them. Scales of int4 are 32 bits there and 16 in the plan."""
+    spec, scheme = known_model("fast-math-r1-14b"), scheme_named(precision)
+    assert spec is not None
+    spec = replace(spec, tied=tied)
+    layout = rank_layout(spec, scheme, TrtllmOptions(tensor_parallel=count), None, stage=0, pre_scale=False)
+    stored = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+    planned = memory_plan(spec, scheme, profile_named(f"l4x{count}" if count > 1 else "l4"), WORK).weight_bytes
+    assert planned == pytest.approx(stored, rel=0.035 if precision == "int4" else 0.005)
 
 
 def spec_of(name: str = "nemotron-14b") -> ModelSpec:
@@ -360,8 +376,8 @@ def test_an_int8_output_layer_is_counted() -> None:
     for tied in (False, True):
         shape = replace(spec, tied=tied)
         held = [memory_plan(shape, scheme_named("int4"), cpu, WORK, output_layer=o) for o in ("model", "int8")]
-        # A tied matrix stays in memory for the embeddings, and the codes come on top.
-        assert held[0].weight_bytes - held[1].weight_bytes == (-head if tied else head)
+        # A tied matrix is there twice, once for the embeddings: they are read from rows, products from a packed copy.
+        assert held[0].weight_bytes - held[1].weight_bytes == head
     assert step_cost(spec, scheme_named("int8"), cpu, WORK, 12).read_bytes - (
         step_cost(spec, scheme_named("int8"), cpu, WORK, 12, output_layer="int8").read_bytes
     ) == head  # fmt: skip

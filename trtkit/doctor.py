@@ -70,8 +70,8 @@ def examine(directory: Path) -> Diagnosis:
     checks = (
         _python_check(), *(_package_check(name, least) for name, least in _LEAST.items()),
         _optional_check("nvidia-modelopt", "for --calibrator modelopt: pip install 'trtkit[modelopt]'"),
-        _tensorrt_check(gpu), device, *_kernels_checks(gpu), _threads_check(), _disk_check(directory),
-        _practice_check(),
+        _tensorrt_check(gpu), device, *_together_checks(gpu), *_kernels_checks(gpu), _threads_check(),
+        _disk_check(directory), _practice_check(),
     )  # fmt: skip
     return Diagnosis(checks=checks, precisions=tuple(precision_support(s, gpu) for s in SCHEMES.values()))
 
@@ -151,6 +151,18 @@ def _device_check() -> tuple[Check, GpuProfile | None]:
         return Check(name="device", status="ok", detail=f"{gpu.title}, {memory}; no CUDA GPU"), gpu
     detail = f"{gpu.title}, {memory} each, compute capability {capability_text(gpu.capability)}"
     return Check(name="device", status="ok", detail=detail), gpu
+
+
+def _together_checks(gpu: GpuProfile | None) -> tuple[Check, ...]:
+    """Whether one engine can run on all GPUs; nothing to say on one."""
+    if gpu is None or gpu.count == 1:
+        return ()
+    import torch.distributed
+
+    if not torch.distributed.is_nccl_available():
+        hint = "install a CUDA build of torch on Linux, or use one GPU"
+        return (Check(name="together", status="warn", detail="torch has no NCCL: --tp does not work", hint=hint),)
+    return (Check(name="together", status="ok", detail=f"NCCL is there: --tp {gpu.count} runs an engine on all GPUs"),)
 
 
 def _kernels_checks(gpu: GpuProfile | None) -> tuple[Check, ...]:

@@ -145,9 +145,11 @@ def test_what_cannot_be_shared_out_is_refused_all_at_once() -> None:
     with pytest.raises(UnsupportedError) as refused:
         check_shares(odd, SCHEMES["bf16"], 2)
     assert refused.value.offenders == ("9 attention heads", "3 KV heads", "an intermediate size of 1023")
+    assert refused.value.hint == "one has to do"
     with pytest.raises(UnsupportedError) as refused:
         check_shares(SPEC, SCHEMES["int4"], 8)
     assert refused.value.offenders == ("queries 512: int4 has groups of 128",)
+    assert refused.value.hint == "it can over 4"
     # The published 14B shape in int4: 13,824 columns are 108 groups.
     qwen = dataclasses.replace(SPEC, heads=40, kv_heads=8, head_dim=128, intermediate=13_824)
     check_shares(qwen, SCHEMES["int4"], 4)

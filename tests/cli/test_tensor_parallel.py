@@ -81,10 +81,11 @@ def test_a_rank_on_a_cpu_takes_its_share_of_the_cores(engine: Path, monkeypatch:
     threads = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(load, "_open_torch", lambda *arguments: threads.append(arguments[2].threads))
-    first = ProcessRanks(rank=0, size=4, instructed=int)
-    load.open_rank(engine, OpenOptions(device="cpu"), first)
-    load.open_rank(engine, OpenOptions(device="cpu", threads=3), first)
-    assert threads == [2, 3]
+    first = ProcessRanks(rank=0, size=2, instructed=int)
+    monkeypatch.setattr(load, "RankedEngine", lambda _size, _device, open_own: open_own(first))
+    load.open_engine(engine, OpenOptions(device="cpu", tensor_parallel=2))
+    load.open_engine(engine, OpenOptions(device="cpu", tensor_parallel=2, threads=3))
+    assert threads == [4, 3]
     assert BenchOptions(tensor_parallel=4).threads_of_each == 2
 
 

@@ -27,6 +27,7 @@ import torch
 from drafter.model import Drafter
 from trtkit.bench.gpu_machine import STUCK, device_answers, time_limit
 from trtkit.bench.gpu_points import PointPlan, measure_point, profile_point
+from trtkit.bench.gpu_ranks import SharedPlan, measure_shared
 from trtkit.bench.gpu_stages import STAGES, bandwidth
 from trtkit.bench.gpu_targets import goals, lines
 from trtkit.bench.random_model import SHAPES, RandomWeights, shape_spec
@@ -192,6 +193,18 @@ class GpuBench:
             f"{found['copy_fraction']:6.2f} of copy{' overlapped' if plan.overlap else ''}"
         )
         return found
+
+    def shared(self, plan: SharedPlan) -> None:
+        """Measure an engine over several devices, and keep the figures."""
+        if "copy_bytes_per_second" not in self.document:
+            bandwidth(self)
+        found = measure_shared(plan, self.document["copy_bytes_per_second"])
+        self.document.setdefault("shared_points", []).append(found)
+        self._write()
+        self.say(
+            f"  {found['precision']:6} over {found['ranks']} {found['tree'] or '-':4} "
+            f"{found['tokens_per_second']:9.1f} tok/s {found['step_ms']:8.2f} ms/step"
+        )
 
     def profile(self, plan: PointPlan, found: dict[str, Any], head: Drafter | None = None) -> None:
         """Add to a point's figures where its time goes."""

@@ -14,12 +14,23 @@ from trtkit.bench.device_clock import device_seconds, kernels_of
 from trtkit.bench.random_model import StandingEngine, forced_acceptance, standing_rows
 from trtkit.model_spec import ModelSpec
 from trtkit.plan import step_bytes
+from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import Drafting, TorchLimits
 from trtkit.scheme import KvDtype, Precision, scheme_named
 
-__all__ = ["BLOCK_SIZE", "PointPlan", "draft_bytes", "measure_point", "profile_point", "standing_engine"]
+__all__ = [
+    "BLOCK_SIZE",
+    "PointPlan",
+    "Timed",
+    "draft_bytes",
+    "measure_point",
+    "profile_point",
+    "standing_engine",
+    "step_reads",
+    "timed_steps",
+]
 
 BLOCK_SIZE = 16
 _WARM_UP = 8
@@ -73,10 +84,32 @@ def standing_engine(model: DecoderModel, plan: PointPlan, head: Drafter | None =
     return engine
 
 
-@torch.inference_mode()
-def measure_point(model: DecoderModel, plan: PointPlan, copy: float, head: Drafter | None = None) -> dict[str, Any]:
-    """Time ``plan.steps`` steps through the engine, scheduling included; ``copy`` is the bandwidth to compare with."""
-    engine = standing_engine(model, plan, head)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    """The timed steps of a point."""
+
+    seconds: tuple[float, ...]
+    tokens: int
+    rows: int
+    context: float
+    """Tokens in a row's cache, on average."""
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return sum(self.seconds)
+
+    def figures(self) -> dict[str, float]:
+        """As they stand in the document."""
+        steps = len(self.seconds)
+        return {
+            "tokens_per_second": self.tokens / self.total, "tokens_per_step": self.tokens / (self.rows * steps),
+            "step_ms": 1e3 * self.total / steps, "best_step_ms": 1e3 * min(self.seconds),
+        }  # fmt: skip
+
+
+def timed_steps(engine: Engine, plan: PointPlan) -> Timed:
+    """Warm up, then time ``plan.steps`` steps of an engine whose rows are standing, scheduling included."""
     for _ in range(_WARM_UP):
         engine.step()
     before = engine.stats()
@@ -87,13 +120,20 @@ def measure_point(model: DecoderModel, plan: PointPlan, copy: float, head: Draft
         seconds.append(time.perf_counter() - begin)
     after = engine.stats()
     assert after.row_steps - before.row_steps == plan.rows * plan.steps, "a row ended while the clock ran"
-    total, tokens = sum(seconds), after.new_tokens - before.new_tokens
-    read = _bytes(model.spec, plan, head, context=plan.context + (before.new_tokens + tokens / 2) / plan.rows)
+    tokens = after.new_tokens - before.new_tokens
+    context = plan.context + (before.new_tokens + tokens / 2) / plan.rows
+    return Timed(seconds=tuple(seconds), tokens=tokens, rows=plan.rows, context=context)
+
+
+@torch.inference_mode()
+def measure_point(model: DecoderModel, plan: PointPlan, copy: float, head: Drafter | None = None) -> dict[str, Any]:
+    """Time the point; ``copy`` is the bandwidth to compare with."""
+    engine = standing_engine(model, plan, head)
+    timed = timed_steps(engine, plan)
+    read = step_reads(model.spec, plan, head, timed)
     result = {
-        **asdict(plan), "tree": None if plan.tree is None or head is None else str(plan.tree),
-        "tokens_per_second": tokens / total, "tokens_per_step": tokens / (plan.rows * plan.steps),
-        "step_ms": 1e3 * total / plan.steps, "best_step_ms": 1e3 * min(seconds), "step_bytes": read,
-        "graphs": engine.captured, "copy_fraction": read * plan.steps / total / copy,
+        **asdict(plan), "tree": None if plan.tree is None or head is None else str(plan.tree), **timed.figures(),
+        "step_bytes": read, "graphs": engine.captured, "copy_fraction": read * plan.steps / timed.total / copy,
     }  # fmt: skip
     engine.close()
     return result
@@ -121,11 +161,11 @@ def draft_bytes(config: DrafterConfig, lines: int, length: int) -> float:
     return 2.0 * length * (config.parameters - (config.vocab_size - lines) * config.exit_dim)
 
 
-def _bytes(spec: ModelSpec, plan: PointPlan, head: Drafter | None, context: float) -> float:
-    """Weights, lm_head, keys and values, and the head's own weights once per drafted token."""
+def step_reads(spec: ModelSpec, plan: PointPlan, head: Drafter | None, timed: Timed) -> float:
+    """Bytes of a step: weights, lm_head, keys and values, and the head's own weights once per drafted token."""
     drafting = 0.0
     if head is not None and plan.tree is not None:
         lines = head.config.vocab_size if head.token_ids is None else len(head.token_ids)
         drafting = draft_bytes(head.config, lines, plan.tree.length)
     scheme = scheme_named(plan.precision)
-    return drafting + step_bytes(spec, scheme, rows=plan.rows, context=context, kv_dtype=plan.kv_dtype)
+    return drafting + step_bytes(spec, scheme, rows=plan.rows, context=timed.context, kv_dtype=plan.kv_dtype)

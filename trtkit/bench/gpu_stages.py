@@ -11,6 +11,7 @@ import torch
 from trtkit.bench.device_clock import copy_bandwidth
 from trtkit.bench.gpu_machine import environment
 from trtkit.bench.gpu_points import BLOCK_SIZE, PointPlan
+from trtkit.bench.gpu_ranks import SharedPlan
 from trtkit.bench.gpu_subprocess import gpu_tests, peer_figures
 from trtkit.bench.random_model import random_head, shape_spec
 from trtkit.runtime.kv_cache import kv_block_bytes
@@ -119,6 +120,33 @@ def _long(bench: GpuBench) -> None:
     bench.point(PointPlan(precision="fp8", rows=rows, context=context, steps=steps, kv_dtype=plan.kv_dtype))
 
 
+def _ranks(bench: GpuBench) -> None:
+    """One engine over all GPUs, at the batch and in the precisions of the published 4xL4 figures. On a CPU, for trying,
+    over two processes."""
+    options, spec = bench.options, shape_spec(bench.options.shape)
+    here = torch.cuda.device_count() if options.device.type == "cuda" else 2
+    ranks = next((count for count in (8, 4, 2) if count <= here and spec.heads % count == 0), 1)
+    if ranks == 1:
+        bench.say("  one GPU: nothing to share")
+        return
+    bench.drop()
+    kinds: list[tuple[Precision, tuple[float, ...], int | None]] = [
+        ("bf16", (), None), ("int8", (), None), ("int4", (), None), ("fp8", (), None),
+        ("fp8", PUBLISHED_ACCEPTANCE, None), ("fp8", PUBLISHED_ACCEPTANCE, 64 if options.tiny else DRAFT_VOCABULARY),
+    ]  # fmt: skip
+    for precision, shares, vocabulary in kinds:
+        if precision == "int4" and options.tiny:  # its groups of 128 cannot be shared out
+            continue
+        point = PointPlan(
+            precision=precision, rows=12, context=options.context, steps=options.steps, shares=shares, overlap=True
+        )
+        bench.shared(
+            SharedPlan(
+                shape=options.shape, device=options.device.type, ranks=ranks, point=point, draft_vocabulary=vocabulary
+            )
+        )
+
+
 def _peer(bench: GpuBench) -> None:
     bench.drop()
     options = bench.options
@@ -142,6 +170,7 @@ STAGES: dict[str, Stage] = {
     "long": Stage(work=_long, least_seconds=25, most_seconds=90),
     "int4": Stage(work=_precision("int4"), least_seconds=15, most_seconds=90),
     "int8": Stage(work=_precision("int8"), least_seconds=15, most_seconds=90),
+    "ranks": Stage(work=_ranks, least_seconds=30, most_seconds=240),
     "tests": Stage(work=_tests, least_seconds=20, most_seconds=180),
     "peer": Stage(work=_peer, least_seconds=45, most_seconds=180),
 }

@@ -67,10 +67,11 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     heads = f"{'precision':9} {'rows':>4} {'context':>7} {'kv':>5} {'tree':>5} {'tok/s':>9} {'ms/step':>8}"
     yield f"{heads} {'of copy':>7}  phases (ms)"
-    for p in document["points"]:
+    for p in (*document["points"], *document.get("shared_points", [])):
         phases = "  ".join(f"{name} {ms:.2f}" for name, ms in p.get("phase_ms", {}).items())
         note = "  forced acceptance, not a model's" if p["tree"] is not None else ""
         note += "  with overlap" if p["overlap"] else ""
+        note += f"  over {p['ranks']} processes" if "ranks" in p else ""
         yield (
             f"{p['precision']:9} {p['rows']:4} {p['context']:7} {p['kv_dtype']:>5} {p['tree'] or '-':>5} "
             f"{p['tokens_per_second']:9.1f} {p['step_ms']:8.2f} {p['copy_fraction']:7.2f}  {phases}{note}"

@@ -177,6 +177,11 @@ class StandingEngine(TorchEngine):
         return self._model.device
 
     @property
+    def head(self) -> Drafter | None:
+        """What drafts."""
+        return self._stepper.head
+
+    @property
     def captured(self) -> int:
         """CUDA graphs that it has captured; 0 on a CPU, or where capturing failed."""
         return 0 if self._graphs is None else len(self._graphs)

@@ -14,7 +14,7 @@ by static scales, so sharing it out changes nothing but the order of the sum.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
 
@@ -57,25 +57,26 @@ class PartSource(Protocol):
 
 def check_shares(spec: ModelSpec, scheme: QuantScheme, ranks: int) -> None:
     """Raise :class:`UnsupportedError` with everything that cannot be shared out evenly over ``ranks``."""
-    group = scheme.group_size or 1
-    wrong = []
-    if spec.heads % ranks:
-        wrong.append(f"{spec.heads} attention heads")
-    if spec.kv_heads % ranks and ranks % spec.kv_heads:
-        wrong.append(f"{spec.kv_heads} KV heads")
-    if spec.intermediate % ranks:
-        wrong.append(f"an intermediate size of {spec.intermediate}")
-    if not wrong and group > 1:
-        sizes = {"queries": spec.q_width, "intermediate size": spec.intermediate}
-        wrong += [
-            f"{name} {size}: {scheme.name} has groups of {group}"
-            for name, size in sizes.items()
-            if size % (ranks * group)
-        ]
-    if wrong:
+    if wrong := list(_uneven(spec, scheme, ranks)):
+        most = next(fewer for fewer in range(ranks - 1, 0, -1) if not any(_uneven(spec, scheme, fewer)))
         raise UnsupportedError(
-            f"this model cannot be shared out over {ranks} GPUs or processes", offenders=wrong, hint="take fewer"
-        )
+            f"this model cannot be shared out over {ranks} GPUs or processes", offenders=wrong,
+            hint=f"it can over {most}" if most > 1 else "one has to do",
+        )  # fmt: skip
+
+
+def _uneven(spec: ModelSpec, scheme: QuantScheme, ranks: int) -> Iterator[str]:
+    if ranks == 1:
+        return
+    if spec.heads % ranks:
+        yield f"{spec.heads} attention heads"
+    if spec.kv_heads % ranks and ranks % spec.kv_heads:
+        yield f"{spec.kv_heads} KV heads"
+    if spec.intermediate % ranks:
+        yield f"an intermediate size of {spec.intermediate}"
+    for name, size in (("queries", spec.q_width), ("intermediate size", spec.intermediate)):
+        if size % ranks == 0 and size // ranks % (scheme.group_size or 1):
+            yield f"{name} {size}: {scheme.name} has groups of {scheme.group_size}"
 
 
 def share_spec(spec: ModelSpec, ranks: int) -> ModelSpec:

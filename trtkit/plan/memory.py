@@ -131,11 +131,10 @@ def memory_plan(
 ) -> MemoryPlan:  # fmt: skip
     """Memory of one device when the model is split over all ``gpu.count`` of them."""
     linears, per = linear_values(spec), value_bytes(spec, gpu)
-    weights = linears * per.linear(scheme) + per.plain * (spec.parameters - linears)
-    if output_layer != "model":
-        # The codes replace lm_head; a tied one stays as well, as the table of embeddings.
-        saved = 0.0 if spec.tied else per.plain
-        weights += (per.output(output_layer) - saved) * spec.vocab * spec.hidden
+    # Every device has the whole table of embeddings, and its share of lm_head apart, also where they are the same.
+    table = spec.vocab * spec.hidden
+    others = spec.parameters - linears - (1 if spec.tied else 2) * table
+    shared = linears * per.linear(scheme) + per.plain * others + per.output(output_layer) * table
     nodes = 1 if draft is None else draft.tree.max_nodes
     # Activations of one prefill chunk (input, residual, gate and up at once) and float32 logits of every row and node.
     workspace = RUNTIME_BYTES if not gpu.is_cpu else 0
@@ -144,7 +143,7 @@ def memory_plan(
     workspace += 2 * 4 * work.batch * nodes * spec.vocab // gpu.count
     # Fewer KV heads than devices: heads are repeated, so the cache shrinks no further.
     share = max(spec.kv_heads / gpu.count, 1) / spec.kv_heads
-    weight_bytes = int(weights / gpu.count)
+    weight_bytes = int(per.plain * table + shared / gpu.count)
     draft_bytes = 0 if draft is None else int(per.plain) * draft.head.parameters // gpu.count
     usable = int(gpu.memory_bytes * MEMORY_FRACTION)
     if gpu.is_cpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -99,7 +100,7 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
     _checkpoint(directory, manifest, ranks)
     if device.type == "cpu" and options.threads is None:
         options = dataclasses.replace(options, threads=max(1, torch.get_num_threads() // ranks))
-    return RankedEngine(ranks, device.type, (directory, options), lambda first: open_rank(directory, options, first))
+    return RankedEngine(ranks, device.type, functools.partial(open_rank, directory, options))
 
 
 def open_rank(directory: Path, options: OpenOptions, ranks: Ranks) -> TorchEngine:
@@ -115,6 +116,8 @@ def rank_count(recipe: Recipe, asked: int | None, device: torch.device) -> int:
 
     Raises :class:`UsageError` when more GPUs are asked for than there are.
     """
+    if asked is not None and asked > 1 and not torch.distributed.is_available():
+        raise UsageError("--tp takes a torch with torch.distributed", hint="leave it out, or install torch from PyPI")
     on_cuda = device.type == "cuda"
     here = torch.cuda.device_count() if on_cuda and device.index is None else 1
     if asked is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 import socket
@@ -31,7 +32,8 @@ from trtkit.runtime.load import OpenOptions, open_engine, open_rank, rank_count
 from trtkit.runtime.ranks import group
 from trtkit.runtime.ranks.crew import CLOSE
 from trtkit.runtime.ranks.engine import RankedEngine
-from trtkit.runtime.ranks.group import Place, ProcessRanks, joined
+from trtkit.runtime.ranks.group import Place, ProcessRanks, Ranks, joined
+from trtkit.runtime.torch_engine import TorchEngine
 
 VOCAB = 12
 
@@ -119,22 +121,23 @@ def _run_on(engine: Engine) -> None:
         engine.step()
 
 
+def _open_apart(first: Path | None, other: Path | None, ranks: Ranks) -> TorchEngine:
+    """The first rank opens one engine, the other another; None is more than its memory holds."""
+    directory = first if ranks.rank == 0 else other
+    if directory is None:
+        raise MemoryError("here")
+    return open_rank(directory, _options(), ranks)
+
+
 def test_a_rank_that_cannot_open_says_why(directory: Path, tmp_path: Path) -> None:
     """The first one is in the middle of meeting it."""
     before = set(_children())
-    options = _options()
     with pytest.raises(EngineError, match=r"rank 1: .*nowhere") as failed:
-        RankedEngine(
-            2, "cpu", (tmp_path / "nowhere", options), lambda ranks: open_rank(directory, options, ranks)
-        )  # fmt: skip
+        RankedEngine(2, "cpu", functools.partial(_open_apart, directory, tmp_path / "nowhere"))
     assert "--verbose" not in str(failed.value)  # a refusal needs no traceback
     assert set(_children()) <= before
-
-    def out_of_memory(_ranks: object) -> Any:
-        raise MemoryError("here")
-
     with pytest.raises(MemoryError, match="here"):
-        RankedEngine(2, "cpu", (directory, options), out_of_memory)
+        RankedEngine(2, "cpu", functools.partial(_open_apart, None, directory))
     assert set(_children()) <= before
     assert not dist.is_initialized()
 
@@ -220,13 +223,10 @@ from trtkit.runtime.ranks import worker
 @contextlib.contextmanager
 def joined(place, agree):
     {enter}
-    yield
+    yield place
     time.sleep(1000)
 
-def open_rank(*_):
-    raise MemoryError("mine")
-
-worker.joined, worker.open_rank, worker.FAREWELL_SECONDS = joined, open_rank, 0.2
+worker.joined, worker.FAREWELL_SECONDS = joined, 0.2
 worker.main({end})
 """
 
@@ -239,11 +239,12 @@ def test_a_rank_ends_though_the_others_do_not_let_it_go(enter: str) -> None:
         code = _STUCK.format(enter=enter, end=theirs.fileno())
         process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
     pipe = Connection(ours.detach())
-    pipe.send((Place(rank=1, size=2, device="cpu", store=Path("store")), 30, Path(), OpenOptions()))
+    open_own = functools.partial(_open_apart, None, None)
+    pipe.send((Place(rank=1, size=2, device="cpu", store=Path("store")), 30, open_own))
     assert pipe.recv().state == "ready"
     if enter == "pass":
         news = pipe.recv()
-        assert (news.state, news.problem) == ("failed", "MemoryError: mine")
+        assert (news.state, news.problem) == ("failed", "MemoryError: here")
     else:
         pipe.send(CLOSE)
     assert process.wait(60) == 1
@@ -322,8 +323,8 @@ def test_two_gpus_emit_what_one_does(directory: Path, head: Path, monkeypatch: p
         with open_engine(directory, _options(device="cuda", tensor_parallel=2, drafter=head, tree=tree)) as engine:
             assert run_all(engine, requests) == plain
             assert isinstance(engine, RankedEngine)
-            assert engine._engine._graphs is not None
-            assert len(engine._engine._graphs) > 1
+            assert engine.own._graphs is not None
+            assert len(engine.own._graphs) > 1
     before = set(_children())
     with open_engine(directory, _options(device="cuda", tensor_parallel=2)) as engine:
         (other,) = set(_children()) - before

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,7 +30,8 @@ import torch.distributed as dist
 import trtkit
 from trtkit.errors import EngineError
 from trtkit.log import logger
-from trtkit.runtime.ranks.group import Place
+from trtkit.runtime.api import Engine
+from trtkit.runtime.ranks.group import Place, Ranks
 
 __all__ = ["CLOSE", "FAREWELL_SECONDS", "Crew", "News"]
 
@@ -56,10 +58,11 @@ _State: TypeAlias = Literal["started", "ready", "open", "gone"]
 
 
 class Crew:
-    """The processes of the ranks 1 to ``size`` - 1 on ``device`` (cpu or cuda), each told ``opening`` first."""
+    """The processes of the ranks 1 to ``size`` - 1 on ``device`` (cpu or cuda), each with what ``open_own`` opens."""
 
-    def __init__(self, size: int, device: str, opening: tuple[Any, ...]) -> None:
-        """Raises :class:`EngineError` when the system starts no more processes."""
+    def __init__(self, size: int, device: str, open_own: Callable[[Ranks], Engine]) -> None:
+        """``open_own`` must be found by name in its module: the others get it pickled. Raises :class:`EngineError` when
+        the system starts no more processes."""
         if not sys.executable:
             raise EngineError("this Python does not know its own program, so it cannot start more processes of it")
         self._changed = threading.Condition()
@@ -77,13 +80,13 @@ class Crew:
                 undo.callback(self._kill)
                 self.place = Place(rank=0, size=size, device=device, store=Path(self._folder.name) / "store")
                 for rank in range(1, size):
-                    self._start(replace(self.place, rank=rank), opening)
+                    self._start(replace(self.place, rank=rank), open_own)
                 undo.pop_all()
         except OSError as problem:
             raise EngineError(f"cannot start the engine's processes: {problem}") from problem
         self._watcher.start()
 
-    def _start(self, place: Place, opening: tuple[Any, ...]) -> None:
+    def _start(self, place: Place, open_own: Callable[[Ranks], Engine]) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             # Not a number of stdin, stdout or stderr, which are free where these are closed.
@@ -99,7 +102,7 @@ class Crew:
         self._processes.append(process)
         self._pipes.append(pipe)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended already, which is noticed soon
-            pipe.send((place, logger.getEffectiveLevel(), *opening))
+            pipe.send((place, logger.getEffectiveLevel(), open_own))
 
     def _watch(self) -> None:
         """Take in what the others say, until all of them are gone."""

@@ -22,17 +22,16 @@ T = TypeVar("T")
 
 
 class RankedEngine(Closing):
-    """One engine over ``size`` processes. The others are started here and open theirs with ``opening``."""
+    """One engine over ``size`` processes on ``device`` (cpu or cuda); the others are started here."""
 
-    def __init__(
-        self, size: int, device: str, opening: tuple[Any, ...], open_first: Callable[[Ranks], TorchEngine]
-    ) -> None:  # fmt: skip
-        """``open_first`` opens this rank's own. Raises :class:`EngineError` when a rank fails, and what it raises."""
+    def __init__(self, size: int, device: str, open_own: Callable[[Ranks], TorchEngine]) -> None:
+        """``open_own`` opens a rank's own engine, on every rank: the others get it pickled, so it must be found by name
+        in its module. Raises :class:`EngineError` when another rank fails, and what ``open_own`` raises here."""
         self._apart = True
         """Whether the ranks may be at different places: a call is under way, or was cut short."""
         with ExitStack() as stack:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            self._crew = Crew(size, device, opening)
+            self._crew = Crew(size, device, open_own)
             stack.callback(self._crew.dismiss)
             stack.callback(self._crew.release)
             self._crew.wait_until("ready")
@@ -40,7 +39,7 @@ class RankedEngine(Closing):
             joining = joined(self._crew.place, self._crew.agree)
             ranks = self._together(lambda: stack.enter_context(joining))
             stack.callback(self._leave)
-            self._engine = stack.enter_context(self._together(lambda: open_first(ranks)))
+            self._engine = stack.enter_context(self._together(lambda: open_own(ranks)))
             self._crew.wait_until("open")
             self._held = stack.pop_all()
         self._apart = False
@@ -75,6 +74,11 @@ class RankedEngine(Closing):
             raise
         self._apart = False
         return result
+
+    @property
+    def own(self) -> TorchEngine:
+        """This rank's engine. Its calls that exchange anything must be made on all ranks: through this class."""
+        return self._engine
 
     @property
     def max_total_tokens(self) -> int:

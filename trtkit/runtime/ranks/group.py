@@ -34,7 +34,6 @@ _ENVIRONMENT = {
     # Else gloo looks up the host's name, which may fail or lead outside.
     **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
 }
-_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
 class LostRankError(Exception):
@@ -94,7 +93,7 @@ class ProcessRanks:
         """See :class:`Ranks`."""
         whole = torch.empty(self.size * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
         with _lost():
-            _gather(whole, x.contiguous())
+            _all_gather()(whole, x.contiguous())
         return list(whole.chunk(self.size))
 
     def first(self, x: Tensor) -> Tensor:
@@ -114,6 +113,11 @@ class ProcessRanks:
         with _lost():
             dist.all_reduce(word, dist.ReduceOp.MIN)
         return int(word)
+
+
+def _all_gather() -> Any:
+    """It was renamed in torch 2.13. Looked up when it is needed: there are torches without distributed."""
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @contextmanager

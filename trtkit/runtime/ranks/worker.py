@@ -20,10 +20,9 @@ from typing import Any
 
 from trtkit.errors import CapacityError, RequestError, TrtkitError
 from trtkit.log import set_up_logging
-from trtkit.runtime.load import open_rank
+from trtkit.runtime.api import Engine
 from trtkit.runtime.ranks.crew import CLOSE, FAREWELL_SECONDS, News
 from trtkit.runtime.ranks.group import LostRankError, claim, joined
-from trtkit.runtime.torch_engine import TorchEngine
 
 __all__ = ["main"]
 
@@ -41,17 +40,24 @@ class _Inbox:
     def _read(self) -> None:
         while not self.closing:
             try:
-                message = pickle.loads(self._pipe.recv_bytes())
+                data = self._pipe.recv_bytes()
             except (EOFError, OSError):
                 os._exit(1)
+            try:
+                message = pickle.loads(data)
+            except Exception as problem:  # of a module that is not found here, say
+                message = problem
             self.closing = message == CLOSE
             self._messages.put(message)
         time.sleep(FAREWELL_SECONDS)
         os._exit(1)
 
     def next(self) -> Any:
-        """Wait for a message."""
-        return self._messages.get()
+        """Wait for a message. Raises what reading it has raised."""
+        message = self._messages.get()
+        if isinstance(message, Exception):
+            raise message
+        return message
 
     def agree(self, _number: int) -> int:
         """The number that the first rank has sent in the middle of a step."""
@@ -61,23 +67,20 @@ class _Inbox:
 
 def main(end: int) -> None:
     """Serve as a rank until told to close; ``end``: number of this end of the pipe."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # sent to all of a service at once; the first one tells when it is over
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to all of a service at once; the first rank tells when it is over
     with contextlib.suppress(OSError):  # stderr may be closed
         os.dup2(2, 1)  # stdout is for results, and libraries print there
     pipe = Connection(end)
     inbox = _Inbox(pipe)
-    place, level, directory, options = inbox.next()
-    set_up_logging(verbose=level <= logging.DEBUG, quiet=True)
     held = ExitStack()  # after a failure nothing is given back: on GPUs that would wait for the other ranks
     try:
+        place, level, open_own = inbox.next()
+        set_up_logging(verbose=level <= logging.DEBUG, quiet=True)
         claim(place)
         pipe.send(News(state="ready"))
         ranks = held.enter_context(joined(place, inbox.agree))
-        engine = held.enter_context(open_rank(directory, options, ranks))
+        engine = held.enter_context(open_own(ranks))
         pipe.send(News(state="open"))
         _repeat(engine, inbox)
     except LostRankError:
@@ -90,7 +93,7 @@ def main(end: int) -> None:
     held.close()
 
 
-def _repeat(engine: TorchEngine, inbox: _Inbox) -> None:
+def _repeat(engine: Engine, inbox: _Inbox) -> None:
     while (message := inbox.next()) != CLOSE:
         name, arguments, named = message
         try:
