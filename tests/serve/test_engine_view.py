@@ -80,6 +80,30 @@ def test_a_row_that_ended_meanwhile_can_still_be_paused() -> None:
         assert [output.finish for output in until_end(view)][-1] is FinishReason.LENGTH
 
 
+def test_what_nobody_has_seen_is_taken_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither lost by an extension that is refused, nor taken back from the one after it."""
+    opened = GatedEngine(echo, burst=2)
+    with EngineThread(lambda: opened) as engine:
+        view = EngineView(engine, "mine")
+        view.submit(asking("a", "abcd", hold=True))
+        opened.let(2)
+        view.pause("a")
+        assert engine.unfinished == 0
+
+        def refuse(*_: object, **__: object) -> None:
+            raise RequestError("too long")
+
+        with monkeypatch.context() as refusing:
+            refusing.setattr(opened, "extend", refuse)
+            with pytest.raises(RequestError, match="too long"):
+                view.extend("a", b"!", max_tokens=2)
+        opened.gate.release(1000)
+        for dropped in (4, 0):
+            view.extend("a", b"!", max_tokens=2)
+            assert opened.extended[-1] == ("mine/a", tuple(b"!"), dropped)
+            assert [output.finish for output in until_end(view)][-1] is FinishReason.LENGTH
+
+
 def test_what_cannot_be_paused_is_refused() -> None:
     with EngineThread(lambda: FakeEngine(echo)) as engine:
         view = EngineView(engine, "mine")

@@ -98,8 +98,9 @@ class EngineView(Closing):
 
     def extend(self, request_id: str, tokens: Sequence[int], *, max_tokens: int, drop: int = 0) -> None:
         """Let a resting request go on; see :class:`trtkit.runtime.api.Engine`."""
-        drop += self._surplus.pop(request_id, 0)
+        drop += self._surplus.get(request_id, 0)
         self._engine.extend(self._prefix + request_id, tokens, max_tokens=max_tokens, drop=drop).result()
+        self._surplus.pop(request_id, None)  # a refusal leaves it
         self._live.add(request_id)
 
     def stats(self) -> EngineStats:
