@@ -81,7 +81,7 @@ def _outcome(engine: TorchEngine, requests: list[Request]) -> tuple[Any, EngineS
 
 
 @pytest.mark.parametrize(("family", "ranks"), [("qwen2", 2), ("qwen2", 4), ("qwen3", 2), ("llama", 2)])
-def test_hidden_states_are_those_of_transformers(tmp_path: Path, family: str, ranks: int) -> None:
+def test_logits_are_those_of_transformers(tmp_path: Path, family: str, ranks: int) -> None:
     """Four ranks of two KV heads: each is there twice."""
     save_tiny(tmp_path, family, seed=3)
     tokens = torch.tensor(random_prompts(1, [23])[0])
@@ -91,16 +91,12 @@ def test_hidden_states_are_those_of_transformers(tmp_path: Path, family: str, ra
     @torch.inference_mode()
     def logits(ranks: ThreadRanks) -> torch.Tensor:
         model = _model(tmp_path, ranks)
-        hidden = model.forward(tokens, torch.arange(len(tokens)), lambda _layer: _grouped)
+        hidden = model.forward(tokens, torch.arange(len(tokens)), lambda _layer: causal_attention)
         return model.logits(hidden)
 
     first, *others = on_ranks(ranks, logits)
     torch.testing.assert_close(first, expected, atol=2e-4, rtol=2e-4)
     assert all(torch.equal(first, other) for other in others)
-
-
-def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return causal_attention(q, k, v)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

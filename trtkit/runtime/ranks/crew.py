@@ -8,7 +8,6 @@ is gone.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pickle
 import signal
@@ -63,6 +62,8 @@ class Crew:
     def __init__(self, size: int, device: str, open_own: Callable[[Ranks], Engine]) -> None:
         """``open_own`` must be found by name in its module: the others get it pickled. Raises :class:`EngineError` when
         the system starts no more processes."""
+        if os.name != "posix":
+            raise EngineError("an engine over several processes takes Linux or macOS", hint="--tp 1")
         if not sys.executable:
             raise EngineError("this Python does not know its own program, so it cannot start more processes of it")
         self._changed = threading.Condition()
@@ -87,6 +88,8 @@ class Crew:
         self._watcher.start()
 
     def _start(self, place: Place, open_own: Callable[[Ranks], Engine]) -> None:
+        import fcntl  # not on Windows, where engines of one process run
+
         ours, theirs = socket.socketpair()
         with ours, theirs:
             # Not a number of stdin, stdout or stderr, which are free where these are closed.
