@@ -78,7 +78,8 @@ class DecoderModel:
         self.ranks = ranks
         self.device = device
         self.dtype = dtype
-        self.native = open_kernels(self.spec.parameters, device, dtype)
+        together = 1 if ranks is None else ranks.size
+        self.native = open_kernels(together * self.spec.parameters, device, dtype)
         """Whether everything but the products runs on the C++ kernels."""
         cuda_kernels = open_cuda_kernels(device, dtype)
         self.triton = cuda_kernels is not None
