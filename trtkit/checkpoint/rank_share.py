@@ -26,6 +26,7 @@ from trtkit.checkpoint.trtllm_split import share
 from trtkit.decoder import LINEAR_PARTS, LinearName, Norms
 from trtkit.errors import UnsupportedError
 from trtkit.model_spec import ModelSpec
+from trtkit.plan.refusals import uneven
 from trtkit.quant.tensor import LinearWeights, QuantTensor, concat_rows
 from trtkit.scheme import QuantScheme
 
@@ -68,12 +69,7 @@ def check_shares(spec: ModelSpec, scheme: QuantScheme, ranks: int) -> None:
 def _uneven(spec: ModelSpec, scheme: QuantScheme, ranks: int) -> Iterator[str]:
     if ranks == 1:
         return
-    if spec.heads % ranks:
-        yield f"{spec.heads} attention heads"
-    if spec.kv_heads % ranks and ranks % spec.kv_heads:
-        yield f"{spec.kv_heads} KV heads"
-    if spec.intermediate % ranks:
-        yield f"an intermediate size of {spec.intermediate}"
+    yield from uneven(spec, ranks)
     for name, size in (("queries", spec.q_width), ("intermediate size", spec.intermediate)):
         if size % ranks == 0 and size // ranks % (scheme.group_size or 1):
             yield f"{name} {size}: {scheme.name} has groups of {scheme.group_size}"

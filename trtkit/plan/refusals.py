@@ -11,7 +11,7 @@ from trtkit.model_spec import ModelSpec
 from trtkit.plan.memory import DraftPlan
 from trtkit.scheme import SCHEMES, KvDtype, QuantScheme
 
-__all__ = ["check_precision", "device_refusals", "refusal"]
+__all__ = ["check_precision", "device_refusals", "refusal", "uneven"]
 
 _ADA, _BLACKWELL, _CONSUMER_BLACKWELL = (8, 9), (10, 0), (12, 0)
 _WEIGHT_ONLY_ALIGNMENT, _FP8_ALIGNMENT = 64, 16
@@ -71,14 +71,19 @@ def _rope(spec: ModelSpec) -> Iterator[str]:
         yield "TensorRT-LLM takes yarn without attention_factor and with truncate only"
 
 
+def uneven(spec: ModelSpec, devices: int) -> Iterator[str]:
+    """What of a layer cannot be shared out evenly. KV heads are repeated where there are fewer than devices."""
+    if spec.heads % devices:
+        yield f"{spec.heads} attention heads"
+    if spec.kv_heads % devices and devices % spec.kv_heads:
+        yield f"{spec.kv_heads} KV heads"
+    if spec.intermediate % devices:
+        yield f"an intermediate size of {spec.intermediate}"
+
+
 def _splits(spec: ModelSpec, devices: int, draft: DraftPlan | None) -> Iterator[str]:
     over = f"cannot be split over {devices} devices"
-    if spec.heads % devices:
-        yield f"{spec.heads} attention heads {over}"
-    if spec.kv_heads % devices and devices % spec.kv_heads:
-        yield f"{spec.kv_heads} KV heads {over}"
-    if spec.intermediate % devices:
-        yield f"an intermediate size of {spec.intermediate} {over}"
+    yield from (f"{what} {over}" for what in uneven(spec, devices))
     if draft is not None and spec.vocab % devices:
         yield f"a vocabulary of {spec.vocab} {over}, which the drafter needs"
 
