@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from trtkit.bench.gpu_points import PointPlan, standing_engine, step_reads, timed_steps
-from trtkit.bench.random_model import RandomWeights, StandingEngine, random_drafter, shape_spec
+from trtkit.bench.random_model import RandomWeights, StandingEngine, random_head, shape_spec
 from trtkit.checkpoint.rank_share import share_rows, share_spec
-from trtkit.runtime.draft_head import with_kernels
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.ranks.engine import RankedEngine
 from trtkit.runtime.ranks.group import Ranks
@@ -56,10 +55,7 @@ def open_shared(plan: SharedPlan, ranks: Ranks) -> StandingEngine:
     model = DecoderModel(weights, device=device, dtype=dtype, max_tokens=reach, ranks=ranks)
     head = None
     if plan.point.shares:
-        head = random_drafter(whole, device=device, dtype=dtype)
-        if plan.draft_vocabulary is not None:
-            head.trim(torch.arange(plan.draft_vocabulary, device=device))
-        head = with_kernels(head, device=device, dtype=dtype, ranks=ranks)
+        head = random_head(whole, device=device, dtype=dtype, vocabulary=plan.draft_vocabulary, ranks=ranks)
     return standing_engine(model, plan.point, head)
 
 

@@ -14,8 +14,9 @@ from trtkit.bench.gpu_points import BLOCK_SIZE, PointPlan
 from trtkit.bench.gpu_ranks import SharedPlan
 from trtkit.bench.gpu_subprocess import gpu_tests, peer_figures
 from trtkit.bench.random_model import random_head, shape_spec
+from trtkit.checkpoint.rank_share import can_share
 from trtkit.runtime.kv_cache import kv_block_bytes
-from trtkit.scheme import Precision
+from trtkit.scheme import Precision, scheme_named
 
 if TYPE_CHECKING:
     from trtkit.bench.gpu import GpuBench
@@ -125,7 +126,7 @@ def _ranks(bench: GpuBench) -> None:
     over two processes."""
     options, spec = bench.options, shape_spec(bench.options.shape)
     here = torch.cuda.device_count() if options.device.type == "cuda" else 2
-    ranks = next((count for count in (8, 4, 2) if count <= here and spec.heads % count == 0), 1)
+    ranks = next((count for count in (8, 4, 2) if count <= here and can_share(spec, scheme_named("bf16"), count)), 1)
     if ranks == 1:
         bench.say("  one GPU: nothing to share")
         return
@@ -135,7 +136,8 @@ def _ranks(bench: GpuBench) -> None:
         ("fp8", PUBLISHED_ACCEPTANCE, None), ("fp8", PUBLISHED_ACCEPTANCE, 64 if options.tiny else DRAFT_VOCABULARY),
     ]  # fmt: skip
     for precision, shares, vocabulary in kinds:
-        if precision == "int4" and options.tiny:  # its groups of 128 cannot be shared out
+        if not can_share(spec, scheme_named(precision), ranks):
+            bench.say(f"  {precision}: its groups cannot be shared out over {ranks}")
             continue
         point = PointPlan(
             precision=precision, rows=12, context=options.context, steps=options.steps, shares=shares, overlap=True

@@ -26,6 +26,7 @@ from trtkit.runtime.api import Request, SamplingParams
 from trtkit.runtime.decode import Pending
 from trtkit.runtime.draft_head import with_kernels
 from trtkit.runtime.kv_cache import KvCache
+from trtkit.runtime.ranks.group import Ranks
 from trtkit.runtime.sampling import uniforms
 from trtkit.runtime.scheduler import Schedule
 from trtkit.runtime.torch_engine import TorchEngine
@@ -121,13 +122,14 @@ def random_drafter(spec: ModelSpec, *, device: torch.device, dtype: torch.dtype)
 
 
 def random_head(
-    spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, vocabulary: int | None = None
+    spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, vocabulary: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Drafter:  # fmt: skip
     """A :func:`random_drafter` ready to run, or one that drafts only the first ``vocabulary`` tokens."""
     head = random_drafter(spec, device=device, dtype=dtype)
     if vocabulary is not None and vocabulary < spec.vocab:
         head.trim(torch.arange(vocabulary, device=device))
-    return with_kernels(head, device=device, dtype=dtype)
+    return with_kernels(head, device=device, dtype=dtype, ranks=ranks)
 
 
 def forced_acceptance(

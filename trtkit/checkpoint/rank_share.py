@@ -8,7 +8,7 @@ Worked example, 40 heads, 8 KV heads and 13,824 columns over 4 ranks: rank 1 has
 3, the columns 3,456 to 6,911 of gate and up, and the same inputs of down.
 
 Embedding and norms are whole on every rank. Codes and scales are those of the checkpoint: a product quantizes its input
-by static scales, so sharing it out changes nothing but the order of the sum.
+by static scales, so sharing it out changes nothing but the order of the sum, and what its parts are rounded to.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trtkit.plan.refusals import uneven
 from trtkit.quant.tensor import LinearWeights, QuantTensor, concat_rows
 from trtkit.scheme import QuantScheme
 
-__all__ = ["PartSource", "RankShare", "check_shares", "share_rows", "share_spec"]
+__all__ = ["PartSource", "RankShare", "can_share", "check_shares", "share_rows", "share_spec"]
 
 _SPLITS: dict[str, Split] = {part: linear.split for linear in LINEARS for part in linear.parts}
 _ROW_STEP = 64
@@ -59,11 +59,16 @@ class PartSource(Protocol):
 def check_shares(spec: ModelSpec, scheme: QuantScheme, ranks: int) -> None:
     """Raise :class:`UnsupportedError` with everything that cannot be shared out evenly over ``ranks``."""
     if wrong := list(_uneven(spec, scheme, ranks)):
-        most = next(fewer for fewer in range(ranks - 1, 0, -1) if not any(_uneven(spec, scheme, fewer)))
+        most = next(fewer for fewer in range(ranks - 1, 0, -1) if can_share(spec, scheme, fewer))
         raise UnsupportedError(
             f"this model cannot be shared out over {ranks} GPUs or processes", offenders=wrong,
             hint=f"it can over {most}" if most > 1 else "one has to do",
         )  # fmt: skip
+
+
+def can_share(spec: ModelSpec, scheme: QuantScheme, ranks: int) -> bool:
+    """Whether :func:`check_shares` finds nothing."""
+    return not any(_uneven(spec, scheme, ranks))
 
 
 def _uneven(spec: ModelSpec, scheme: QuantScheme, ranks: int) -> Iterator[str]:

@@ -97,7 +97,7 @@ def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
     ranks = rank_count(manifest.recipe, options.tensor_parallel, device)
     if ranks == 1:
         return _open_torch(directory, manifest, options, device)
-    _checkpoint(directory, manifest, ranks)
+    _checkpoint(directory, manifest, ranks)  # refused before any process is started
     if device.type == "cpu" and options.threads is None:
         options = dataclasses.replace(options, threads=max(1, torch.get_num_threads() // ranks))
     return RankedEngine(ranks, device.type, functools.partial(open_rank, directory, options))
@@ -124,7 +124,7 @@ def rank_count(recipe: Recipe, asked: int | None, device: torch.device) -> int:
         return recipe.tensor_parallel if recipe.tensor_parallel <= here else 1
     if on_cuda and asked > here:
         there = f"this machine has {here}" if device.index is None else f"{device} is one"
-        raise UsageError(f"--tp {asked} takes as many GPUs, {there}", hint="--device cuda is all that are visible")
+        raise UsageError(f"--tp {asked} takes as many GPUs, {there}", hint="--device cuda is all that are there")
     return asked
 
 

@@ -41,8 +41,8 @@ class LostRankError(Exception):
 
 
 class Ranks(Protocol):
-    """One rank among all. Each method but ``agree`` works on tensors of the engine's device, in place where it can, and
-    may be captured in a CUDA graph."""
+    """One rank among all. ``sum``, ``gather`` and ``first`` take tensors of the engine's device, work in place where
+    they can, and may be captured in a CUDA graph; ``agree`` and ``least`` are the host's."""
 
     @property
     def rank(self) -> int:
@@ -162,10 +162,10 @@ def joined(place: Place, agree: Callable[[int], int]) -> Iterator[ProcessRanks]:
     backend = "cpu:gloo,cuda:nccl" if place.device == "cuda" else "gloo"
     with _environment(), _own_hook(), _lost():
         # Not by a file:// address, which torch takes literally, %20 and all.
-        store = dist.FileStore(str(place.store), place.size)  # type: ignore[attr-defined]
+        store = dist.FileStore(str(place.store), place.size)  # type: ignore[attr-defined]  # not in its stub
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=_MEETING)
     try:
-        dist.distributed_c10d._set_pg_timeout(_PATIENCE)
+        dist.distributed_c10d._set_pg_timeout(_PATIENCE)  # there is no public way
         if place.device == "cuda":
             # NCCL takes its memory at the first exchange: before the rest is given to keys and values.
             with _lost():
