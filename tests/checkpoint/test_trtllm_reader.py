@@ -121,7 +121,8 @@ def _engine_dir(checkpoint: Path, out: Path, kind: str) -> Path:
 
 
 def _greedy(directory: Path, prompts: list[tuple[int, ...]]) -> dict[str, list[int]]:
-    with open_engine(directory, OpenOptions(device="cpu")) as engine:
+    # The output layer as the checkpoint has it: one alone, without a recipe, is opened like that.
+    with open_engine(directory, OpenOptions(device="cpu", output_layer="model")) as engine:
         found, _ = run_all(engine, [request(str(i), p, max_tokens=12, temperature=0) for i, p in enumerate(prompts)])
     return found
 
