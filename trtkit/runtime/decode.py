@@ -1,18 +1,20 @@
 """The phases of a decode step over plain tensors: *draft*, *verify*, *accept* (*prefill* has a room of its own).
 
-Draft grows a tree on each row's pending token (without a drafter the tree is that token alone). Verify runs the tree's
-nodes through the model and gives logits at each. Accept draws one token at each node, with noise that depends on (seed,
-position) alone, follows the tree while it agrees, and keeps the keys and values of the nodes on the way.
+Draft grows a tree on each row's pending token: from a draft head's beams, or from those that the host looked up;
+without either the tree is that token alone. Verify runs the tree's nodes through the model and gives logits at each.
+Accept draws one token at each node, with noise that depends on (seed, position) alone, follows the tree while it
+agrees, and keeps the keys and values of the nodes on the way.
 
 ``decode_step`` is the three in a row. It works on tensors alone and, with ``fixed`` shapes, waits for nothing: a
 CUDA graph can replay it.
 
 Letters: R rows, N nodes, T tokens, B blocks of the widest row, S cache slots, H hidden, V vocab, D nodes of the longest
-path.
+path, W beams, L drafted tokens per beam.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -52,6 +54,7 @@ __all__ = [
     "pending",
     "pending_from",
     "root_only",
+    "stand_words",
     "verify",
 ]
 
@@ -77,19 +80,30 @@ class Pending:
     """int64 (R,): the rows' lines in the contexts."""
     blocks: Tensor
     """int64 (R, B): the block table."""
+    drafts: Tensor | None = None
+    """int64 (R, W, L): beams that the host looked up; None: a head draws them."""
 
 
-def pending(cache: KvCache, rows: Sequence[Row], nodes: int) -> Pending:
+def pending(
+    cache: KvCache, rows: Sequence[Row], nodes: int, drafts: npt.NDArray[np.int64] | None = None
+) -> Pending:  # fmt: skip
     """The rows' state as tensors, for a step that adds up to ``nodes`` nodes to each: one copy to the device."""
     width = cache.blocks_for(max(row.cached for row in rows) + nodes)
-    words = np.empty(len(rows) * (3 + width), dtype=np.int64)
-    fill_pending(words, cache, rows, size=len(rows), width=width)
-    return pending_from(torch.from_numpy(words).to(cache.device), len(rows), width)
+    beams = () if drafts is None else drafts.shape[1:]
+    words = np.empty(len(rows) * stand_words(width, beams), dtype=np.int64)
+    fill_pending(words, cache, rows, size=len(rows), width=width, drafts=drafts)
+    return pending_from(torch.from_numpy(words).to(cache.device), len(rows), width, beams)
+
+
+def stand_words(width: int, beams: Sequence[int] = ()) -> int:
+    """int64 words that say where one row stands; ``beams``: (W, L) where the host looked up drafts."""
+    return 3 + width + (math.prod(beams) if beams else 0)
 
 
 def fill_pending(
-    words: npt.NDArray[np.int64], cache: KvCache, rows: Sequence[Row], *, size: int, width: int, pad_line: int = 0
-) -> None:
+    words: npt.NDArray[np.int64], cache: KvCache, rows: Sequence[Row], *, size: int, width: int, pad_line: int = 0,
+    drafts: npt.NDArray[np.int64] | None = None,
+) -> None:  # fmt: skip
     """Write what :func:`pending_from` reads, padded to ``size`` rows.
 
     Rows that pad the batch hold nothing, and leave their keys and values in the spare block.
@@ -99,17 +113,25 @@ def fill_pending(
     columns[:, :count] = (
         [row.tokens[-1] for row in rows], [row.cached for row in rows], [row.slot for row in rows],
     )  # fmt: skip
-    table = words[3 * size :].reshape(size, width)
+    table = words[3 * size : (3 + width) * size].reshape(size, width)
     table[:count] = cache.block_table(rows, width)
     if count < size:
         columns[:, count:] = [[0], [0], [pad_line]]
         table[count:] = cache.spare_block
+    if drafts is not None:
+        beams = words[(3 + width) * size :].reshape(size, -1)
+        beams[:count] = drafts.reshape(count, -1)
+        beams[count:] = 0
 
 
-def pending_from(words: Tensor, rows: int, width: int) -> Pending:
-    """Views of int64 (R * (3 + B),): tokens, cached, lines, block table."""
+def pending_from(words: Tensor, rows: int, width: int, beams: Sequence[int] = ()) -> Pending:
+    """Views of int64 (R * stand_words,): tokens, cached, lines, block table, and drafts where there are some."""
     tokens, cached, lines = words[: 3 * rows].view(3, rows).unbind()
-    return Pending(tokens=tokens, cached=cached, lines=lines, blocks=words[3 * rows :].view(rows, width))
+    table, drafts = words[3 * rows : (3 + width) * rows], words[(3 + width) * rows :]
+    return Pending(
+        tokens=tokens, cached=cached, lines=lines, blocks=table.view(rows, width),
+        drafts=drafts.view(rows, *beams) if beams else None,
+    )  # fmt: skip
 
 
 def root_only(at: Pending) -> TokenTree:
@@ -230,12 +252,14 @@ def decode_step(
 ) -> tuple[AcceptedPath, Verified]:  # fmt: skip
     """Draft, verify, accept: a pure function of tensors, apart from the cache and the contexts that it updates.
 
-    ``shape`` None is plain decoding. With ``fixed``, no shape depends on the data and nothing waits for the device
-    (pad the rows and the block table as you like: the rows' tokens are the same). A second call with the same input
-    draws the same tokens, though from another draft.
+    ``shape`` None is plain decoding; drafts that were looked up have their own. With ``fixed``, no shape depends on the
+    data and nothing waits for the device (pad the rows and the block table as you like: the rows' tokens are the same).
+    A second call with the same input draws the same tokens, though from another draft.
     """
     with phase("draft"):
-        if on.head is None or shape is None:
+        if at.drafts is not None:
+            tree = build_tree(at.tokens, at.drafts, fixed=fixed)
+        elif on.head is None or shape is None:
             tree = root_only(at)
         else:
             tree = draft(on.head, on.model, on.contexts.index_select(0, at.lines), at, shape, fixed=fixed)

@@ -25,6 +25,7 @@ from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
 from trtkit.runtime.draft_head import HeadOptions, measured_acceptance, open_head, with_kernels
 from trtkit.runtime.kv_cache import kv_block_bytes
+from trtkit.runtime.lookup import LOOKED_UP, LOOKUP_TREES
 from trtkit.runtime.memory import free_bytes
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.ranks.engine import RankedEngine
@@ -71,6 +72,8 @@ class OpenOptions:
     """With CUDA graphs: launch a decode step before the one in flight is read. The tokens are the same either way."""
     drafter: Path | None = None
     """A draft head in place of the engine's own, or for an engine without one."""
+    lookup: bool = False
+    """Draft without a head, from what the samples of a prompt have written; see ``lookup.py``."""
     output_layer: OutputLayer | None = None
     """How to run lm_head; None takes what the engine was built, and its quality measured, with."""
     tensor_parallel: int | None = None
@@ -82,6 +85,8 @@ class OpenOptions:
             raise UsageError(f"unknown output layer {self.output_layer!r}", hint="model or int8")
         if self.tensor_parallel is not None and self.tensor_parallel < 1:
             raise UsageError(f"tensor parallel {self.tensor_parallel}: must be at least 1")
+        if self.lookup and (self.drafter is not None or self.head != HeadOptions()):
+            raise UsageError("a draft head, or options of one, beside lookup, which takes none", hint="leave one out")
 
 
 def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
@@ -151,13 +156,14 @@ def _open_torch(
     dtype = _DTYPES[_known(options.dtype)] if options.dtype else compute_dtype(checkpoint.spec, device)
     total = min(manifest.recipe.limits.total_tokens, checkpoint.spec.max_positions)
     trees: tuple[TreeShape | None, ...] = (None,)
-    if options.speculative and (manifest.recipe.tree is not None or options.drafter is not None):
-        trees = DEFAULT_TREES if options.tree is None else (options.tree,)
+    if options.speculative and (manifest.recipe.tree is not None or options.drafter is not None or options.lookup):
+        usual = LOOKUP_TREES if options.lookup else DEFAULT_TREES
+        trees = usual if options.tree is None else (options.tree,)
     elif options.speculative and options.tree is not None:
         raise UsageError(
             f"a draft tree {options.tree}, but no draft head to draw it",
             where=str(directory),
-            hint="build it with --drafter, or leave --tree out",
+            hint="build it with --drafter, take --drafter lookup, which needs none, or leave --tree out",
         )
     reach = total + TreeChooser(trees).max_nodes
     output_layer = options.output_layer or output_layer_of(manifest.recipe)
@@ -172,13 +178,14 @@ def _open_torch(
         ) from None
     drafting = None
     if trees != (None,):
-        head = _head(directory, model, options)
+        head = None if options.lookup else _head(directory, model, options)
         identity = directory / (ENGINE_FILE if (directory / ENGINE_FILE).is_file() else "config.json")
         first = ranks is None or ranks.rank == 0
         memory = memory_file(
-            digest_file(identity), device, f"{options.head} {dtype} {options.drafter} {output_layer} {size}"
-        )
-        expected = measured_acceptance(options.drafter or directory / DRAFTER_DIR)
+            digest_file(identity), device,
+            f"{options.head} {dtype} {'lookup' if options.lookup else options.drafter} {output_layer} {size}",
+        )  # fmt: skip
+        expected = LOOKED_UP if options.lookup else measured_acceptance(options.drafter or directory / DRAFTER_DIR)
         drafting = Drafting(head=head, trees=trees, memory=memory if first else None, expected=expected)
     limits = _limits(manifest, options, model, total_tokens=total, reach=reach)
     threads = torch.get_num_threads()
@@ -231,6 +238,8 @@ def _open_trtllm(directory: Path, manifest: EngineManifest, options: OpenOptions
         wrong.append(f"draft tree {options.tree}: it was built with {tree or 'none'}")
     if options.head != HeadOptions() or options.drafter is not None:
         wrong.append("draft head options: its drafter is compiled in")
+    if options.lookup:
+        wrong.append("drafter lookup: it drafts with what is compiled in")
     if options.output_layer == "int8":
         wrong.append("output layer int8: it is compiled in 16 bits")
     if options.tensor_parallel not in (None, manifest.recipe.tensor_parallel):

@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from drafter.config import TreeShape
@@ -37,6 +39,7 @@ from trtkit.runtime.counters import Counters
 from trtkit.runtime.cuda.graphs import Launched, StepGraphs
 from trtkit.runtime.draft_head import prepare_head
 from trtkit.runtime.kv_cache import KvCache
+from trtkit.runtime.lookup import Lookup
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.prefill import Stretch, prefill
 from trtkit.runtime.processors import switch_rows
@@ -68,18 +71,19 @@ class TorchLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drafting:
-    """A draft head on the model's device, and the trees it may draw.
+    """Where drafts come from, and the trees that they may make.
 
     With one option that tree is drawn in every step; with several (None is plain decoding) the engine takes the one
     that it measures to be fastest at the current batch.
     """
 
-    head: Drafter
+    head: Drafter | None
+    """A draft head on the model's device; None: drafts are looked up in the text so far, see ``lookup.py``."""
     trees: tuple[TreeShape | None, ...] = DEFAULT_TREES
     memory: Path | None = None
     """File that keeps the measured step times from run to run."""
     expected: Mapping[TreeShape, Sequence[float]] = field(default_factory=dict)
-    """Shares of steps that accepted at least 1, 2, ... tokens when the head was measured: where the choice begins."""
+    """Shares of steps that accepted at least 1, 2, ... tokens elsewhere: where the choice begins."""
 
 
 class TorchEngine(Closing):
@@ -115,8 +119,11 @@ class TorchEngine(Closing):
             contexts=torch.zeros(limits.rows + 1, model.spec.hidden, dtype=model.dtype, device=model.device),
         )  # fmt: skip
         fixed = model.device.type == "cuda" if limits.fixed_shapes is None else limits.fixed_shapes
+        self._lookup = Lookup() if drafting is not None and drafting.head is None else None
         self._graphs = self._fixed_steps() if fixed else None
-        self._overlap = model.device.type == "cuda" if limits.overlap is None else limits.overlap
+        # What is looked up begins with what the step before has emitted.
+        overlap = model.device.type == "cuda" if limits.overlap is None else limits.overlap
+        self._overlap = overlap and self._lookup is None
         self._flight: Launched | None = None
         self._booked = 0.0
         self._allocator = BlockAllocator(limits.kv_blocks)
@@ -128,14 +135,15 @@ class TorchEngine(Closing):
 
     def _fixed_steps(self) -> StepGraphs:
         return StepGraphs(
-            self._stepper, max_rows=self._limits.rows, max_path=1 + self._chooser.max_length, prepare=self._tune
-        )
+            self._stepper, max_rows=self._limits.rows, max_path=1 + self._chooser.max_length,
+            max_drafts=0 if self._lookup is None else self._nodes - 1, prepare=self._tune,
+        )  # fmt: skip
 
     def _tune(self, rows: int, shape: TreeShape | None) -> None:
         """Let the kernels measure themselves for a step of ``rows`` rows."""
         self._model.prepare(rows * (1 if shape is None else shape.max_nodes))
-        if self._drafting is not None and shape is not None:
-            prepare_head(self._drafting.head, rows * shape.beams)
+        if self._stepper.head is not None and shape is not None:
+            prepare_head(self._stepper.head, rows * shape.beams)
 
     @property
     def max_total_tokens(self) -> int:
@@ -215,6 +223,8 @@ class TorchEngine(Closing):
             wrong.append(f"{limit} tokens do not fit into the KV cache")
         if wrong:
             raise RequestError("the request cannot be extended", where=f"request {request_id}", offenders=wrong)
+        if drop and self._lookup is not None:
+            self._lookup.rewritten(row)
         self._scheduler.resume(request_id, tokens, drop=drop, limit=limit)
 
     def _known(self, token: int) -> bool:
@@ -235,13 +245,22 @@ class TorchEngine(Closing):
         if self._threads is not None and torch.get_num_threads() != self._threads.threads:
             torch.set_num_threads(self._threads.threads)
         rows = self._schedule()
-        shape = self._choose(len(rows))
+        began, shape = time.perf_counter(), self._choose(len(rows))
+        drafts = self._look_up(rows, shape)
+        if drafts is None and self._lookup is not None:
+            shape = None
         if self._graphs is None or any(row.request.sampling.switch is not None for row in rows):
-            began = time.perf_counter()
-            return outputs + self._book(rows, shape, began, *self._emit(rows, shape))
+            return outputs + self._book(rows, shape, began, *self._emit(rows, shape, drafts))
         with self._phase("verify"):
-            launched = self._graphs.launch(rows, shape)
+            launched = self._graphs.launch(rows, shape, drafts, began=began)
         return outputs + self._collect(launched)
+
+    def _look_up(self, rows: Sequence[Row], shape: TreeShape | None) -> npt.NDArray[np.int64] | None:
+        """What the rows may go on with (R, beams, length); None where a head drafts, or nothing was found."""
+        if self._lookup is None or shape is None:
+            return None
+        with self._phase("draft"):
+            return self._lookup.draft(rows, shape)
 
     def _choose(self, rows: int) -> TreeShape | None:
         """The draft tree of the next step, by what the first rank has measured."""
@@ -319,10 +338,12 @@ class TorchEngine(Closing):
             if threads.count != before:
                 logger.debug("steps are faster with %d threads than with %d", threads.count, before)
 
-    def _emit(self, rows: Sequence[Row], shape: TreeShape | None) -> tuple[list[list[int]], list[list[float]]]:
+    def _emit(
+        self, rows: Sequence[Row], shape: TreeShape | None, drafts: npt.NDArray[np.int64] | None
+    ) -> tuple[list[list[int]], list[list[float]]]:
         """Draft, verify, accept, one after the other. For each row the number of emitted tokens and the tokens drawn on
         its path; their log-probabilities where a row asks for them."""
-        at = decode.pending(self._stepper.cache, rows, 1 if shape is None else shape.max_nodes)
+        at = decode.pending(self._stepper.cache, rows, 1 if shape is None else shape.max_nodes, drafts)
         switch = switch_rows(rows, self._model.device)
         sampling = self._sampling_of(rows)
         path, verified = decode.decode_step(self._stepper, at, shape, sampling, switch=switch, phase=self._phase)

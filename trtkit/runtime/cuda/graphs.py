@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,6 +41,7 @@ from trtkit.runtime.decode import (
     fill_pending,
     log_probabilities,
     pending_from,
+    stand_words,
 )
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row
@@ -72,6 +75,8 @@ class StepKey:
     """The host's part of :class:`SamplingRows`: which cuts any row asks for."""
     scored: bool
     """A row asks for log-probabilities."""
+    looked_up: bool = False
+    """The host sends the drafts."""
 
     @property
     def path(self) -> int:
@@ -79,9 +84,14 @@ class StepKey:
         return 1 if self.shape is None else 1 + self.shape.length
 
     @property
+    def beams(self) -> tuple[int, ...]:
+        """Beams, and tokens of each, of the drafts in the input."""
+        return (self.shape.beams, self.shape.length) if self.looked_up and self.shape is not None else ()
+
+    @property
     def stand(self) -> int:
         """int64 words of the input that say where the rows stand: as ``pending_from`` reads them."""
-        return self.rows * (3 + self.width)
+        return self.rows * stand_words(self.width, self.beams)
 
     @property
     def words(self) -> int:
@@ -138,12 +148,13 @@ def _sampling_views(words: Tensor, rows: int) -> dict[str, Tensor]:
 class StepGraphs:
     """Runs decode steps of ``on`` with fixed shapes: as CUDA graphs on a GPU, plainly on a CPU.
 
-    ``prepare(rows, shape)`` is called before a capture: kernels may tune themselves for such a step. Where a capture
-    fails, a warning says why, and the steps run plainly from then on.
+    ``max_drafts``: most tokens that the host drafts for a row. ``prepare(rows, shape)`` is called before a capture:
+    kernels may tune themselves for such a step. Where a capture fails, a warning says why, and the steps run plainly
+    from then on.
     """
 
     def __init__(
-        self, on: Stepper, *, max_rows: int, max_path: int,
+        self, on: Stepper, *, max_rows: int, max_path: int, max_drafts: int = 0,
         prepare: Callable[[int, TreeShape | None], None] = lambda _rows, _shape: None,
     ) -> None:  # fmt: skip
         device = on.cache.device
@@ -151,7 +162,7 @@ class StepGraphs:
         self._prepare = prepare
         self._on_cuda = self._captures = device.type == "cuda"
         rows = padded_rows(max_rows)
-        words = rows * (3 + on.cache.table_width) + _sampling_words(rows)
+        words = rows * (stand_words(on.cache.table_width) + max_drafts) + _sampling_words(rows)
         self._in = torch.zeros(words, dtype=torch.int64, device=device)
         self._out = torch.zeros(rows * (1 + max_path), dtype=torch.int64, device=device)
         self._scores = torch.zeros(rows * max_path, dtype=torch.float32, device=device)
@@ -184,10 +195,14 @@ class StepGraphs:
         """One decode step, launched and read."""
         return self.collect(self.launch(rows, shape))
 
-    def launch(self, rows: Sequence[Row], shape: TreeShape | None) -> Launched:
-        """Start a step of ``rows`` where the host has them standing."""
-        began, host = time.perf_counter(), self._free[-1]
-        key = self._fill(host, rows, shape)
+    def launch(
+        self, rows: Sequence[Row], shape: TreeShape | None, drafts: npt.NDArray[np.int64] | None = None, *,
+        began: float | None = None,
+    ) -> Launched:  # fmt: skip
+        """Start a step of ``rows`` where the host has them standing; ``drafts`` of ``shape``: what it looked up, since
+        ``began``."""
+        began, host = time.perf_counter() if began is None else began, self._free[-1]
+        key = self._fill(host, rows, shape, drafts)
         launched = Launched(key=key, rows=tuple(rows), host=host, began=began)
         self._enqueue(launched, slice(0, key.words))
         return launched
@@ -250,7 +265,10 @@ class StepGraphs:
         self._in[: key.words].copy_(host.inputs[: key.words])
         return key
 
-    def _fill(self, host: HostBuffers, rows: Sequence[Row], shape: TreeShape | None) -> StepKey:
+    def _fill(
+        self, host: HostBuffers, rows: Sequence[Row], shape: TreeShape | None,
+        drafts: npt.NDArray[np.int64] | None = None,
+    ) -> StepKey:  # fmt: skip
         """Write the step's input into the host's buffer."""
         requests = tuple(row.request for row in rows)
         if self._sampling is None or self._sampling[0] != requests:
@@ -262,11 +280,12 @@ class StepGraphs:
         blocks = cache.blocks_for(max(row.cached for row in rows) + nodes)
         key = StepKey(
             rows=padded_rows(len(rows)), width=padded_width(blocks, cache.table_width), shape=shape,
-            cuts=_cuts(sampling), scored=any(request.logprobs for request in requests),
+            cuts=_cuts(sampling), scored=any(request.logprobs for request in requests), looked_up=drafts is not None,
         )  # fmt: skip
         fill_pending(
-            host.inputs[: key.stand].numpy(), cache, rows, size=key.rows, width=key.width, pad_line=self._pad_line
-        )
+            host.inputs[: key.stand].numpy(), cache, rows, size=key.rows, width=key.width, pad_line=self._pad_line,
+            drafts=drafts,
+        )  # fmt: skip
         if host.filled != (key, requests):  # the parameters stay as they are while the batch does
             for name, view in _sampling_views(host.inputs[key.stand : key.words], key.rows).items():
                 view[: len(rows)] = getattr(sampling, name)
@@ -300,7 +319,7 @@ class StepGraphs:
             seeds=views["seeds"], temperature=views["temperature"], top_k=views["top_k"], top_p=views["top_p"],
             min_p=views["min_p"], cold=views["cold"] != 0, **dict(zip(_CUTS, key.cuts, strict=True)),
         )  # fmt: skip
-        return pending_from(self._in[: key.stand], key.rows, key.width), sampling
+        return pending_from(self._in[: key.stand], key.rows, key.width, key.beams), sampling
 
     def _graph(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
         """The graph of ``key``, captured on the first call; None when that is not possible."""

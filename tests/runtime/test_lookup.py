@@ -1,0 +1,209 @@
+"""Drafts that are looked up: what is found, against a search through everything written; tokens that do not change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drafter.config import TreeShape
+from tests.engines import random_prompts, request, run_all
+from tests.tiny import save_tiny
+from trtkit.checkpoint.unified import open_unified
+from trtkit.runtime.api import Request, SwitchPenalty
+from trtkit.runtime.lookup import LOOKUP_TREES, SharedText
+from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+
+VOCAB = 12
+CHAIN = TreeShape(beams=1, length=4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> DecoderModel:
+    directory = save_tiny(tmp_path_factory.mktemp("small"), vocab_size=VOCAB)
+    return DecoderModel(open_unified(directory), device=torch.device("cpu"), dtype=torch.float32, max_tokens=300)
+
+
+def _engine(model: DecoderModel, *trees: TreeShape | None, **limits: Any) -> TorchEngine:
+    """Without trees, a plain one."""
+    drafting = Drafting(head=None, trees=trees) if trees else None
+    return TorchEngine(model, TorchLimits(**{"rows": 8, "total_tokens": 200, "kv_blocks": 300, **limits}), drafting)
+
+
+class _Written:
+    """The slow way: every continuation that was ever written, in the order of writing, searched from the end."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        self._prompt = prompt
+        self.texts: list[list[int]] = []
+        self._places: list[tuple[list[int], int]] = [(prompt, at) for at in range(1, len(prompt))]
+
+    def begin(self) -> int:
+        self.texts.append(self._prompt[-16:])
+        return len(self.texts) - 1
+
+    def write(self, number: int, tokens: list[int]) -> None:
+        text = self.texts[number]
+        for token in tokens:
+            text.append(token)
+            self._places.append((text, len(text) - 1))
+
+    def draft(self, number: int, beams: int, length: int) -> list[list[int]]:
+        mine = self.texts[number]
+        recent = [(text, at) for text, at in reversed(self._places) if at >= 1]
+        pairs = [place for place in recent if place[1] >= 2 and len(mine) >= 2 and self._same(mine, place) >= 2][:16]
+        pairs.sort(key=lambda place: -self._same(mine, place))  # stable: the most recent first
+        single = [place for place in recent if mine and self._same(mine, place) >= 1][:1]
+        found: list[list[int]] = []
+        for text, at in pairs + single:
+            tokens = text[at : at + length]
+            while len(tokens) < length:
+                tokens.append(tokens[len(tokens) - len(text) + at])
+            if tokens not in found:
+                found.append(tokens)
+        return found[:beams]
+
+    @staticmethod
+    def _same(mine: list[int], place: tuple[list[int], int]) -> int:
+        text, at = place
+        count = 0
+        while count < min(16, at, len(mine)) and text[at - 1 - count] == mine[-1 - count]:
+            count += 1
+        return count
+
+
+@given(
+    prompt=st.lists(st.integers(0, 3), max_size=30),
+    turns=st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), max_size=8)), max_size=20),
+    beams=st.integers(1, 4),
+    length=st.integers(1, 6),
+)
+def test_drafts_are_those_of_a_search_through_everything(
+    prompt: list[int], turns: list[tuple[int, list[int]]], beams: int, length: int
+) -> None:
+    text, written = SharedText(prompt), _Written(prompt)
+    for _ in range(3):
+        assert text.begin() - 1 == written.begin()
+    for number, tokens in turns:
+        text.write(number + 1, tokens)
+        written.write(number, tokens)
+        assert text.draft(number + 1, beams, length) == written.draft(number, beams, length)
+
+
+def _requests(seed: int) -> list[Request]:
+    """Ten, of three prompts."""
+    prompts = random_prompts(seed, [1, 9, 33], vocab=VOCAB)
+    sampling: list[dict[str, Any]] = [
+        {"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 0.5, "top_p": 0.9}, {"top_k": 5, "min_p": 0.05},
+    ]  # fmt: skip
+    return [
+        request(str(i), prompts[i % 3], seed=seed + i, max_tokens=1 + 9 * (i % 4), stop_ids=(3,) if i % 2 else (),
+                **sampling[(i + i // 4) % 4])
+        for i in range(10)
+    ]  # fmt: skip
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 10_000),
+    tree=st.sampled_from([LOOKUP_TREES, *((tree,) for tree in LOOKUP_TREES if tree is not None)]),
+    rows=st.integers(1, 8),
+    blocks=st.sampled_from([18, 300]),
+    arrivals=st.sampled_from([1, 4, 100]),
+    fixed=st.booleans(),
+)
+def test_the_stream_is_the_plain_stream(
+    model: DecoderModel, seed: int, tree: tuple[TreeShape | None, ...], rows: int, blocks: int, arrivals: int,
+    fixed: bool,
+) -> None:  # fmt: skip
+    """Any seed, temperature, cut, tree, batch mix; preemption; steps of fixed shapes, as CUDA graphs replay them."""
+    requests = _requests(seed)
+    plain = run_all(_engine(model), requests)
+    engine = _engine(
+        model, *tree, rows=rows, kv_blocks=blocks, block_size=8, fixed_shapes=fixed, overlap=fixed
+    )  # fmt: skip
+    assert run_all(engine, requests, arrivals_per_step=arrivals) == plain
+    assert engine.stats().kv_blocks_free == blocks
+
+
+def test_steps_are_saved_as_the_text_allows(model: DecoderModel) -> None:
+    """Two samples of one prompt, one after the other, beside the slow search: it says how many steps each takes."""
+    first, other = random_prompts(4, [20, 20], vocab=VOCAB)
+    asked = [
+        request(str(i), prompt, seed=i % 2, max_tokens=60) for i, prompt in enumerate((first, first, other, first))
+    ]
+    plain, _ = run_all(_engine(model), asked)
+    steps, drafted = 0, 0
+    siblings = {prompt: _Written(list(prompt)) for prompt in (first, other)}
+    for one in asked:
+        written, tokens = siblings[one.prompt], plain[one.id]
+        number = written.begin()
+        while tokens:
+            drafts = written.draft(number, 1, CHAIN.length)
+            right = [k for k in range(CHAIN.length + 1) for draft in drafts if draft[:k] == tokens[:k]]
+            count = 1 + min(max(right, default=0), len(tokens) - 1)
+            written.write(number, tokens[:count])
+            steps, drafted, tokens = steps + 1, drafted + bool(drafts), tokens[count:]
+    engine = _engine(model, CHAIN, rows=1)
+    assert run_all(engine, asked)[0] == plain
+    stats = engine.stats()
+    assert (stats.row_steps, stats.drafted_row_steps) == (steps, drafted)
+    assert steps < 0.75 * stats.new_tokens, "or the comparison above says little"
+    assert stats.accepted_by_depth[0] >= stats.accepted_by_depth[3] > 0
+    assert stats.seconds["draft"] > 0
+
+
+def test_a_sample_is_the_next_ones_draft(model: DecoderModel) -> None:
+    """The same seed says the same: the second one takes a fifth of the steps."""
+    (prompt,) = random_prompts(4, [20], vocab=VOCAB)
+    engine = _engine(model, CHAIN, rows=1)
+    run_all(engine, [request(name, prompt, max_tokens=60) for name in "ab"])
+    alone = _engine(model, CHAIN, rows=1)
+    run_all(alone, [request("a", prompt, max_tokens=60)])
+    assert engine.stats().row_steps - alone.stats().row_steps <= 60 / 5 + 3
+
+
+def test_a_problem_that_is_over_is_forgotten(model: DecoderModel) -> None:
+    engine = _engine(model, CHAIN)
+    for number, prompt in enumerate(random_prompts(5, [9] * 20, vocab=VOCAB)):
+        run_all(engine, [request(str(number), prompt, max_tokens=5)])
+    assert engine._lookup is not None
+    assert len(engine._lookup._siblings) == 1
+
+
+def test_what_was_taken_back_is_not_built_upon(model: DecoderModel) -> None:
+    """A sample that is extended after some of its tokens were dropped drafts from what it says now."""
+    (prompt,) = random_prompts(6, [20], vocab=VOCAB)
+    engine = _engine(model, CHAIN)
+    held = Request(id="a", prompt=prompt, sampling=request("a", prompt, temperature=0.0).sampling, max_tokens=30,
+                   stop_ids=(), seed=0, hold=True)  # fmt: skip
+    run_all(engine, [held])
+    engine.extend("a", (1, 2, 1, 2, 1, 2, 1), max_tokens=1, drop=20)
+    engine.step()
+    assert engine._lookup is not None
+    (siblings,) = engine._lookup._siblings.values()
+    (number, count) = siblings.written[0]
+    assert count == len(prompt) + 10 + 7
+    assert siblings.text._texts[number].tokens[-7:].tolist() == [1, 2, 1, 2, 1, 2, 1]
+    assert siblings.text.draft(number, 1, 4) == [[2, 1, 2, 1]]
+
+
+def test_a_step_of_rows_that_have_nothing_to_look_up_is_a_plain_one(model: DecoderModel) -> None:
+    engine = _engine(model, CHAIN)
+    engine.submit(request("a", (5,), max_tokens=4))
+    engine.step()
+    assert engine.stats().drafted_row_steps == 0
+
+
+def test_penalties_on_a_path_work_on_looked_up_trees(model: DecoderModel) -> None:
+    """Logits that depend on the path to a node: with fixed shapes such steps run one by one."""
+    switch = SwitchPenalty(tokens=(4, 7), alpha=3.0, beta=6)
+    asked = [request(str(i), prompt, seed=i, max_tokens=40, temperature=1.0, switch=switch)
+             for i, prompt in enumerate(random_prompts(7, [9, 9, 14], vocab=VOCAB))]  # fmt: skip
+    plain = run_all(_engine(model), asked)
+    for fixed in (False, True):
+        assert run_all(_engine(model, TreeShape(beams=2, length=4), fixed_shapes=fixed), asked) == plain
