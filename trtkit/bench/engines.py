@@ -34,7 +34,7 @@ from trtkit.runtime.load import OpenOptions, compute_dtype, device_named, open_e
 from trtkit.scheme import OutputLayer, scheme_named
 from trtkit.solve.problems import read_problems
 
-__all__ = ["BenchOptions", "BenchResult", "Point", "check_sources", "has_head", "measure", "prompts_of"]
+__all__ = ["BenchOptions", "BenchResult", "Point", "can_draft", "check_sources", "measure", "prompts_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +61,8 @@ class BenchOptions:
     """None: the engine's choice at each batch size."""
     drafter: Path | None = None
     """A draft head in place of the engines' own."""
+    lookup: bool = False
+    """Draft without a head, in every engine: from text, so with ``problems`` only."""
     head: HeadOptions = field(default_factory=HeadOptions)
     output_layer: OutputLayer | None = None
     """Of every engine, in place of its own."""
@@ -92,7 +94,7 @@ class Point:
     precision: str
     output_layer: OutputLayer
     drafter: str | None
-    """``auto`` or the tree; None for plain decoding."""
+    """``auto`` or the tree, behind ``lookup`` where there is no head; None for plain decoding."""
     batch: int
     tensor_parallel: int
     tokens_per_second: float
@@ -143,8 +145,13 @@ def check_sources(engines: Sequence[Path], options: BenchOptions) -> None:
     Raises :class:`EngineError`, :class:`InputError` or :class:`UsageError`.
     """
     device_named(options.device)
-    heads = [has_head(directory, options) for directory in engines]
-    _check_head(options, there=options.drafter is not None or any(heads))
+    if options.lookup and options.problems is None:
+        raise UsageError(
+            "drafts are looked up in text, and random tokens have nothing to look up",
+            hint="name problems to ask: --problems FILE",
+        )
+    heads = [can_draft(directory, options) for directory in engines]
+    _check_head(options, there=options.drafter is not None or options.lookup or any(heads))
     if options.problems is not None:
         read_problems(options.problems)
     if options.drafter is not None:
@@ -154,9 +161,9 @@ def check_sources(engines: Sequence[Path], options: BenchOptions) -> None:
             raise EngineError(str(problem), hint="a directory of `trtkit train-drafter`, or practice") from None
 
 
-def has_head(directory: Path, options: BenchOptions) -> bool:
-    """Whether the engine drafts: with its own head, or with the one that all are to take."""
-    return options.drafter is not None or read_manifest(directory).recipe.tree is not None
+def can_draft(directory: Path, options: BenchOptions) -> bool:
+    """Whether the engine drafts: with its own head, with the one that all are to take, or without one."""
+    return options.lookup or options.drafter is not None or read_manifest(directory).recipe.tree is not None
 
 
 def _check_head(options: BenchOptions, *, there: bool) -> None:
@@ -179,7 +186,7 @@ class _Timing:
 
 def _points(directory: Path, batch: int, options: BenchOptions, machine: Machine) -> Iterator[Point]:
     """Plain, and speculative where there is a head."""
-    kinds = (False, True) if has_head(directory, options) and options.speculative else (False,)
+    kinds = (False, True) if can_draft(directory, options) and options.speculative else (False,)
     timings: dict[bool, list[_Timing]] = {kind: [] for kind in kinds}
     for _ in range(options.rounds):
         for speculative in kinds:
@@ -196,7 +203,7 @@ def _timed(directory: Path, batch: int, options: BenchOptions, speculative: bool
         device=options.device, threads=options.threads_of_each, tensor_parallel=options.tensor_parallel,
         rows=batch, speculative=speculative,
         tree=options.tree if speculative else None, drafter=options.drafter if speculative else None,
-        head=options.head, output_layer=options.output_layer,
+        lookup=options.lookup and speculative, head=options.head, output_layer=options.output_layer,
     )  # fmt: skip
     prompts = prompts_of(directory, read_model_spec(directory).vocab, options)
     with open_engine(directory, opening) as engine:
@@ -232,6 +239,8 @@ def _point(
     together = 1 if device.type == "cpu" else ranks  # a CPU's processes share its memory
     ceiling = batch * step * together * machine.read_bytes_per_second / read
     drafter = None if plain is None else "auto" if options.tree is None else str(options.tree)
+    if drafter is not None and options.lookup:
+        drafter = f"lookup {drafter}"
     return Point(
         engine=str(directory), precision=recipe.precision, output_layer=output_layer, drafter=drafter, batch=batch,
         tensor_parallel=ranks, tokens_per_second=speed,

@@ -18,7 +18,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from trtkit.bench.device_clock import spent_by_name
-from trtkit.bench.engines import BenchOptions, has_head, prompts_of
+from trtkit.bench.engines import BenchOptions, can_draft, prompts_of
 from trtkit.model_spec import read_model_spec
 from trtkit.runtime.api import Engine, Request, SamplingParams
 from trtkit.runtime.load import OpenOptions, device_named, open_engine
@@ -64,8 +64,8 @@ def profile_engine(directory: Path, batch: int, options: BenchOptions) -> StepPr
     """Profile steps of a full batch. With a draft head its tree is ``options.tree``, or 1x3."""
     opening = OpenOptions(
         device=options.device, threads=options.threads_of_each, rows=batch,
-        speculative=options.speculative, tree=options.tree if has_head(directory, options) else None,
-        drafter=options.drafter, head=options.head, output_layer=options.output_layer,
+        speculative=options.speculative, tree=options.tree if can_draft(directory, options) else None,
+        drafter=options.drafter, lookup=options.lookup, head=options.head, output_layer=options.output_layer,
         tensor_parallel=options.tensor_parallel,
     )  # fmt: skip
     prompts = prompts_of(directory, read_model_spec(directory).vocab, options)

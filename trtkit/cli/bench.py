@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trtkit.bundled import PRACTICE, drafter_named
+from trtkit.bundled import PRACTICE
 from trtkit.cli.engines import BUILT, chosen_engine
 from trtkit.cli.options import (
+    LOOKUP,
     Device,
+    Drafter,
     Json,
     Model,
     OutputLayer,
@@ -19,6 +21,7 @@ from trtkit.cli.options import (
     Threads,
     Tree,
     drafting_named,
+    names_lookup,
     refuse_idle,
 )
 from trtkit.cli.output import facts, finish, gigabytes, notice, quoted, table
@@ -43,9 +46,7 @@ def command(
         Path | None, typer.Option("--problems", help="JSONL or CSV whose prompts to use; default: random tokens.")
     ] = None,
     tree: Tree = "auto",
-    drafter: Annotated[
-        Path | None, typer.Option("--drafter", help="Draft head in place of the engine's own ('practice': bundled).")
-    ] = None,
+    drafter: Drafter = None,
     draft_vocabulary: Annotated[
         int | None, typer.Option("--draft-vocabulary", help="Draft only the N most frequent tokens.")
     ] = None,
@@ -83,6 +84,7 @@ def command(
         (problems is not None, ("--prompt-tokens",), "not with --problems, whose prompts are used"),
         (profile, ("--new-tokens", "--repeats", "--rounds"), "not with --profile"),
         (tree == "none", ("--drafter", "--draft-vocabulary", "--draft-precision"), "not with --tree none"),
+        (names_lookup(drafter), ("--draft-vocabulary", "--draft-precision"), "not with --drafter lookup"),
     ])  # fmt: skip
     _check_together(suite=suite, profile=profile, engine=bool(engine), out=out is not None)
     engines = [] if suite else engine or [chosen_engine(None)]
@@ -90,12 +92,10 @@ def command(
     from trtkit.bench.engines import BenchOptions, measure
     from trtkit.runtime.draft_head import HeadOptions
 
-    speculative, shape = drafting_named(tree)
     options = BenchOptions(
         batches=tuple(batch or (1, 8, 32)), prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats,
         rounds=rounds, device=device, tensor_parallel=tensor_parallel, threads=threads, problems=problems,
-        temperature=temperature,
-        speculative=speculative, tree=shape, drafter=drafter_named(drafter),
+        temperature=temperature, **drafting_named(context, tree, drafter),
         output_layer=output_layer,  # type: ignore[arg-type]  # checked there
         head=HeadOptions(vocabulary=draft_vocabulary, precision=draft_precision),  # type: ignore[arg-type]
     )  # fmt: skip
@@ -131,9 +131,10 @@ def _advice(fastest: Point, options: BenchOptions) -> str:
 
     tree = f" --tree {options.tree}" if fastest.drafter is not None and options.tree is not None else ""
     if fastest.drafter is None or options.drafter is None:
+        drafts = f" --drafter {LOOKUP}" if fastest.drafter is not None and options.lookup else ""
         layer = "" if options.output_layer is None else f" --output-layer {options.output_layer}"
         ranks = "" if options.tensor_parallel is None else f" --tp {options.tensor_parallel}"
-        return f"trtkit solve problems.jsonl --engine {quoted(fastest.engine)}{tree}{layer}{ranks}"
+        return f"trtkit solve problems.jsonl --engine {quoted(fastest.engine)}{drafts}{tree}{layer}{ranks}"
     recipe = read_manifest(Path(fastest.engine)).recipe
     layer = "" if fastest.output_layer == recipe.output_layer else f" --output-layer {fastest.output_layer}"
     made = f"trtkit build --precision {fastest.precision} --model {quoted(recipe.model)}{layer}"
@@ -193,6 +194,7 @@ def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -
     finish(
         f"trtkit bench --engine {quoted(engines[0])}"
         + ("" if options.tensor_parallel is None else f" --tp {options.tensor_parallel}")
+        + (f" --drafter {LOOKUP}" if options.lookup else "")
         + ("" if options.drafter is None else f" --drafter {quoted(options.drafter)}"),
         {"profiles": [step.document() for step in found]} if as_json else None,
     )
@@ -257,9 +259,9 @@ def _show_drafting(points: Sequence[Point], *, asked: bool) -> None:
         right=(*headings[1:3], *headings[4:]),
     )
     # At a large batch the automatic choice may well be not to draft.
-    judged = [point.tokens_per_step for point in points if point.drafter != "auto" or point.batch == 1]
+    judged = [point.tokens_per_step for point in points if "auto" not in (point.drafter or "") or point.batch == 1]
     if judged and min(judged) < 1.5:
         notice(
-            "warning: below 1.5 tokens per step a draft head rarely pays"
+            "warning: below 1.5 tokens per step drafting rarely pays"
             + ("" if asked else "; these were random tokens, measure it on text of its kind: --problems FILE")
         )

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Annotated, TypeAlias
+from pathlib import Path
+from typing import Annotated, TypeAlias, TypedDict
 
 import typer
 
 from drafter.config import TreeShape
+from trtkit.bundled import drafter_named
 from trtkit.errors import RequestError, UsageError
 
 __all__ = [
+    "LOOKUP",
     "ChosenThreads",
     "Device",
+    "Drafter",
+    "DraftingOptions",
     "Json",
     "Model",
     "OutputLayer",
@@ -22,6 +27,7 @@ __all__ = [
     "Tree",
     "drafting_named",
     "given",
+    "names_lookup",
     "out_of_range_is_usage",
     "refuse_idle",
     "tree_named",
@@ -49,17 +55,41 @@ TensorParallel: TypeAlias = Annotated[
 ]
 Tree: TypeAlias = Annotated[
     str,
+    typer.Option("--tree", help="Where drafts are made: auto (the fastest at each batch), none, or beams x length."),
+]
+LOOKUP = "lookup"
+Drafter: TypeAlias = Annotated[
+    Path | None,
     typer.Option(
-        "--tree", help="Engines with a draft head: auto (the fastest at each batch), none, or beams x length."
+        "--drafter",
+        help="Draft head in place of the engine's own ('practice': bundled), "
+        "or 'lookup': no head, drafts from what the samples have written.",
     ),
 ]
 
 
-def drafting_named(text: str) -> tuple[bool, TreeShape | None]:
-    """``--tree`` of a run: (speculative, tree), where no tree means the engine's own choice."""
-    if text in ("auto", "none"):
-        return text == "auto", None
-    return True, tree_named(text)
+class DraftingOptions(TypedDict):
+    """As in :class:`trtkit.runtime.load.OpenOptions`."""
+
+    speculative: bool
+    tree: TreeShape | None
+    drafter: Path | None
+    lookup: bool
+
+
+def drafting_named(context: typer.Context, tree: str, drafter: Path | None) -> DraftingOptions:
+    """``--tree`` and ``--drafter`` of a run; no tree means the engine's own choice. Raises :class:`UsageError`."""
+    refuse_idle(context, [(tree == "none", ("--drafter",), "not with --tree none")])
+    lookup = names_lookup(drafter)
+    return DraftingOptions(
+        speculative=tree != "none", tree=None if tree in ("auto", "none") else tree_named(tree),
+        drafter=None if lookup else drafter_named(drafter), lookup=lookup,
+    )  # fmt: skip
+
+
+def names_lookup(drafter: Path | None) -> bool:
+    """Whether ``--drafter`` asks for drafts without a head, and not for a directory of that name."""
+    return drafter is not None and str(drafter) == LOOKUP and not drafter.is_dir()
 
 
 def tree_named(text: str) -> TreeShape:

@@ -13,6 +13,7 @@ from trtkit.cli.engines import chosen_engine, stem
 from trtkit.cli.options import (
     ChosenThreads,
     Device,
+    Drafter,
     Json,
     OutputLayer,
     TensorParallel,
@@ -29,6 +30,7 @@ _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def command(
+    context: typer.Context,
     engine: Annotated[
         Path | None, typer.Argument(help="Engine directory; default: the latest in engines/built.")
     ] = None,
@@ -63,6 +65,7 @@ def command(
         int | None, typer.Option("--batch", min=1, help="Rows that run at once; default: the engine's own limit.")
     ] = None,
     tree: Tree = "auto",
+    drafter: Drafter = None,
     output_layer: OutputLayer = None,
     as_json: Json = False,
 ) -> None:
@@ -87,11 +90,10 @@ def command(
     from trtkit.serve.run import ServeOptions, run_serve
     from trtkit.solve.options import SolveOptions
 
-    speculative, shape = drafting_named(tree)
     opening = OpenOptions(
-        device=device, threads=threads, rows=batch, speculative=speculative, tree=shape,
+        device=device, threads=threads, rows=batch,
         output_layer=output_layer,  # type: ignore[arg-type]  # checked there
-        tensor_parallel=tensor_parallel,
+        tensor_parallel=tensor_parallel, **drafting_named(context, tree, drafter),
     )  # fmt: skip
     with out_of_range_is_usage():
         sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)

@@ -12,6 +12,7 @@ from trtkit.cli.engines import chosen_engine
 from trtkit.cli.options import (
     ChosenThreads,
     Device,
+    Drafter,
     Json,
     OutputLayer,
     TensorParallel,
@@ -127,6 +128,7 @@ def command(
     modulus: Annotated[int | None, typer.Option("--modulus", help="Reduce integer answers by it (AIMO: 1000).")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Most rows in flight.")] = None,
     tree: Tree = "auto",
+    drafter: Drafter = None,
     device: Device = "auto",
     tensor_parallel: TensorParallel = None,
     threads: ChosenThreads = None,
@@ -156,6 +158,7 @@ def command(
     from trtkit.solve.policy import policy_named
     from trtkit.solve.problems import read_problems, refuse_directory
 
+    drafting = drafting_named(context, tree, drafter)
     refuse_directory(problems)
     directory = chosen_engine(engine)
     defaults = SolveOptions()
@@ -232,10 +235,9 @@ def command(
     from trtkit.solve.display import observer_for, result_table
     from trtkit.solve.run import Places, run_solve
 
-    speculative, shape = drafting_named(tree)
     opening = OpenOptions(
-        device=device, threads=threads, rows=batch, speculative=speculative, tree=shape,
-        output_layer=final.output_layer, tensor_parallel=tensor_parallel,
+        device=device, threads=threads, rows=batch, output_layer=final.output_layer, tensor_parallel=tensor_parallel,
+        **drafting,
     )  # fmt: skip
     with sigterm_as_interrupt():
         outcome = run_solve(
