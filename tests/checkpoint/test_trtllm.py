@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from drafter.checkpoint import load_drafter, public_names
 from drafter.config import DrafterConfig, TreeShape
 from tests.checkpoint.conftest import Native
+from tests.examples import paired
 from tests.trtllm_double.loader import LAW, expected_tensors, load_checkpoint, weight_only_codes
 from trtkit.checkpoint.names import LINEARS
 from trtkit.checkpoint.shard_writer import ShardWriter
@@ -52,9 +53,7 @@ def share_of_product(source: UnifiedCheckpoint, layer: int, name: str, rank: int
     return share(matrices, ("out", "in"), linear.split, rank=rank, ranks=ranks, kv_heads=source.spec.kv_heads)
 
 
-@pytest.mark.parametrize("head", ["none", "rnn", "rnn+proj", "plain"])
-@pytest.mark.parametrize("tp", [1, 2, 4, 8])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "tp", "head"), paired(KINDS, (1, 2, 4, 8), ("none", "rnn", "rnn+proj", "plain")))
 def test_every_mode_loads_and_holds_the_runtimes_weights(
     native: Native, head_dirs: dict[str, Path], tmp_path: Path, kind: str, tp: int, head: str
 ) -> None:

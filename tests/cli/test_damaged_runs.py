@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.examples import paired
 from tests.report.run_dirs import attempt, solution, write_run
 from tests.solve.scripted import places_in
 from tests.solve.scripted import run as solve
@@ -122,8 +123,13 @@ def test_a_journal_line_of_wrong_types_is_left_out_and_named(
     assert said in warning
 
 
-@pytest.mark.parametrize("name", ["run.json", "summary.json", "journal.jsonl", "solutions.jsonl"])
-@pytest.mark.parametrize("damage", ["empty", "cut", "a directory", "bytes", "a list"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    paired(
+        ["run.json", "summary.json", "journal.jsonl", "solutions.jsonl"],
+        ["empty", "cut", "a directory", "bytes", "a list"],
+    ),
+)
 def test_files_that_are_something_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
 ) -> None:

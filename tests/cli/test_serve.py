@@ -19,6 +19,7 @@ import pytest
 
 from tests.chat_files import save_chat_files
 from tests.engines import tiny_engine_dir
+from tests.examples import slow
 from tests.serve.serving import call
 from tests.serve.test_engine_thread import Breaking
 from trtkit.cli import serve
@@ -36,7 +37,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, slow(signal.SIGTERM)])
 def test_it_serves_until_a_signal(engine: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "trtkit.cli", "serve", str(engine), "--port", "0", "--json", "--device", "cpu"]
     options = ["--threads", "1", "--samples", "4", "--max-tokens", "8", "--temperature", "0"]

@@ -25,7 +25,7 @@ def _interrupted(*_: Any, **__: Any) -> None:
 
 def _command(tmp_path: Path, out: str = "my head") -> list[str]:
     rows, plan = small_training(tmp_path, 60)
-    sizes = ["--exit-dim", "8", "--layers", "0", "--depths", "2", "--max-tokens", "140", "--batch-tokens", "400"]
+    sizes = ["--exit-dim", "8", "--layers", "0", "--depths", "2", "--max-tokens", "140", "--batch-tokens", "1600"]
     return ["-q", "train-drafter", "--model", plan.model, "--problems", str(rows), *sizes, "--out", out]
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all
+from tests.examples import examples, paired
 from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
 from trtkit.runtime.api import FinishReason, Request, StepOutput, SwitchPenalty
@@ -226,7 +227,7 @@ def _scripts(draw: st.DrawFn) -> list[_Part]:
     return parts
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     parts=_scripts(), trees=st.sampled_from(TREES), rows=st.sampled_from([1, 3, 6, 6]),
     spare=st.sampled_from([0, 5, 9, 300]), kind=st.sampled_from([_WatchedEngine, _LateEngine]),
@@ -276,8 +277,7 @@ def test_all_steps_but_the_first_are_launched_ahead(
         assert plain.stats() == dataclasses.replace(stats, seconds=plain.stats().seconds)
 
 
-@pytest.mark.parametrize("trees", TREES[:3], ids=str)
-@pytest.mark.parametrize("kind", [_WatchedEngine, _LateEngine])
+@pytest.mark.parametrize(("trees", "kind"), paired(TREES[:3], [_WatchedEngine, _LateEngine]), ids=str)
 def test_preemption_happens_and_changes_nothing(
     model: DecoderModel, head: Drafter, trees: tuple[TreeShape | None, ...], kind: type[TorchEngine]
 ) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all
+from tests.examples import examples
 from tests.tiny import save_tiny, tiny_model
 from trtkit.bundled import practice_dir
 from trtkit.chat import load_chat
@@ -116,7 +117,7 @@ def _fields(asked: Request) -> dict[str, Any]:
     return {name: getattr(asked, name) for name in ("prompt", "sampling", "stop_ids", "max_tokens", "seed")}
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     seed=st.integers(0, 10_000),
     tree=st.builds(TreeShape, beams=st.integers(1, 4), length=st.integers(1, 5)),

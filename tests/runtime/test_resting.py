@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all
+from tests.examples import examples
 from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import RequestError
@@ -49,7 +50,7 @@ def _drain(engine: TorchEngine) -> dict[str, list[int]]:
     return tokens
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     seed=st.integers(0, 99),
     blocks=st.sampled_from([26, 32, 200]),

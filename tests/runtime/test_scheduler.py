@@ -7,9 +7,10 @@ import itertools
 import random
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from trtkit.runtime.api import Request, SamplingParams
 from trtkit.runtime.blocks import BlockAllocator
 from trtkit.runtime.scheduler import Row, Schedule, Scheduler
@@ -112,7 +113,7 @@ class _Slots:
             assert found == tuple(row.tokens[: place + 1]), f"position {place} of request {row.request.id}"
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     max_rows=st.integers(1, 4), block_size=st.sampled_from([1, 2, 4]), nodes=st.sampled_from([1, 4]),
     spare=st.integers(0, 6), draw=st.randoms(use_true_random=False),

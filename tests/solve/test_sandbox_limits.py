@@ -14,6 +14,7 @@ from pathlib import Path
 import mpmath
 import pytest
 
+from tests.examples import slow
 from tests.solve.sandboxes import HELP, LONG, WALLS, lives, open_sandbox, run, wait
 from trtkit.errors import UnsupportedError, UsageError
 from trtkit.solve.sandbox import Call, Sandbox, SandboxOptions, Strength, sandbox_strength
@@ -23,20 +24,30 @@ from trtkit.solve.sandbox_jail import LAYERS, folder_place, readable_places
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
 
+ENDLESS = {
+    "loop": "while True: pass",
+    "sleep": "time.sleep(1000)",
+    "stopped": "os.kill(os.getpid(), signal.SIGSTOP)\nwhile True: pass",
+    "deaf": "[signal.signal(n, signal.SIG_IGN) for n in (1, 2, 3, 15)]\nwhile True: time.sleep(1)",
+    "fork bomb": "while True:\n  try: os.fork()\n  except OSError: pass",
+    "thread bomb": (
+        "while True:\n  try: threading.Thread(target=time.sleep, args=(9,)).start()\n  except Exception: pass"
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    "code",
+    ("hasty", "code"),
     [
-        "while True: pass",
-        "time.sleep(1000)",
-        "os.kill(os.getpid(), signal.SIGSTOP)\nwhile True: pass",
-        "[signal.signal(n, signal.SIG_IGN) for n in (1, 2, 3, 15)]\nwhile True: time.sleep(1)",
-        "while True:\n  try: os.fork()\n  except OSError: pass",
-        "while True:\n  try: threading.Thread(target=time.sleep, args=(9,)).start()\n  except Exception: pass",
+        *(("no namespaces", code) for code in ("loop", "stopped", "deaf", "fork bomb", "thread bomb")),
+        *(("namespaces only", code) for code in ("sleep", "deaf", "fork bomb")),
+        slow("no namespaces", "sleep"),
+        *(slow("namespaces only", code) for code in ("loop", "stopped", "thread bomb")),
     ],
-    ids=["loop", "sleep", "stopped", "deaf", "fork bomb", "thread bomb"],
+    indirect=["hasty"],
 )
 def test_code_that_does_not_end_is_ended(hasty: Sandbox, code: str) -> None:
-    hasty.submit(Call(id="x", code=HELP + code))
+    hasty.submit(Call(id="x", code=HELP + ENDLESS[code]))
     assert hasty.ready() == [], "to ask does not mean to wait"
     [result] = wait(hasty)
     assert result.status == "timeout"
@@ -142,7 +153,7 @@ def standing() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("walls", WALLS)
+@pytest.mark.parametrize("walls", ["all", slow("no namespaces"), slow("namespaces only")])
 def test_packages_in_tmp_are_there_and_nothing_else_of_it(walls: str, packages: Path, standing: set[str]) -> None:
     if not standing.issuperset(WALLS[walls]):
         pytest.skip(f"this machine has only {standing}")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from trtkit.errors import UsageError
 from trtkit.solve.answers import Answer, AnswerMode, read_answer
 from trtkit.solve.stopping import UNASSAILABLE, first_to_hold, parse_rule, parse_rules
@@ -86,7 +87,7 @@ def test_equal_answers_in_another_spelling_are_one_vote() -> None:
     assert ("2\\sqrt{3}", "2\\sqrt{3}") not in asked
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(st.lists(st.sampled_from(["a", "b", "c", None]), max_size=7), st.integers(0, 4))
 def test_unassailable_is_exactly_what_no_completion_can_change(said: list[str | None], outstanding: int) -> None:
     tally = tally_of(*said)

@@ -173,7 +173,7 @@ def test_an_epoch_sees_every_training_problem_once_and_no_held_out_one(
 ) -> None:
     watched = Watched(monkeypatch)
     rows, plan = small_training(
-        tmp_path, 24, own=False, window=16, tokens_per_part=1, parts=2, epochs=2, max_tokens=150, rate=0.0
+        tmp_path, 14, own=False, window=16, tokens_per_part=1, parts=2, epochs=2, max_tokens=150, rate=0.0
     )
     run.train_head(plan, tmp_path / "out", device=CPU)
     problems = {json.loads(line)["problem"] for line in rows.read_text().splitlines()}

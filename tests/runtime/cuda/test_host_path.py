@@ -18,6 +18,7 @@ from drafter.data import Sample, Window
 from drafter.loss import draft_loss
 from drafter.model import Drafter
 from tests.engines import random_prompts, request, tiny_engine_dir
+from tests.examples import slow
 from tests.runtime.cuda.fake_gpu import CUDA, FakeGpu, fake_gpu
 from trtkit.bench import device_clock, gpu_points
 from trtkit.bench.gpu_points import PointPlan, measure_point, profile_point
@@ -47,7 +48,6 @@ from trtkit.training.target import draft_batch
 
 CPU = torch.device("cpu")
 CHAIN, TREE = TreeShape(beams=1, length=3), TreeShape(beams=3, length=2)
-ALL_PRECISIONS: tuple[Precision, ...] = ("bf16", "int8", "int8-sq", "fp8", "int4")
 STEP = {"add_norm", "rotate", "gated", "attend_split", "combine_splits", "peak", "weigh", "draw"}
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0}, {"top_p": 0.8, "top_k": 6}, {"top_k": 3}, {"top_p": 0.9, "min_p": 0.1}, {"temperature": 1.0},
@@ -213,7 +213,7 @@ def test_kernel_by_kernel_with_a_switch_penalty(gpu: FakeGpu, trees: tuple[TreeS
     assert gpu.launched() >= STEP
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp8", torch.bfloat16), ("int8-sq", torch.float32)])
+@pytest.mark.parametrize(("precision", "dtype"), [("fp8", torch.bfloat16), slow("int8-sq", torch.float32)])
 def test_without_triton(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, precision: Precision, dtype: torch.dtype
 ) -> None:
@@ -241,7 +241,7 @@ def test_a_14b_of_a_million_positions(gpu: FakeGpu) -> None:
     assert max(launch.grid[-1] for launch in gpu.launches if launch.name == "attend_split") == 64
 
 
-@pytest.mark.parametrize("precision", ALL_PRECISIONS)
+@pytest.mark.parametrize("precision", ["fp8", "int4", *map(slow, ("bf16", "int8", "int8-sq"))])
 def test_every_candidate_is_tried_within_a_graph(gpu: FakeGpu, precision: Precision) -> None:
     gpu.measures = True
     model = _model(precision)

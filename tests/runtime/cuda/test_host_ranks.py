@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from drafter.config import DrafterConfig, TreeShape
 from tests.engines import random_prompts, request
+from tests.examples import slow
 from tests.runtime.cuda.fake_gpu import CUDA, FakeGpu, fake_gpu
 from trtkit.bench.random_model import RandomWeights, random_drafter, shape_spec
 from trtkit.checkpoint.rank_share import share_rows, share_spec
@@ -94,8 +95,9 @@ def _engine(gpu: FakeGpu, precision: Precision, rank: int) -> tuple[TorchEngine,
     return engine, ranks
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize(
+    ("precision", "rank"), [("bf16", 0), ("fp8", 1), ("int4", 0), slow("bf16", 1), slow("fp8", 0), slow("int4", 1)]
+)
 def test_a_step_of_a_rank_is_captured_whole(gpu: FakeGpu, precision: Precision, rank: int) -> None:
     engine, ranks = _engine(gpu, precision, rank)
     for _ in range(30):

@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from tests.engines import random_prompts
+from tests.examples import examples
 from tests.runtime.ranks.threads import ThreadRanks, on_ranks
 from tests.tiny import save_tiny
 from trtkit.checkpoint.rank_share import RankShare
@@ -132,7 +133,7 @@ def _calls(draw: st.DrawFn) -> Call:
     return lambda engine: engine.submit(asked)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(
     calls=st.lists(_calls(), min_size=4, max_size=40), trees=st.sampled_from(TREES), rows=st.sampled_from([1, 3, 6]),
     spare=st.sampled_from([0, 0, 4, 100]), form=st.sampled_from([(False, False), (True, False), (True, True)]),

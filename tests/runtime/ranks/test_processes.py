@@ -24,16 +24,17 @@ from drafter.checkpoint import save_drafter
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all, tiny_engine_dir
+from tests.examples import slow
+from tests.runtime.ranks.apart import open_apart
 from trtkit.errors import EngineError, RequestError, UnsupportedError, UsageError
 from trtkit.recipe import Recipe
 from trtkit.runtime import load
 from trtkit.runtime.api import Engine
-from trtkit.runtime.load import OpenOptions, open_engine, open_rank, rank_count
+from trtkit.runtime.load import OpenOptions, open_engine, rank_count
 from trtkit.runtime.ranks import group
 from trtkit.runtime.ranks.crew import CLOSE
 from trtkit.runtime.ranks.engine import RankedEngine
-from trtkit.runtime.ranks.group import Place, ProcessRanks, Ranks, joined
-from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.ranks.group import Place, ProcessRanks, joined
 
 VOCAB = 12
 
@@ -97,8 +98,10 @@ def test_two_processes_emit_what_one_does_and_a_dead_one_is_an_error(directory: 
         stats = engine.stats()
         assert stats.accepted_by_depth[0] > 0
         assert stats.kv_blocks_free == stats.kv_blocks
-        with pytest.raises(EngineError, match=r"torch.distributed is in use"):
-            open_engine(directory, _options(tensor_parallel=2))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(subprocess, "Popen", None)  # no process is started for it
+            with pytest.raises(EngineError, match=r"torch.distributed is in use"):
+                open_engine(directory, _options(tensor_parallel=2))
 
         (other,) = set(_children()) - before
         for one in requests:
@@ -121,23 +124,15 @@ def _run_on(engine: Engine) -> None:
         engine.step()
 
 
-def _open_apart(first: Path | None, other: Path | None, ranks: Ranks) -> TorchEngine:
-    """The first rank opens one engine, the other another; None is more than its memory holds."""
-    directory = first if ranks.rank == 0 else other
-    if directory is None:
-        raise MemoryError("here")
-    return open_rank(directory, _options(), ranks)
-
-
 def test_a_rank_that_cannot_open_says_why(directory: Path, tmp_path: Path) -> None:
     """The first one is in the middle of meeting it."""
     before = set(_children())
     with pytest.raises(EngineError, match=r"rank 1: .*nowhere") as failed:
-        RankedEngine(2, "cpu", functools.partial(_open_apart, directory, tmp_path / "nowhere"))
+        RankedEngine(2, "cpu", functools.partial(open_apart, directory, tmp_path / "nowhere"))
     assert "--verbose" not in str(failed.value)  # a refusal needs no traceback
     assert set(_children()) <= before
     with pytest.raises(MemoryError, match="here"):
-        RankedEngine(2, "cpu", functools.partial(_open_apart, None, directory))
+        RankedEngine(2, "cpu", functools.partial(open_apart, None, directory))
     assert set(_children()) <= before
     assert not dist.is_initialized()
 
@@ -231,7 +226,7 @@ worker.main({end})
 """
 
 
-@pytest.mark.parametrize("enter", ["pass", "time.sleep(1000)"])
+@pytest.mark.parametrize("enter", [slow("pass"), "time.sleep(1000)"])
 def test_a_rank_ends_though_the_others_do_not_let_it_go(enter: str) -> None:
     """A rank that failed says so first; one that is told to end does so, wherever it waits."""
     ours, theirs = socket.socketpair()
@@ -239,7 +234,7 @@ def test_a_rank_ends_though_the_others_do_not_let_it_go(enter: str) -> None:
         code = _STUCK.format(enter=enter, end=theirs.fileno())
         process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
     pipe = Connection(ours.detach())
-    open_own = functools.partial(_open_apart, None, None)
+    open_own = functools.partial(open_apart, None, None)
     pipe.send((Place(rank=1, size=2, device="cpu", store=Path("store")), 30, open_own))
     assert pipe.recv().state == "ready"
     if enter == "pass":

@@ -13,6 +13,7 @@ import torch
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all
+from tests.examples import paired
 from tests.runtime.ranks.threads import ThreadRanks, on_ranks
 from tests.tiny import save_tiny, tiny_model
 from trtkit.checkpoint.rank_share import RankShare
@@ -99,9 +100,11 @@ def test_logits_are_those_of_transformers(tmp_path: Path, family: str, ranks: in
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("trees", [(None,), (CHAIN,), (TREE,), (None, CHAIN, TREE)], ids=str)
-@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "trees", "fixed"),
+    paired([2, 4], [(None,), (CHAIN,), (TREE,), (None, CHAIN, TREE)], [False, True]),
+    ids=str,
+)
 def test_all_ranks_emit_what_one_engine_does(
     directory: Path, head: Drafter, trees: tuple[TreeShape | None, ...], ranks: int, fixed: bool
 ) -> None:

@@ -13,7 +13,7 @@ from trtkit.closing import Closing
 from trtkit.errors import CapacityError, EngineError, RequestError
 from trtkit.runtime.api import EngineStats, Request, StepOutput
 from trtkit.runtime.ranks.crew import Crew
-from trtkit.runtime.ranks.group import LostRankError, Ranks, claim, joined
+from trtkit.runtime.ranks.group import LostRankError, Ranks, claim, joined, refuse_a_second
 from trtkit.runtime.torch_engine import TorchEngine
 
 __all__ = ["RankedEngine"]
@@ -29,6 +29,7 @@ class RankedEngine(Closing):
         in its module. Raises :class:`EngineError` when another rank fails, and what ``open_own`` raises here."""
         self._apart = True
         """Whether the ranks may be at different places: a call is under way, or was cut short."""
+        refuse_a_second()  # before processes are started that would wait for this one
         with ExitStack() as stack:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             self._crew = Crew(size, device, open_own)

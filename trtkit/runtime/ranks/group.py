@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trtkit.errors import EngineError
 
-__all__ = ["LostRankError", "Place", "ProcessRanks", "Ranks", "claim", "gather_columns", "joined"]
+__all__ = ["LostRankError", "Place", "ProcessRanks", "Ranks", "claim", "gather_columns", "joined", "refuse_a_second"]
 
 _PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others within a step or while weights are read: kernels may be compiled or tuned."""
@@ -148,6 +148,14 @@ def claim(place: Place) -> None:
         torch.cuda.synchronize()
 
 
+def refuse_a_second() -> None:
+    """Raise :class:`EngineError` when torch.distributed is in use in this process: it holds one group."""
+    if dist.is_initialized():
+        raise EngineError(
+            "torch.distributed is in use in this process", hint="one engine over several processes at a time"
+        )
+
+
 @contextmanager
 def joined(place: Place, agree: Callable[[int], int]) -> Iterator[ProcessRanks]:
     """This process as one of the ranks. ``agree`` as in :class:`ProcessRanks`.
@@ -155,10 +163,7 @@ def joined(place: Place, agree: Callable[[int], int]) -> Iterator[ProcessRanks]:
     Raises :class:`EngineError` when torch.distributed is in use already, :class:`LostRankError` when another rank does
     not come.
     """
-    if dist.is_initialized():
-        raise EngineError(
-            "torch.distributed is in use in this process", hint="one engine over several processes at a time"
-        )
+    refuse_a_second()
     backend = "cpu:gloo,cuda:nccl" if place.device == "cuda" else "gloo"
     with _environment(), _own_hook(), _lost():
         # Not by a file:// address, which torch takes literally, %20 and all.
