@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from drafter.config import TreeShape
 from tests.engines import random_prompts, request, run_all
+from tests.examples import examples
 from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
 from trtkit.runtime.api import Request, SwitchPenalty
@@ -107,7 +108,7 @@ def _requests(seed: int) -> list[Request]:
     ]  # fmt: skip
 
 
-@settings(max_examples=12)
+@examples(30)
 @given(
     seed=st.integers(0, 10_000),
     tree=st.sampled_from([LOOKUP_TREES, *((tree,) for tree in LOOKUP_TREES if tree is not None)]),

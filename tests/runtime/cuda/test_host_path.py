@@ -158,6 +158,27 @@ def test_an_engine_runs_on_the_device_and_its_steps_wait_for_nothing(
     assert plain >= 5
 
 
+@pytest.mark.parametrize("tree", [TreeShape(beams=1, length=8), TreeShape(beams=2, length=4)], ids=str)
+def test_drafts_that_the_host_looks_up_come_with_the_input(gpu: FakeGpu, tree: TreeShape) -> None:
+    """No head, nothing launched ahead of what is looked up, and no copy or wait more than without drafts."""
+    model = _model()
+    limits = TorchLimits(rows=8, total_tokens=3000, kv_blocks=900)
+    engine = TorchEngine(model, limits, Drafting(head=None, trees=(tree,)))
+    _play(engine, KINDS[:2])
+    assert engine._graphs is not None
+    assert engine._graphs._captures, "no step could be captured"
+    for index in range(2):
+        engine.submit(request(str(index), (1, 2, 3, 1, 2), max_tokens=300))
+    for _ in range(4):
+        engine.step()
+    waited, drafted = gpu.waits, engine.stats().drafted_row_steps
+    for _ in range(8):
+        engine.step()
+    assert engine.stats().drafted_row_steps - drafted == 16
+    assert gpu.waits - waited == 8, "a step waits for its output and for nothing else"
+    assert engine.stats().discarded_row_steps == 0
+
+
 def test_no_sum_has_a_launch_of_its_own(gpu: FakeGpu) -> None:
     """What a layer adds is added by the norm behind it: at one row each launch costs about as much as it computes."""
     model = _model(spec=dataclasses.replace(_spec(), layers=3))

@@ -121,6 +121,22 @@ def test_all_ranks_emit_what_one_engine_does(
         assert stats.accepted_by_depth[0] > 0
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_all_ranks_look_up_the_same(directory: Path, fixed: bool) -> None:
+    """Nobody sends drafts around: they follow from the tokens, which are the same everywhere."""
+    trees = (None, CHAIN, TREE)
+    plain, _ = _outcome(_engine(directory), _requests())
+
+    def rank(ranks: ThreadRanks) -> tuple[Any, EngineStats]:
+        limits = TorchLimits(rows=8, total_tokens=200, kv_blocks=300, fixed_shapes=fixed)
+        return _outcome(TorchEngine(_model(directory, ranks), limits, Drafting(head=None, trees=trees)), _requests())
+
+    (first, stats), (other, told) = on_ranks(2, rank)
+    assert first == other == plain
+    assert stats == told
+    assert stats.accepted_by_depth[0] > 0
+
+
 def test_a_tight_cache_and_calls_between_steps(directory: Path, head: Drafter) -> None:
     """Preemption, cancel, pause and extend fall on the same steps everywhere."""
 
