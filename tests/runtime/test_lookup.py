@@ -131,15 +131,16 @@ def test_the_stream_is_the_plain_stream(
     assert engine.stats().kv_blocks_free == blocks
 
 
-def test_steps_are_saved_as_the_text_allows(model: DecoderModel) -> None:
-    """Two samples of one prompt, one after the other, beside the slow search: it says how many steps each takes."""
+@pytest.mark.parametrize("rows", [1, 2])
+def test_steps_are_saved_as_the_text_allows(model: DecoderModel, rows: int) -> None:
+    """Beside the slow search, which says how many steps each sample takes: samples of one prompt one after the other,
+    or two at a time that have nothing to do with each other."""
     first, other = random_prompts(4, [20, 20], vocab=VOCAB)
-    asked = [
-        request(str(i), prompt, seed=i % 2, max_tokens=60) for i, prompt in enumerate((first, first, other, first))
-    ]
+    prompts = (first, first, other, first) if rows == 1 else (first, other)
+    asked = [request(str(i), prompt, seed=i % 2, max_tokens=60) for i, prompt in enumerate(prompts)]
     plain, _ = run_all(_engine(model), asked)
     steps, drafted = 0, 0
-    siblings = {prompt: _Written(list(prompt)) for prompt in (first, other)}
+    siblings = {prompt: _Written(list(prompt)) for prompt in prompts}
     for one in asked:
         written, tokens = siblings[one.prompt], plain[one.id]
         number = written.begin()
@@ -149,11 +150,11 @@ def test_steps_are_saved_as_the_text_allows(model: DecoderModel) -> None:
             count = 1 + min(max(right, default=0), len(tokens) - 1)
             written.write(number, tokens[:count])
             steps, drafted, tokens = steps + 1, drafted + bool(drafts), tokens[count:]
-    engine = _engine(model, CHAIN, rows=1)
+    engine = _engine(model, CHAIN, rows=rows)
     assert run_all(engine, asked)[0] == plain
     stats = engine.stats()
     assert (stats.row_steps, stats.drafted_row_steps) == (steps, drafted)
-    assert steps < 0.75 * stats.new_tokens, "or the comparison above says little"
+    assert steps < 0.85 * stats.new_tokens, "or the comparison above says little"
     assert stats.accepted_by_depth[0] >= stats.accepted_by_depth[3] > 0
     assert stats.seconds["draft"] > 0
 

@@ -35,11 +35,12 @@ LOOKUP_TREES: tuple[TreeShape | None, ...] = (
 """What the engine chooses from: a long draft costs nothing to make here, unlike a head's."""
 
 LOOKED_UP: Mapping[TreeShape, Sequence[float]] = {
-    TreeShape(beams=1, length=8): (0.39, 0.21, 0.13, 0.09, 0.07, 0.05, 0.04, 0.03),
-    TreeShape(beams=2, length=4): (0.45, 0.27, 0.18, 0.14),
-    TreeShape(beams=4, length=4): (0.48, 0.30, 0.21, 0.15),
+    TreeShape(beams=1, length=8): (0.44, 0.26, 0.18, 0.14, 0.11, 0.09, 0.08, 0.07),
+    TreeShape(beams=2, length=4): (0.52, 0.35, 0.26, 0.21),
+    TreeShape(beams=4, length=4): (0.56, 0.39, 0.29, 0.24),
 }
-"""Shares of steps that accepted at least 1, 2, ... drafts, on public traces: where the choice begins."""
+"""Shares of steps that accepted at least 1, 2, ... drafts on public traces of a 1.5B model (``docs/benchmarks.md``):
+where the choice begins."""
 
 _PLACES = 16
 """Places that are compared for a draft."""
