@@ -59,6 +59,7 @@ def test_what_the_engine_did_meanwhile_is_taken_back() -> None:
         opened.gate.release(1)  # for the command to get its turn
         view.pause("a")
         assert not view.has_work
+        assert engine.unfinished == 0
         view.extend("a", b"!", max_tokens=4, drop=1)
         dropped = opened.extended[0][2]
         assert dropped - 1 in (6, 8)

@@ -1,0 +1,35 @@
+"""How much is under way: a limit that holds however fast clients are, and an end that does not wait for them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+from collections.abc import Iterable
+
+from tests.serve.serving import ASK, CHAT, sent, serving, wait_for
+from tests.serve.test_engine_thread import GatedEngine
+
+
+def statuses(connections: Iterable[socket.socket]) -> list[int]:
+    found = []
+    for connection in connections:
+        connection.settimeout(20)
+        found.append(int(connection.recv(100).split()[1]))
+    return sorted(found)
+
+
+def test_clients_who_come_during_one_step_are_counted_too() -> None:
+    opened = GatedEngine(lambda request: CHAT.encode("ab"))
+    body = json.dumps({"messages": ASK, "max_tokens": 2}).encode()
+    with serving(lambda: opened, CHAT, most_unfinished=4) as (url, service), contextlib.ExitStack() as stack:
+        first = stack.enter_context(sent(url, body))
+        wait_for(lambda: service.engine.unfinished == 1)
+        more = [stack.enter_context(sent(url, body)) for _ in range(8)]
+        wait_for(lambda: len(select.select(more, [], [], 0)[0]) == 5)
+        turned_away = select.select(more, [], [], 0)[0]
+        assert statuses(turned_away) == [429] * 5
+        opened.gate.release(100)
+        assert statuses([first, *(it for it in more if it not in turned_away)]) == [200] * 4
+        wait_for(lambda: service.engine.unfinished == 0)
