@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.fakes import FakeEngine
+from tests.fakes import EOS_ID, FakeEngine
 from tests.serve.serving import ASK, CHAT, MANIFEST, call, recite, serving
 from tests.solve.scripted import say
-from trtkit.runtime.api import EngineStats
+from trtkit.runtime.api import EngineStats, StepOutput
 
 
 def events(text: str) -> list[Any]:
@@ -60,6 +61,45 @@ def test_every_document_says_what_it_belongs_to(
         if whole_kind != "text_completion":
             assert (mine[0]["delta"], choice["message"]["role"]) == ({"role": "assistant", "content": ""}, "assistant")
             assert [it for it in mine[1:] if "role" in it["delta"]] == []
+
+
+def test_a_stream_ends_with_its_reason_where_the_last_token_is_no_text() -> None:
+    with serving(lambda: FakeEngine(recite), CHAT) as (url, _):
+        for path, asked in (
+            ("chat/completions", {"messages": ASK}),
+            ("completions", {"prompt": "x", "max_tokens": 99}),
+        ):
+            chunks = events(call(url, f"/v1/{path}", {**asked, "stream": True})[1])
+            assert [it["choices"][0]["finish_reason"] for it in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+
+
+class Scoring(FakeEngine):
+    """Tells the log-probability of its tokens, the first one's -0.5, the next one's -1, ..."""
+
+    told = 0
+
+    def step(self) -> list[StepOutput]:
+        outputs = []
+        for output in super().step():
+            places = range(self.told, self.told + len(output.tokens))
+            outputs.append(replace(output, logprobs=tuple(-(place + 1) / 2 for place in places)))
+            self.told += len(output.tokens)
+        return outputs
+
+
+@pytest.mark.parametrize(("stop", "scored"), [("END", "one END"), ("</think>", "one END and "), (None, "one END and ")])
+def test_log_probabilities_are_of_the_tokens_that_count(stop: str | None, scored: str) -> None:
+    """Up to the end of a stop text, and without the token that ends a turn."""
+    said = [*CHAT.encode("one END and "), EOS_ID if stop is None else CHAT.encode("</think>")[0], *b"more"]
+    for stream in (False, True):
+        with serving(lambda: Scoring(lambda _: said, burst=5), CHAT) as (url, _):
+            asked = {"prompt": "x", "logprobs": 0, "stop": stop, "max_tokens": 99, "stream": stream}
+            text = call(url, "/v1/completions", asked)[1]
+        choices = [it["choices"][0] for it in (events(text) if stream else [json.loads(text)])]
+        found = [it["logprobs"] for it in choices if it["logprobs"]]
+        assert "".join(token for it in found for token in it["tokens"]) == scored
+        logprobs = [logprob for it in found for logprob in it["token_logprobs"]]
+        assert logprobs == [-(place + 1) / 2 for place in range(len(scored))]
 
 
 def test_the_vote_stands_in_the_stream_too() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import openai
 import pytest
@@ -14,6 +15,7 @@ from tests.serve.serving import (
     ASK,
     CHAT,
     Slow,
+    Talk,
     call,
     client,
     recite,
@@ -24,6 +26,7 @@ from tests.serve.serving import (
     whole,
 )
 from tests.serve.test_engine_thread import Breaking
+from trtkit.chat import Chat
 
 
 @pytest.mark.parametrize(
@@ -227,6 +230,23 @@ def test_a_failing_engine_is_told_and_the_next_request_runs() -> None:
             streamed(client(url))
         assert whole(client(url)).choices[0].finish_reason == "stop"
         assert call(url, "/health")[0] == 200
+
+
+class Puzzled(Talk):
+    """Has a chat template with a fault."""
+
+    def conversation(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        return (1, 2) if messages[-1]["content"] == "fine" else (1 // 0,)
+
+
+def test_what_nobody_foresaw_is_an_error_of_that_request_alone() -> None:
+    with serving(lambda: FakeEngine(recite), cast(Chat, Puzzled())) as (url, _):
+        for more in ({}, {"stream": True}):
+            status, text = call(url, "/v1/chat/completions", {"messages": ASK, **more})
+            error = json.loads(text)["error"]
+            assert (status, error["type"]) == (500, "server_error")
+            assert "ZeroDivisionError" in error["message"]
+        assert whole(client(url), messages=[{"role": "user", "content": "fine"}]).choices[0].finish_reason == "stop"
 
 
 def test_an_engine_that_is_gone_is_unhealthy() -> None:
