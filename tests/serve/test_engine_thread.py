@@ -219,6 +219,7 @@ def test_an_engine_that_cannot_be_opened_again_refuses_everything() -> None:
         with pytest.raises(EngineError, match="cannot be opened again"):
             engine.submit(asking("b"), Caller())
         engine.cancel("a")
+    assert engine.unfinished == 0
 
 
 def test_whoever_asks_while_it_breaks_is_told_too() -> None:
@@ -238,6 +239,7 @@ def test_whoever_asks_while_it_breaks_is_told_too() -> None:
         go_on.set()
         with pytest.raises(EngineError, match="cannot be opened again"):
             late.result(SECONDS)
+    assert engine.unfinished == 0
 
 
 def test_opening_fails_where_it_was_asked_for() -> None:
