@@ -207,6 +207,7 @@ def test_too_much_is_turned_away() -> None:
     with serving(lambda: Slow(lambda request: [97] * 4000), CHAT, most_unfinished=4) as (url, service):
         with sent(url, json.dumps({"messages": ASK, "n": 3}).encode()):
             wait_for(lambda: service.engine.unfinished == 3)
+            assert "\ntrtkit_unfinished_rows 3.0\n" in call(url, "/metrics")[1]
             with pytest.raises(openai.RateLimitError, match="3 samples run or wait"):
                 whole(client(url), n=2)
             with pytest.raises(openai.RateLimitError):
