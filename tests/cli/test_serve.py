@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,19 +13,24 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.chat_files import save_chat_files
 from tests.engines import tiny_engine_dir
 from tests.examples import slow
-from tests.serve.serving import call
-from tests.serve.test_engine_thread import Breaking
+from tests.serve.serving import call, client, close_clients, wait_for
+from tests.serve.test_engine_thread import Breaking, Fragile
+from trtkit.chat import load_chat
 from trtkit.cli import serve
 from trtkit.cli.app import run
 from trtkit.errors import EngineError
+from trtkit.runtime.api import Request, StepOutput
 from trtkit.runtime.load import OpenOptions
 from trtkit.serve.run import ServeOptions, Serving, run_serve
 from trtkit.solve.options import SolveOptions
@@ -117,6 +123,56 @@ def test_an_engine_that_is_gone_ends_the_server(engine: Path, monkeypatch: pytes
     assert call(ready.get(timeout=30), "/v1/completions", {"prompt": "x"})[0] == 500
     assert "illegal memory access" in str(ended.get(timeout=30))
     thread.join(30)
+
+
+class Tired(Fragile):
+    def step(self) -> list[StepOutput]:
+        time.sleep(0.005)
+        return super().step()
+
+
+def test_the_options_reach_the_server(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = load_chat(engine)
+
+    def answer(request: Request) -> Sequence[int]:
+        if request.prompt == tuple(b"long"):
+            return [97] * 4000
+        return [*chat.encode("five</think>5"), *chat.eos_ids]
+
+    left = [Tired(answer, rows=3)]
+    monkeypatch.setattr("trtkit.serve.run.open_engine", lambda *_: left.pop())
+    ready: queue.Queue[Serving] = queue.Queue()
+
+    def work() -> None:
+        voting = SolveOptions(samples=4, max_tokens=8)
+        options = ServeOptions(
+            name="five", port=0, reasoning="separate", voting=voting, most_unfinished=2, key="secret"
+        )  # fmt: skip
+        with pytest.raises(EngineError, match="cannot be opened again"):
+            run_serve(engine, OpenOptions(), options, on_ready=ready.put)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    serving = ready.get(timeout=30)
+    assert (serving.models, serving.rows, serving.total_tokens) == (("five", "five:maj"), 3, 4096)
+    ask: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+    assert call(serving.url, "/v1/chat/completions", ask)[0] == 401
+    to = client(serving.url, "secret")
+    message = to.chat.completions.create(model="five", messages=ask["messages"]).choices[0].message
+    assert message.model_dump()["reasoning_content"] == "five"
+    assert message.content == "5"
+    with to.completions.create(model="five", prompt=list(b"long"), n=2, max_tokens=4000, stream=True) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError, match="at most 2 may"):
+            to.completions.create(model="five", prompt="x")
+
+    def broken() -> bool:
+        with contextlib.suppress(openai.APIError):
+            to.completions.create(model="five", prompt=list(b"break"))
+        return not thread.is_alive()
+
+    wait_for(broken)
+    close_clients()
 
 
 def test_missing_packages_are_named(

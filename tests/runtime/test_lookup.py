@@ -156,7 +156,7 @@ def test_steps_are_saved_as_the_text_allows(model: DecoderModel, rows: int) -> N
     assert stats.row_steps == steps
     assert stats.drafted_row_steps == drafted if rows == 1 else stats.drafted_row_steps >= drafted
     assert steps < 0.95 * stats.new_tokens, "or the comparison above says little"
-    assert stats.accepted_by_depth[0] >= stats.accepted_by_depth[3] > 0
+    assert stats.accepted_by_depth[0] > 0
     assert stats.seconds["draft"] > 0
 
 

@@ -98,16 +98,22 @@ def test_a_refusal_reaches_the_one_who_asked() -> None:
         assert caller.to_the_end()[0] == "ko"
 
 
-def test_cancel_ends_a_request() -> None:
+@pytest.mark.parametrize("hold", [False, True])
+def test_cancel_ends_a_request(hold: bool) -> None:
     opened = GatedEngine(echo)
     with EngineThread(lambda: opened) as engine:
         caller = Caller()
-        engine.submit(asking("a"), caller).result(SECONDS)
+        engine.submit(asking("a", hold=hold), caller).result(SECONDS)
         opened.let(2)
         engine.cancel("a")
         opened.gate.release(3)
         assert caller.to_the_end()[1] is FinishReason.CANCELLED
         assert engine.unfinished == 0
+        engine.stats().result(SECONDS)
+        gone = weakref.ref(caller)
+        del caller
+        gc.collect()
+        assert gone() is None
 
 
 def test_a_cancelled_resting_request_is_forgotten() -> None:
@@ -163,6 +169,43 @@ def test_a_failed_engine_is_opened_anew_and_its_requests_are_told() -> None:
     assert engines[1].closed
 
 
+class Fragile(FakeEngine):
+    """Fails where it is to break."""
+
+    def step(self) -> list[StepOutput]:
+        if any(request.prompt == tuple(b"break") for request, _ in self._left.values()):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().step()
+
+
+def test_what_rested_in_a_failed_engine_is_forgotten() -> None:
+    with EngineThread(lambda: Fragile(echo)) as engine:
+        for _ in range(2):
+            caller = Caller()
+            engine.submit(asking("a", hold=True), caller).result(SECONDS)
+            assert caller.to_the_end()[0] == "olleh"
+            engine.submit(asking("b", "break"), caller)
+            with pytest.raises(EngineError, match="illegal memory access"):
+                caller.to_the_end()
+            assert engine.unfinished == 0
+
+
+class Jammed(Breaking):
+    def close(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_failed_engine_that_does_not_close_is_replaced_too() -> None:
+    left = [Jammed(echo), FakeEngine(echo)]
+    with EngineThread(lambda: left.pop(0)) as engine:
+        callers = [Caller(), Caller()]
+        engine.submit(asking("a"), callers[0])
+        with pytest.raises(EngineError, match="illegal memory access"):
+            callers[0].to_the_end()
+        engine.submit(asking("b"), callers[1]).result(SECONDS)
+        assert callers[1].to_the_end()[0] == "olleh"
+
+
 def test_an_engine_that_cannot_be_opened_again_refuses_everything() -> None:
     broken = threading.Event()
     left = [Breaking(echo)]
@@ -176,6 +219,7 @@ def test_an_engine_that_cannot_be_opened_again_refuses_everything() -> None:
         with pytest.raises(EngineError, match="cannot be opened again"):
             engine.submit(asking("b"), Caller())
         engine.cancel("a")
+    assert engine.unfinished == 0
 
 
 def test_whoever_asks_while_it_breaks_is_told_too() -> None:
@@ -195,6 +239,7 @@ def test_whoever_asks_while_it_breaks_is_told_too() -> None:
         go_on.set()
         with pytest.raises(EngineError, match="cannot be opened again"):
             late.result(SECONDS)
+    assert engine.unfinished == 0
 
 
 def test_opening_fails_where_it_was_asked_for() -> None:

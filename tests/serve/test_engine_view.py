@@ -59,6 +59,7 @@ def test_what_the_engine_did_meanwhile_is_taken_back() -> None:
         opened.gate.release(1)  # for the command to get its turn
         view.pause("a")
         assert not view.has_work
+        assert engine.unfinished == 0
         view.extend("a", b"!", max_tokens=4, drop=1)
         dropped = opened.extended[0][2]
         assert dropped - 1 in (6, 8)
@@ -112,6 +113,28 @@ def test_what_cannot_be_paused_is_refused() -> None:
         view.submit(asking("a", hold=True))
         with pytest.raises(RequestError, match="in use"):
             view.submit(asking("a"))
+
+
+def test_what_the_engine_refuses_is_refused_whatever_it_took_before() -> None:
+    with EngineThread(lambda: FakeEngine(echo, max_total_tokens=20)) as engine:
+        view = EngineView(engine, "mine")
+        view.submit(asking("a", "short"))
+        with pytest.raises(RequestError, match="too long"):
+            view.submit(asking("b", "x" * 30))
+        assert [output.request_id for output in until_end(view)][-1] == "a"
+
+
+def test_nothing_is_left_of_a_view_that_is_closed() -> None:
+    opened = GatedEngine(echo)
+    with EngineThread(lambda: opened) as engine:
+        with EngineView(engine, "mine") as view:
+            for name in ("paused", "running"):
+                view.submit(asking(name, hold=True))
+            opened.gate.release(1)
+            view.pause("paused")
+        opened.gate.release(1000)
+        engine.stats().result(SECONDS)
+        assert sorted(opened.cancelled) == ["mine/paused", "mine/running"]
 
 
 def test_failures_and_giving_up_end_a_step() -> None:

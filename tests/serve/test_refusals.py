@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import openai
 import pytest
@@ -14,6 +15,7 @@ from tests.serve.serving import (
     ASK,
     CHAT,
     Slow,
+    Talk,
     call,
     client,
     recite,
@@ -24,6 +26,7 @@ from tests.serve.serving import (
     whole,
 )
 from tests.serve.test_engine_thread import Breaking
+from trtkit.chat import Chat
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,13 @@ from tests.serve.test_engine_thread import Breaking
         ({"messages": [{"role": "assistant", "content": "I"}]}, ["chat template refuses"]),
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, ["the engine takes 4096"]),
         ({"messages": [{"role": "user", "content": "x" * 500_000}]}, ["more than fit into any prompt"]),
-        ({"samples": 4}, ["only with the model tiny:maj"]),
+        ({"samples": 4, "seconds": 5}, ["samples and seconds: only with the model tiny:maj"]),
+        ({"seconds": 5}, ["seconds: only with the model tiny:maj"]),
+        ({"model": "tiny:maj", "stop_token_ids": [5], "logprobs": True, "ignore_eos": True},
+         ["stop_token_ids, logprobs, ignore_eos: not for the voted model"]),
+        ({"model": "tiny:maj", "messages": [{"role": "user", "content": "x" * 5000}]}, ["the engine takes 4096"]),
+        ({"model": "tiny:maj", "messages": [{"role": "assistant", "content": "x"}]}, ["one user message"]),
+        ({"model": "tiny:maj", "seconds": 0}, ["seconds: Input should be greater than 0"]),
         ({"model": "tiny:maj", "n": 2, "stop": "x"}, ["stop, n: not for the voted model"]),
         ({"model": "tiny:maj", "messages": [{"role": "system", "content": "x"}, *ASK]}, ["one user message"]),
         ({"stop": ""}, ["stop"]),
@@ -65,6 +74,29 @@ def test_fields_of_several_kinds_are_named_as_the_request_does(url: str) -> None
     assert len(said) == len({*said})
 
 
+HALF = "\ud83d"
+"""Of an emoji, as JavaScript cuts texts."""
+
+
+@pytest.mark.parametrize(
+    ("asked", "place"),
+    [
+        ({"messages": [{"role": "user", "content": HALF}]}, "messages.0.content: "),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}, "content.0.text: "),
+        ({"messages": [{"role": HALF, "content": "x"}]}, "messages.0.role: "),
+        ({"model": "tiny:maj", "messages": [{"role": "user", "content": HALF}]}, "messages.0.content: "),
+        ({"stop": [HALF]}, "stop.0: "),
+        ({"model": HALF}, "model: "),
+        ({HALF: 1}, "\\ud83d: unknown field"),
+        ({"stream": True, "stream_options": {HALF: 1}}, "stream_options: "),
+    ],
+)
+def test_half_a_character_is_a_bad_request(real: str, asked: dict[str, Any], place: str) -> None:
+    status, text = call(real, "/v1/chat/completions", {"messages": ASK, **asked})
+    assert status == 400
+    assert place in json.loads(text)["error"]["message"]
+
+
 @pytest.mark.parametrize("body", [[], 5, "text"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_a_body_that_is_no_object_is_a_bad_request(url: str, path: str, body: object) -> None:
@@ -76,6 +108,7 @@ def test_so_many_choices_and_no_more(url: str) -> None:
     status, text = call(url, "/v1/completions", {"prompt": ["x"] * 100, "n": 3})
     assert status == 400
     assert "300 choices in all: at most 256" in text
+    assert call(url, "/v1/completions", {"prompt": "x", "n": 256, "max_tokens": 1})[0] == 200
     status, text = call(url, "/v1/completions", {"prompt": []})
     assert (status, "prompt: there is none" in text) == (400, True)
     status, text = call(url, "/v1/completions", {"prompt": [[1, 99999]], "max_tokens": 1})
@@ -174,6 +207,7 @@ def test_too_much_is_turned_away() -> None:
     with serving(lambda: Slow(lambda request: [97] * 4000), CHAT, most_unfinished=4) as (url, service):
         with sent(url, json.dumps({"messages": ASK, "n": 3}).encode()):
             wait_for(lambda: service.engine.unfinished == 3)
+            assert "\ntrtkit_unfinished_rows 3.0\n" in call(url, "/metrics")[1]
             with pytest.raises(openai.RateLimitError, match="3 samples run or wait"):
                 whole(client(url), n=2)
             with pytest.raises(openai.RateLimitError):
@@ -197,6 +231,23 @@ def test_a_failing_engine_is_told_and_the_next_request_runs() -> None:
             streamed(client(url))
         assert whole(client(url)).choices[0].finish_reason == "stop"
         assert call(url, "/health")[0] == 200
+
+
+class Puzzled(Talk):
+    """Has a chat template with a fault."""
+
+    def conversation(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        return (1, 2) if messages[-1]["content"] == "fine" else (1 // 0,)
+
+
+def test_what_nobody_foresaw_is_an_error_of_that_request_alone() -> None:
+    with serving(lambda: FakeEngine(recite), cast(Chat, Puzzled())) as (url, _):
+        for more in ({}, {"stream": True}):
+            status, text = call(url, "/v1/chat/completions", {"messages": ASK, **more})
+            error = json.loads(text)["error"]
+            assert (status, error["type"]) == (500, "server_error")
+            assert "ZeroDivisionError" in error["message"]
+        assert whole(client(url), messages=[{"role": "user", "content": "fine"}]).choices[0].finish_reason == "stop"
 
 
 def test_an_engine_that_is_gone_is_unhealthy() -> None:

@@ -47,6 +47,33 @@ def test_pieces_are_the_text_up_to_the_first_stop(text: str, cuts: list[int], st
         assert stream.tokens == used
 
 
+TORN = st.sampled_from(
+    [b"a", b"\x80", b"\x80" * 30, b"\xe2\x88", b"\xe2" * 30, "∞".encode(), "🧮".encode(), b"\xf0\x9f\xa7" * 30]
+)
+
+
+@given(tokens=st.lists(TORN, max_size=8).map(b"".join), cuts=CUTS, stops=st.sampled_from([[], ["a∞"], ["∞", "🧮a"]]))
+def test_pieces_are_the_text_of_what_is_no_text_too(tokens: bytes, cuts: list[int], stops: list[str]) -> None:
+    stream = TextStream(CHAT.decode, stops)
+    got = "".join(stream.push(part) for part in cut(list(tokens), cuts)) + stream.finish()
+    assert got == stopped_text(list(tokens), stops, CHAT.decode)[0]
+
+
+def test_a_sample_that_is_no_text_is_not_decoded_over_and_over() -> None:
+    """The server decodes between requests: everybody waits for it."""
+    decoded = 0
+
+    def decode(tokens: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(tokens)
+        return CHAT.decode(tokens)
+
+    stream = TextStream(decode)
+    shown = "".join(stream.push([0x80]) for _ in range(3000))
+    assert len(shown) > 2900
+    assert decoded < 3000 * 50
+
+
 def test_nothing_that_may_become_a_stop_is_shown_early() -> None:
     stream = TextStream(CHAT.decode, ["</think>"])
     assert stream.push(list(b"so </thi")) == "so "

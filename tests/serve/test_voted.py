@@ -85,3 +85,15 @@ def test_a_vote_keeps_to_its_time() -> None:
         assert reply.vote["seconds"] < 10  # of the 80 that the samples would take
         assert reply.vote["answer"] == "9"  # they were made to answer
         assert service.engine.unfinished == 0
+
+
+def test_a_problem_does_not_wait_for_another() -> None:
+    def answer(request: Request) -> Sequence[int]:
+        return [97] * 4000 if b"say it" in bytes(request.prompt) else CHAT.encode("\\boxed{7}</think>")
+
+    body = json.dumps({"model": "tiny:maj", "messages": ASK}).encode()
+    with serving(lambda: Slow(answer, rows=32), CHAT) as (url, service), sent(url, body):
+        wait_for(lambda: service.engine.unfinished == 8)
+        reply = whole(client(url), model="tiny:maj", messages=[{"role": "user", "content": "another"}])
+        assert reply.vote["answer"] == "7"
+        wait_for(lambda: service.engine.unfinished == 8)

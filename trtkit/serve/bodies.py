@@ -10,10 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
 from trtkit.files import nearest
+from trtkit.serve.replies import written
 
 __all__ = ["MOST_CHOICES", "REFUSED", "ChatBody", "CompletionBody", "Message", "Sampled", "StreamOptions"]
 
@@ -48,10 +57,21 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields that are not supported, and the values that ask for nothing (null does too)."""
 
+
+def _unicode(text: str) -> str:
+    """JSON can hold half of a character (``"\\ud83d"``, where clients cut texts anywhere); no tokenizer takes that."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise PydanticKnownError("string_unicode") from None
+    return text
+
+
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Whole = Annotated[int, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(strict=True)]
+Text = Annotated[str, Field(strict=True), AfterValidator(_unicode)]
 Stop = Annotated[Text, Field(min_length=1)]
 
 
@@ -182,7 +202,7 @@ def _sorted_out(data: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[dict
             if value is not None and value not in _NEUTRAL[name]:
                 wrong.append(f"{name}: not supported; leave it out")
         elif name not in _IGNORED:
-            wrong.append(f"{name}: unknown field{nearest(name, known)}")
+            wrong.append(f"{written(name)}: unknown field{nearest(name, known)}")
     if data.get("stream_options") is not None and not data.get("stream"):
         wrong.append("stream_options: only with stream")
     return kept, wrong

@@ -51,6 +51,8 @@ class EngineThread(Closing):
         self._on_broken = on_broken
         self._commands: queue.SimpleQueue[_Command[Any] | None] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
+        self._coming: set[str] = set()
+        """Handed over and not yet taken by the engine, which may be in the middle of a step."""
         self._held: set[str] = set()
         self._resting: set[str] = set()
         self._turn = threading.Lock()
@@ -75,18 +77,26 @@ class EngineThread(Closing):
     @property
     def unfinished(self) -> int:
         """Requests that were submitted and have not ended, those that rest not counted."""
-        return len(self._sinks) - len(self._resting)
+        return len(self._coming) + len(self._sinks) - len(self._resting)
 
     def submit(self, request: Request, sink: Sink) -> Future[None]:
         """Queue a request; the future raises :class:`RequestError` where the engine refuses it."""
 
         def command(engine: Engine) -> None:
-            engine.submit(request)
-            self._sinks[request.id] = sink
-            if request.hold:
-                self._held.add(request.id)
+            try:
+                engine.submit(request)
+                self._sinks[request.id] = sink
+                if request.hold:
+                    self._held.add(request.id)
+            finally:
+                self._coming.discard(request.id)
 
-        return self._post(command)
+        self._coming.add(request.id)
+        try:
+            return self._post(command)
+        except EngineError:
+            self._coming.discard(request.id)
+            raise
 
     def cancel(self, request_id: str) -> None:
         """End a request soon; its sink gets a CANCELLED, unless it has ended or rests."""
@@ -200,6 +210,7 @@ class EngineThread(Closing):
                 self._commands.put(None)
         while (command := self._commands.get()) is not None:
             command.done.set_exception(EngineError(self._ended))
+        self._coming.clear()
         self._on_broken()
         return None
 

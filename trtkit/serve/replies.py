@@ -9,7 +9,7 @@ from typing import Any
 
 from trtkit.errors import CapacityError, EngineError, TrtkitError
 
-__all__ = ["ChatReplies", "CompletionReplies", "Piece", "Replies", "Scored", "error_reply", "usage"]
+__all__ = ["ChatReplies", "CompletionReplies", "Piece", "Replies", "Scored", "error_reply", "usage", "written"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,10 +137,15 @@ def _chat_logprobs(piece: Piece) -> dict[str, Any] | None:
         return None
     return {
         "content": [
-            {"token": it.text, "logprob": it.logprob, "bytes": list(it.text.encode()), "top_logprobs": []}
+            {"token": it.text, "logprob": it.logprob, "bytes": _bytes(it.text), "top_logprobs": []}
             for it in piece.scored
         ]
     }
+
+
+def _bytes(text: str) -> list[int] | None:
+    """Of a token; None where it is a part of a character, which ``text`` does not show."""
+    return None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
 
 
 def _completion_choice(piece: Piece) -> dict[str, Any]:
@@ -167,6 +172,12 @@ def error_reply(problem: TrtkitError, *, status: int | None = None) -> tuple[int
     text = lines[0] if len(lines) == 1 else f"{lines[0]}: {'; '.join(lines[1:])}"
     if problem.hint:
         text += f" ({problem.hint})"
+    text = written(text)
     kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return status, {"error": {"message": text, "type": kind, "param": None, "code": None}}
+
+
+def written(text: str) -> str:
+    """``text`` as it can be sent: what is no whole character is escaped."""
+    return text.encode(errors="backslashreplace").decode()

@@ -94,7 +94,7 @@ class Service:
     def voted(self, body: ChatBody) -> tuple[str, SolveOptions, int]:
         """The problem's text, how it is solved, and the tokens of its prompts.
 
-        Raises :class:`InputError` and :class:`UsageError`.
+        Raises :class:`InputError`, :class:`RequestError` and :class:`UsageError`.
         """
         idle = [it for it in ("stop", "stop_token_ids", "logprobs", "ignore_eos") if getattr(body, it)] + ["n"] * (
             (body.n or 1) > 1
@@ -112,7 +112,9 @@ class Service:
         notices_for(self.manifest, options.sampling, logprobs=options.wants_logprobs)
         text = body.messages[0].text
         self._check_text(len(text))
-        prompts = (self.chat.prompt(text, variant_named(name)) for name in dict.fromkeys(options.variants))
+        variants = dict.fromkeys(options.variants[: options.samples])
+        prompts = [self.chat.prompt(text, variant_named(name)) for name in variants]
+        self._check_prompts(prompts)
         return text, options, sum(map(len, prompts))
 
     def _asked(
@@ -120,14 +122,7 @@ class Service:
     ) -> Asked:
         sampling = self._sampling(body)
         notices_for(self.manifest, sampling, logprobs=logprobs)
-        room = self.engine.max_total_tokens
-        wrong = [
-            f"a prompt of {len(prompt)} tokens: the engine takes {room} with the answer"
-            for prompt in prompts
-            if len(prompt) >= room
-        ]
-        if wrong:
-            raise RequestError("too long", offenders=sorted(set(wrong)))
+        self._check_prompts(prompts)
         return Asked(
             name=name, prompts=tuple(prompts), choices=body.n or 1, sampling=sampling, max_tokens=longest,
             stops=body.stops, stop_ids=tuple(body.stop_token_ids or ()), ignore_eos=bool(body.ignore_eos),
@@ -143,3 +138,13 @@ class Service:
     def _check_text(self, characters: int) -> None:
         if characters > _CHARACTERS_PER_TOKEN * self.engine.max_total_tokens:
             raise RequestError(f"{characters:,} characters, more than fit into any prompt")
+
+    def _check_prompts(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        room = self.engine.max_total_tokens
+        wrong = [
+            f"a prompt of {len(prompt)} tokens: the engine takes {room} with the answer"
+            for prompt in prompts
+            if len(prompt) >= room
+        ]
+        if wrong:
+            raise RequestError("too long", offenders=sorted(set(wrong)))

@@ -55,13 +55,19 @@ class TextStream:
         self._tokens.extend(tokens)
         # Some tokens before the new ones are decoded with them: how a token reads may depend on its neighbour.
         text = self._decode(self._tokens[self._begin :])
-        if text.endswith(_UNFINISHED):
+        unfinished = len(text) - len(text.rstrip(_UNFINISHED))
+        if 0 < unfinished <= _WINDOW:
             return ""
-        fresh, self._shown = self._held + text[self._shown :], len(text)
-        if len(self._tokens) - self._begin > _WINDOW:  # go on from the end of the last whole character before the new
-            self._begin = self._whole
-            self._shown = len(self._decode(self._tokens[self._begin :]))
-        self._whole = len(self._tokens)
+        if unfinished:  # no character is that long: all but the last sign is as it will stay
+            fresh = self._held + text[self._shown : -1]
+            self._begin = self._whole = len(self._tokens) - _WINDOW // 2
+            self._shown = len(self._decode(self._tokens[self._begin :])) - 1
+        else:
+            fresh, self._shown = self._held + text[self._shown :], len(text)
+            if len(self._tokens) - self._begin > _WINDOW:  # go on from the end of the last whole character before
+                self._begin = self._whole
+                self._shown = len(self._decode(self._tokens[self._begin :]))
+            self._whole = len(self._tokens)
         places = [place for stop in self._stops if (place := fresh.find(stop)) >= 0]
         if places:
             self.stopped = True

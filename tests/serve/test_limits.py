@@ -1,0 +1,60 @@
+"""How much is under way: a limit that holds however fast clients are, and an end that does not wait for them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.serve.serving import ASK, CHAT, Slow, call, sent, serving, wait_for
+from tests.serve.test_engine_thread import GatedEngine
+from trtkit.runtime.api import Request
+
+
+def statuses(connections: Iterable[socket.socket]) -> list[int]:
+    found = []
+    for connection in connections:
+        connection.settimeout(20)
+        found.append(int(connection.recv(100).split()[1]))
+    return sorted(found)
+
+
+def test_clients_who_come_during_one_step_are_counted_too() -> None:
+    opened = GatedEngine(lambda request: CHAT.encode("ab"))
+    body = json.dumps({"messages": ASK, "max_tokens": 2}).encode()
+    with serving(lambda: opened, CHAT, most_unfinished=4) as (url, service), contextlib.ExitStack() as stack:
+        first = stack.enter_context(sent(url, body))
+        wait_for(lambda: service.engine.unfinished == 1)
+        more = [stack.enter_context(sent(url, body)) for _ in range(8)]
+        wait_for(lambda: len(select.select(more, [], [], 0)[0]) == 5)
+        turned_away = select.select(more, [], [], 0)[0]
+        assert statuses(turned_away) == [429] * 5
+        opened.gate.release(100)
+        assert statuses([first, *(it for it in more if it not in turned_away)]) == [200] * 4
+        wait_for(lambda: service.engine.unfinished == 0)
+
+
+def test_the_end_waits_for_what_is_nearly_done_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(request: Request) -> Sequence[int]:
+        return CHAT.encode("brief" if b"brief" in bytes(request.prompt) else "x" * 4000)
+
+    monkeypatch.setattr("trtkit.serve.server._LAST_WORDS_SECONDS", 1)
+    engine = Slow(answer, rows=32)
+    with contextlib.ExitStack() as clients, ThreadPoolExecutor() as pool:
+        with serving(lambda: engine, CHAT) as (url, service):
+            for more in ({}, {"stream": True}, {"model": "tiny:maj"}):
+                clients.enter_context(sent(url, json.dumps({"messages": ASK, **more}).encode()))
+            wait_for(lambda: service.engine.unfinished == 10)
+            brief = pool.submit(call, url, "/v1/completions", {"prompt": "brief"})
+            wait_for(lambda: service.engine.unfinished == 11)
+            began = time.monotonic()
+        assert 1 <= time.monotonic() - began < 10  # of the 80 that the samples would take
+        status, text = brief.result(10)
+        assert (status, json.loads(text)["choices"][0]["text"]) == (200, "brief")
+    assert engine.closed
