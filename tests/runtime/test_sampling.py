@@ -185,6 +185,13 @@ def test_frequencies_follow_the_distribution() -> None:
     assert chi_square < 18.5, "4 degrees of freedom, p < 0.001"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-40, 1e-9, 1e-6])
+def test_next_to_temperature_zero_the_most_likely_token_is_drawn(temperature: float) -> None:
+    logits = torch.randn(50, 300) * 20
+    rows = sampling_rows([SamplingParams(temperature=temperature)] * 50, range(50), CPU)
+    assert pick(logits, rows, torch.arange(50)).equal(logits.argmax(dim=1))
+
+
 def test_temperature_zero_takes_the_lowest_of_tied_maxima() -> None:
     rows = sampling_rows([SamplingParams(temperature=0)], [1], CPU)
     assert pick(torch.tensor([[0.0, 3.0, 3.0, 1.0]]), rows, torch.tensor([0])).tolist() == [1]

@@ -60,8 +60,8 @@ class SamplingParams:
     """How a token is drawn from the logits.
 
     The distribution is softmax(logits / temperature), cut by top_k, then top_p, then min_p (each on what the one
-    before left, renormalised). ``temperature`` 0 means the most likely token, lowest id on a tie. ``top_k`` 0 and
-    ``top_p`` 1 and ``min_p`` 0 mean no cut.
+    before left, renormalised). ``temperature`` 0 (and below 1e-6) means the most likely token, lowest id on a tie.
+    ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 mean no cut.
     """
 
     temperature: float = 1.0

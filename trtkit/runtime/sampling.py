@@ -78,9 +78,9 @@ class SamplingRows:
     top_p: Tensor
     min_p: Tensor
     cold: Tensor
-    """bool (M,): temperature 0."""
+    """bool (M,): temperature 0, or next to it."""
     greedy: bool
-    """Every row has temperature 0."""
+    """Every row is cold."""
     any_greedy: bool
     any_top_k: bool
     any_top_p: bool
@@ -98,13 +98,15 @@ class SamplingRows:
         )
 
 
+_COLDEST = 1e-6
+"""Below it logits divided by the temperature leave float32, and only ties would be drawn otherwise."""
 _TENSORS = ("seeds", "temperature", "top_k", "top_p", "min_p", "cold")
 _FLAGS = ("greedy", "any_greedy", "any_top_k", "any_top_p", "any_min_p", "any_switch")
 
 
 def sampling_rows(params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device) -> SamplingRows:
     """Gather the parameters of M rows. Seeds of any size are taken modulo 2^64."""
-    greedy = [param.temperature == 0 for param in params]
+    greedy = [param.temperature < _COLDEST for param in params]
     words = [_signed(seed % (1 << 64)) for seed in seeds]
 
     def floats(values: list[float]) -> Tensor:
@@ -112,7 +114,7 @@ def sampling_rows(params: Sequence[SamplingParams], seeds: Sequence[int], device
 
     return SamplingRows(
         seeds=torch.tensor(words, dtype=torch.int64, device=device),
-        temperature=floats([param.temperature or 1.0 for param in params]),
+        temperature=floats([1.0 if cold else param.temperature for param, cold in zip(params, greedy, strict=True)]),
         top_k=torch.tensor([param.top_k for param in params], dtype=torch.int64, device=device),
         top_p=floats([param.top_p for param in params]),
         min_p=floats([param.min_p for param in params]),
