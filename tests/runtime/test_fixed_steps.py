@@ -23,7 +23,8 @@ from trtkit.runtime.cuda.graphs import StepGraphs, padded_rows, padded_width
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.sampling import sampling_rows
 from trtkit.runtime.scheduler import Row
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 VOCAB = 12
 SHAPES = [None, TreeShape(beams=1, length=3), TreeShape(beams=4, length=4)]

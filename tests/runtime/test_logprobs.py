@@ -16,7 +16,8 @@ from tests.tiny import save_tiny, tiny_model
 from trtkit.checkpoint.unified import open_unified
 from trtkit.runtime.api import Engine, Request
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 VOCAB = 12
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafter.config import TreeShape
+from drafter.beam import beam_search
+from drafter.config import DrafterConfig, TreeShape
+from drafter.model import Drafter
+from drafter.tree import TokenTree
 from tests.engines import random_prompts, request, run_all
 from tests.examples import examples
 from tests.tiny import save_tiny
@@ -17,7 +21,8 @@ from trtkit.checkpoint.unified import open_unified
 from trtkit.runtime.api import Request, SwitchPenalty
 from trtkit.runtime.lookup import LOOKUP_TREES, SharedText
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 VOCAB = 12
 CHAIN = TreeShape(beams=1, length=4)
@@ -29,9 +34,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DecoderModel:
     return DecoderModel(open_unified(directory), device=torch.device("cpu"), dtype=torch.float32, max_tokens=300)
 
 
-def _engine(model: DecoderModel, *trees: TreeShape | None, **limits: Any) -> TorchEngine:
+@pytest.fixture(scope="module")
+def head() -> Drafter:
+    torch.manual_seed(5)
+    return Drafter(DrafterConfig(hidden_size=256, vocab_size=VOCAB, exit_dim=32)).eval().requires_grad_(False)
+
+
+def _engine(
+    model: DecoderModel, *trees: TreeShape | None, head: Drafter | None = None, **limits: Any
+) -> TorchEngine:  # fmt: skip
     """Without trees, a plain one."""
-    drafting = Drafting(head=None, trees=trees) if trees else None
+    drafting = Drafting(head=head, lookup=True, trees=trees) if trees else None
     return TorchEngine(model, TorchLimits(**{"rows": 8, "total_tokens": 200, "kv_blocks": 300, **limits}), drafting)
 
 
@@ -116,16 +129,19 @@ def _requests(seed: int) -> list[Request]:
     blocks=st.sampled_from([18, 300]),
     arrivals=st.sampled_from([1, 4, 100]),
     fixed=st.booleans(),
+    beside=st.booleans(),
 )
 def test_the_stream_is_the_plain_stream(
-    model: DecoderModel, seed: int, tree: tuple[TreeShape | None, ...], rows: int, blocks: int, arrivals: int,
-    fixed: bool,
+    model: DecoderModel, head: Drafter, seed: int, tree: tuple[TreeShape | None, ...], rows: int, blocks: int,
+    arrivals: int, fixed: bool, beside: bool,
 ) -> None:  # fmt: skip
-    """Any seed, temperature, cut, tree, batch mix; preemption; steps of fixed shapes, as CUDA graphs replay them."""
+    """Any seed, temperature, cut, tree, batch mix; with and without a head; preemption; steps of fixed shapes, as CUDA
+    graphs replay them."""
     requests = _requests(seed)
     plain = run_all(_engine(model), requests)
     engine = _engine(
-        model, *tree, rows=rows, kv_blocks=blocks, block_size=8, fixed_shapes=fixed, overlap=fixed
+        model, *tree, head=head if beside else None, rows=rows, kv_blocks=blocks, block_size=8, fixed_shapes=fixed,
+        overlap=fixed,
     )  # fmt: skip
     assert run_all(engine, requests, arrivals_per_step=arrivals) == plain
     assert engine.stats().kv_blocks_free == blocks
@@ -168,6 +184,51 @@ def test_a_sample_is_the_next_ones_draft(model: DecoderModel) -> None:
     alone = _engine(model, CHAIN, rows=1)
     run_all(alone, [request("a", prompt, max_tokens=60)])
     assert engine.stats().row_steps - alone.stats().row_steps <= 60 / 5 + 3
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_beside_a_head_a_tree_holds_the_beams_of_both(model: DecoderModel, head: Drafter, fixed: bool) -> None:
+    """A tree of two beams: one is the head's own chain, the other is looked up; nothing found, both are the head's."""
+    drawn: list[TokenTree] = []
+    tree = TreeShape(beams=2, length=4)
+    engine = _engine(model, tree, head=head, rows=1, fixed_shapes=fixed)
+    engine._stepper = dataclasses.replace(engine._stepper, redraw=lambda tree, _at, picks: drawn.append(tree) or picks)
+    if engine._graphs is not None:
+        engine._graphs._on = engine._stepper
+    (prompt,) = random_prompts(6, [20], vocab=VOCAB)
+    written = _Written(list(prompt))
+    number, done = written.begin(), 0
+    engine.submit(request("a", prompt, max_tokens=40))
+    found = 0
+    while engine.has_work:
+        row = engine._scheduler.running[0] if engine._scheduler.running else None
+        context = None if row is None else engine._stepper.contexts[row.slot].clone()
+        written.write(number, [] if row is None else row.tokens[len(prompt) + done :])
+        done = 0 if row is None else len(row.tokens) - len(prompt)
+        looked_up = written.draft(number, 1, tree.length)
+        engine.step()
+        if row is None or context is None or not drawn:
+            drawn.clear()
+            continue
+        paths = _paths(drawn.pop())
+        chain = beam_search(head, model.embed, context[None], torch.tensor([written.texts[number][-1]]), CHAIN)
+        assert tuple(chain[0, 0].tolist()) in paths
+        assert not looked_up or tuple(looked_up[0]) in paths
+        found += bool(looked_up)
+    assert found > 10
+
+
+def _paths(tree: TokenTree) -> set[tuple[int, ...]]:
+    """The beams of a tree of one row: the tokens from below the root to each of its deepest nodes."""
+    paths = set()
+    for node in range(tree.tokens.shape[1]):
+        path = []
+        while node > 0 and tree.parent[0, node] >= 0:
+            path.append(int(tree.tokens[0, node]))
+            node = int(tree.parent[0, node])
+        if len(path) == tree.levels:
+            paths.add(tuple(reversed(path)))
+    return paths
 
 
 def test_a_problem_that_is_over_is_forgotten(model: DecoderModel) -> None:

@@ -32,7 +32,8 @@ from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.native import kernels, loader
 from trtkit.runtime.sampling import pick_plain, sampling_rows, uniforms
-from trtkit.runtime.torch_engine import TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import TorchLimits
 
 CPU = torch.device("cpu")
 TOLERANCE: dict[torch.dtype, dict[str, float]] = {

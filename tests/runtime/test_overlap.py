@@ -24,7 +24,8 @@ from trtkit.runtime.blocks import BlockAllocator
 from trtkit.runtime.cuda.graphs import Launched, StepGraphs, StepKey
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.scheduler import Schedule, Scheduler
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 VOCAB = 12
 CHAIN, TREE = TreeShape(beams=1, length=3), TreeShape(beams=3, length=2)

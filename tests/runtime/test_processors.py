@@ -25,7 +25,8 @@ from trtkit.runtime.api import Request, SamplingParams, SwitchPenalty
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.processors import SWITCH_WORDS, parse_switch_penalty, read_switch_penalty, switch_tokens
 from trtkit.runtime.sampling import pick, sampling_rows
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 VOCAB = 12
 """So small that drafts are often right and switch tokens are frequent."""

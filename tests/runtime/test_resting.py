@@ -16,7 +16,8 @@ from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import RequestError
 from trtkit.runtime.api import FinishReason, Request, StepOutput
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 VOCAB = 12
 

@@ -19,7 +19,8 @@ from trtkit.checkpoint.unified import open_unified
 from trtkit.runtime.load import OpenOptions, open_engine
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.thread_choice import ThreadChooser
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 Cost: TypeAlias = Callable[[int], float]
 """Seconds of a step by its number of threads."""

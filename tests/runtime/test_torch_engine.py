@@ -18,7 +18,8 @@ from trtkit.errors import EngineError, RequestError, UsageError
 from trtkit.runtime.api import FinishReason, Request
 from trtkit.runtime.load import OpenOptions, open_engine
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import TorchLimits
 
 
 @pytest.fixture(scope="module")

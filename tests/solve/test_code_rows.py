@@ -21,7 +21,8 @@ from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import RequestError
 from trtkit.runtime.api import FinishReason, Request, StepOutput
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 from trtkit.solve import code_rows
 from trtkit.solve.ends import Ending
 from trtkit.solve.grading import Grader

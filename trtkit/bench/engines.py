@@ -62,7 +62,7 @@ class BenchOptions:
     drafter: Path | None = None
     """A draft head in place of the engines' own."""
     lookup: bool = False
-    """Draft without a head, in every engine: from text, so with ``problems`` only."""
+    """Look drafts up, in every engine, beside a head or without one: in text, so with ``problems`` only."""
     head: HeadOptions = field(default_factory=HeadOptions)
     output_layer: OutputLayer | None = None
     """Of every engine, in place of its own."""
@@ -94,7 +94,7 @@ class Point:
     precision: str
     output_layer: OutputLayer
     drafter: str | None
-    """``auto`` or the tree, behind ``lookup`` where there is no head; None for plain decoding."""
+    """``auto`` or the tree, with ``+lookup`` where drafts are looked up, too; None for plain decoding."""
     batch: int
     tensor_parallel: int
     tokens_per_second: float
@@ -150,8 +150,8 @@ def check_sources(engines: Sequence[Path], options: BenchOptions) -> None:
             "drafts are looked up in text, and random tokens have nothing to look up",
             hint="name problems to ask: --problems FILE",
         )
-    heads = [can_draft(directory, options) for directory in engines]
-    _check_head(options, there=options.drafter is not None or options.lookup or any(heads))
+    heads = [has_head(directory, options) for directory in engines]
+    _check_head(options, there=options.drafter is not None or any(heads))
     if options.problems is not None:
         read_problems(options.problems)
     if options.drafter is not None:
@@ -162,12 +162,17 @@ def check_sources(engines: Sequence[Path], options: BenchOptions) -> None:
 
 
 def can_draft(directory: Path, options: BenchOptions) -> bool:
-    """Whether the engine drafts: with its own head, with the one that all are to take, or without one."""
-    return options.lookup or options.drafter is not None or read_manifest(directory).recipe.tree is not None
+    """Whether the engine drafts, with a head or without one."""
+    return options.lookup or has_head(directory, options)
+
+
+def has_head(directory: Path, options: BenchOptions) -> bool:
+    """Whether the engine has a head: its own, or the one that all are to take."""
+    return options.drafter is not None or read_manifest(directory).recipe.tree is not None
 
 
 def _check_head(options: BenchOptions, *, there: bool) -> None:
-    if there or (options.tree is None and options.head == HeadOptions()):
+    if there or ((options.tree is None or options.lookup) and options.head == HeadOptions()):
         return
     raise UsageError(
         "a draft tree or options of a draft head, but none of the engines has one",
@@ -240,7 +245,7 @@ def _point(
     ceiling = batch * step * together * machine.read_bytes_per_second / read
     drafter = None if plain is None else "auto" if options.tree is None else str(options.tree)
     if drafter is not None and options.lookup:
-        drafter = f"lookup {drafter}"
+        drafter += "+lookup"
     return Point(
         engine=str(directory), precision=recipe.precision, output_layer=output_layer, drafter=drafter, batch=batch,
         tensor_parallel=ranks, tokens_per_second=speed,

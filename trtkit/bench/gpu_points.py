@@ -17,7 +17,7 @@ from trtkit.plan import step_bytes
 from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchLimits
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 from trtkit.scheme import KvDtype, Precision, scheme_named
 
 __all__ = [

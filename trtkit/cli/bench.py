@@ -11,17 +11,16 @@ import typer
 from trtkit.bundled import PRACTICE
 from trtkit.cli.engines import BUILT, chosen_engine
 from trtkit.cli.options import (
-    LOOKUP,
     Device,
     Drafter,
     Json,
+    LookUp,
     Model,
     OutputLayer,
     TensorParallel,
     Threads,
     Tree,
     drafting_named,
-    names_lookup,
     refuse_idle,
 )
 from trtkit.cli.output import facts, finish, gigabytes, notice, quoted, table
@@ -47,6 +46,7 @@ def command(
     ] = None,
     tree: Tree = "auto",
     drafter: Drafter = None,
+    lookup: LookUp = False,
     draft_vocabulary: Annotated[
         int | None, typer.Option("--draft-vocabulary", help="Draft only the N most frequent tokens.")
     ] = None,
@@ -84,7 +84,6 @@ def command(
         (problems is not None, ("--prompt-tokens",), "not with --problems, whose prompts are used"),
         (profile, ("--new-tokens", "--repeats", "--rounds"), "not with --profile"),
         (tree == "none", ("--drafter", "--draft-vocabulary", "--draft-precision"), "not with --tree none"),
-        (names_lookup(drafter), ("--draft-vocabulary", "--draft-precision"), "not with --drafter lookup"),
     ])  # fmt: skip
     _check_together(suite=suite, profile=profile, engine=bool(engine), out=out is not None)
     engines = [] if suite else engine or [chosen_engine(None)]
@@ -95,7 +94,7 @@ def command(
     options = BenchOptions(
         batches=tuple(batch or (1, 8, 32)), prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats,
         rounds=rounds, device=device, tensor_parallel=tensor_parallel, threads=threads, problems=problems,
-        temperature=temperature, **drafting_named(context, tree, drafter),
+        temperature=temperature, **drafting_named(context, tree=tree, drafter=drafter, lookup=lookup),
         output_layer=output_layer,  # type: ignore[arg-type]  # checked there
         head=HeadOptions(vocabulary=draft_vocabulary, precision=draft_precision),  # type: ignore[arg-type]
     )  # fmt: skip
@@ -126,19 +125,15 @@ def command(
 
 
 def _advice(fastest: Point, options: BenchOptions) -> str:
-    """The run that was fastest; with a head that is not the engine's own, the build that it takes first."""
-    from trtkit.recipe import read_manifest
-
-    tree = f" --tree {options.tree}" if fastest.drafter is not None and options.tree is not None else ""
-    if fastest.drafter is None or options.drafter is None:
-        drafts = f" --drafter {LOOKUP}" if fastest.drafter is not None and options.lookup else ""
-        layer = "" if options.output_layer is None else f" --output-layer {options.output_layer}"
-        ranks = "" if options.tensor_parallel is None else f" --tp {options.tensor_parallel}"
-        return f"trtkit solve problems.jsonl --engine {quoted(fastest.engine)}{drafts}{tree}{layer}{ranks}"
-    recipe = read_manifest(Path(fastest.engine)).recipe
-    layer = "" if fastest.output_layer == recipe.output_layer else f" --output-layer {fastest.output_layer}"
-    made = f"trtkit build --precision {fastest.precision} --model {quoted(recipe.model)}{layer}"
-    return f"{made} --drafter {quoted(options.drafter)}{tree} --out {quoted(fastest.engine + '-drafter')}"
+    """The run that was fastest."""
+    words = ["trtkit solve problems.jsonl --engine", quoted(fastest.engine)]
+    if fastest.drafter is not None:
+        words += [] if options.drafter is None else ["--drafter", quoted(options.drafter)]
+        words += ["--lookup"] * options.lookup
+        words += [] if options.tree is None else ["--tree", str(options.tree)]
+    words += [] if options.output_layer is None else ["--output-layer", options.output_layer]
+    words += [] if options.tensor_parallel is None else ["--tp", str(options.tensor_parallel)]
+    return " ".join(words)
 
 
 def _check_together(*, suite: bool, profile: bool, engine: bool, out: bool) -> None:
@@ -194,7 +189,7 @@ def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -
     finish(
         f"trtkit bench --engine {quoted(engines[0])}"
         + ("" if options.tensor_parallel is None else f" --tp {options.tensor_parallel}")
-        + (f" --drafter {LOOKUP}" if options.lookup else "")
+        + (" --lookup" if options.lookup else "")
         + ("" if options.drafter is None else f" --drafter {quoted(options.drafter)}"),
         {"profiles": [step.document() for step in found]} if as_json else None,
     )

@@ -11,7 +11,7 @@ import typer
 from trtkit.bundled import PRACTICE, drafter_named
 from trtkit.cli.build_report import report_built
 from trtkit.cli.engines import BUILT, DEFAULT_PRECISION, check_replaced, default_engine, stem
-from trtkit.cli.options import Json, Model, names_lookup, refuse_idle, tree_named
+from trtkit.cli.options import Json, Model, refuse_idle, tree_named
 from trtkit.cli.output import finish, notice, quoted
 from trtkit.errors import UsageError
 from trtkit.files import nearest
@@ -93,10 +93,6 @@ def command(
 
     Quantize, check the quality, write everything that solving needs.
     """
-    if names_lookup(drafter):
-        raise UsageError(
-            "--drafter lookup is no part of an engine", hint="build without it, and run: trtkit solve --drafter lookup"
-        )
     compiled, drafter = backend == "tensorrt-llm", drafter_named(drafter)
     _check_names(precision, backend, kv_dtype, int4_method, output_layer, calibrator)
     plainly = precision == "int4" and int4_method == "rtn"

@@ -14,12 +14,12 @@ from trtkit.bundled import drafter_named
 from trtkit.errors import RequestError, UsageError
 
 __all__ = [
-    "LOOKUP",
     "ChosenThreads",
     "Device",
     "Drafter",
     "DraftingOptions",
     "Json",
+    "LookUp",
     "Model",
     "OutputLayer",
     "TensorParallel",
@@ -27,7 +27,6 @@ __all__ = [
     "Tree",
     "drafting_named",
     "given",
-    "names_lookup",
     "out_of_range_is_usage",
     "refuse_idle",
     "tree_named",
@@ -57,14 +56,12 @@ Tree: TypeAlias = Annotated[
     str,
     typer.Option("--tree", help="Where drafts are made: auto (the fastest at each batch), none, or beams x length."),
 ]
-LOOKUP = "lookup"
 Drafter: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--drafter",
-        help="Draft head in place of the engine's own ('practice': bundled), "
-        "or 'lookup': no head, drafts from what the samples have written.",
-    ),
+    Path | None, typer.Option("--drafter", help="Draft head in place of the engine's own ('practice': bundled).")
+]
+LookUp: TypeAlias = Annotated[
+    bool,
+    typer.Option("--lookup", help="Draft from what the samples have written: without a draft head, or beside one."),
 ]
 
 
@@ -77,19 +74,15 @@ class DraftingOptions(TypedDict):
     lookup: bool
 
 
-def drafting_named(context: typer.Context, tree: str, drafter: Path | None) -> DraftingOptions:
-    """``--tree`` and ``--drafter`` of a run; no tree means the engine's own choice. Raises :class:`UsageError`."""
-    refuse_idle(context, [(tree == "none", ("--drafter",), "not with --tree none")])
-    lookup = names_lookup(drafter)
+def drafting_named(
+    context: typer.Context, *, tree: str, drafter: Path | None, lookup: bool
+) -> DraftingOptions:  # fmt: skip
+    """What a run says about drafts; no tree means the engine's own choice. Raises :class:`UsageError`."""
+    refuse_idle(context, [(tree == "none", ("--drafter", "--lookup"), "not with --tree none")])
     return DraftingOptions(
         speculative=tree != "none", tree=None if tree in ("auto", "none") else tree_named(tree),
-        drafter=None if lookup else drafter_named(drafter), lookup=lookup,
+        drafter=drafter_named(drafter), lookup=lookup,
     )  # fmt: skip
-
-
-def names_lookup(drafter: Path | None) -> bool:
-    """Whether ``--drafter`` asks for drafts without a head, and not for a directory of that name."""
-    return drafter is not None and str(drafter) == LOOKUP and not drafter.is_dir()
 
 
 def tree_named(text: str) -> TreeShape:

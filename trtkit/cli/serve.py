@@ -15,6 +15,7 @@ from trtkit.cli.options import (
     Device,
     Drafter,
     Json,
+    LookUp,
     OutputLayer,
     TensorParallel,
     Tree,
@@ -66,6 +67,7 @@ def command(
     ] = None,
     tree: Tree = "auto",
     drafter: Drafter = None,
+    lookup: LookUp = False,
     output_layer: OutputLayer = None,
     as_json: Json = False,
 ) -> None:
@@ -93,7 +95,7 @@ def command(
     opening = OpenOptions(
         device=device, threads=threads, rows=batch,
         output_layer=output_layer,  # type: ignore[arg-type]  # checked there
-        tensor_parallel=tensor_parallel, **drafting_named(context, tree, drafter),
+        tensor_parallel=tensor_parallel, **drafting_named(context, tree=tree, drafter=drafter, lookup=lookup),
     )  # fmt: skip
     with out_of_range_is_usage():
         sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)

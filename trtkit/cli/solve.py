@@ -14,6 +14,7 @@ from trtkit.cli.options import (
     Device,
     Drafter,
     Json,
+    LookUp,
     OutputLayer,
     TensorParallel,
     Tree,
@@ -129,6 +130,7 @@ def command(
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Most rows in flight.")] = None,
     tree: Tree = "auto",
     drafter: Drafter = None,
+    lookup: LookUp = False,
     device: Device = "auto",
     tensor_parallel: TensorParallel = None,
     threads: ChosenThreads = None,
@@ -158,7 +160,7 @@ def command(
     from trtkit.solve.policy import policy_named
     from trtkit.solve.problems import read_problems, refuse_directory
 
-    drafting = drafting_named(context, tree, drafter)
+    drafting = drafting_named(context, tree=tree, drafter=drafter, lookup=lookup)
     refuse_directory(problems)
     directory = chosen_engine(engine)
     defaults = SolveOptions()

@@ -144,10 +144,17 @@ def root_only(at: Pending) -> TokenTree:
 def draft(
     drafter: Drafter, model: DecoderModel, contexts: Tensor, at: Pending, shape: TreeShape, *, fixed: bool = False
 ) -> TokenTree:
-    """Trees on the pending tokens; contexts (R, H) are the hidden states that drew them. ``fixed`` as in build_tree."""
-    beams = beam_search(drafter, model.embed, contexts, at.tokens, shape)
+    """Trees on the pending tokens; contexts (R, H) are the hidden states that drew them. ``fixed`` as in build_tree.
+
+    Beams that were looked up are among the tree's; the head draws the others.
+    """
+    found = 0 if at.drafts is None else at.drafts.shape[1]
+    own = TreeShape(beams=shape.beams - found, length=shape.length)
+    beams = beam_search(drafter, model.embed, contexts, at.tokens, own)
     if model.ranks is not None:  # all ranks verify one tree, whatever the last bit of a score is on their own
         beams = model.ranks.first(beams)
+    if at.drafts is not None:
+        beams = torch.cat([beams, at.drafts], dim=1)
     return build_tree(at.tokens, beams, fixed=fixed)
 
 
@@ -257,12 +264,12 @@ def decode_step(
     A second call with the same input draws the same tokens, though from another draft.
     """
     with phase("draft"):
-        if at.drafts is not None:
-            tree = build_tree(at.tokens, at.drafts, fixed=fixed)
-        elif on.head is None or shape is None:
-            tree = root_only(at)
-        else:
+        if on.head is not None and shape is not None:
             tree = draft(on.head, on.model, on.contexts.index_select(0, at.lines), at, shape, fixed=fixed)
+        elif at.drafts is not None:
+            tree = build_tree(at.tokens, at.drafts, fixed=fixed)
+        else:
+            tree = root_only(at)
     with phase("verify"):
         verified = verify(on.model, on.cache, at, tree)
     with phase("accept"):

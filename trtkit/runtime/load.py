@@ -31,7 +31,8 @@ from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.ranks.engine import RankedEngine
 from trtkit.runtime.ranks.group import Ranks
 from trtkit.runtime.thread_choice import ThreadChooser
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
 from trtkit.runtime.tree_memory import memory_file
 from trtkit.scheme import OutputLayer
@@ -73,7 +74,7 @@ class OpenOptions:
     drafter: Path | None = None
     """A draft head in place of the engine's own, or for an engine without one."""
     lookup: bool = False
-    """Draft without a head, from what the samples of a prompt have written; see ``lookup.py``."""
+    """Look drafts up in what the samples of a prompt have written: without a head, or beside one; see ``lookup.py``."""
     output_layer: OutputLayer | None = None
     """How to run lm_head; None takes what the engine was built, and its quality measured, with."""
     tensor_parallel: int | None = None
@@ -85,8 +86,6 @@ class OpenOptions:
             raise UsageError(f"unknown output layer {self.output_layer!r}", hint="model or int8")
         if self.tensor_parallel is not None and self.tensor_parallel < 1:
             raise UsageError(f"tensor parallel {self.tensor_parallel}: must be at least 1")
-        if self.lookup and (self.drafter is not None or self.head != HeadOptions()):
-            raise UsageError("a draft head, or options of one, beside lookup, which takes none", hint="leave one out")
 
 
 def open_engine(directory: Path, options: OpenOptions | None = None) -> Engine:
@@ -156,14 +155,15 @@ def _open_torch(
     dtype = _DTYPES[_known(options.dtype)] if options.dtype else compute_dtype(checkpoint.spec, device)
     total = min(manifest.recipe.limits.total_tokens, checkpoint.spec.max_positions)
     trees: tuple[TreeShape | None, ...] = (None,)
-    if options.speculative and (manifest.recipe.tree is not None or options.drafter is not None or options.lookup):
-        usual = LOOKUP_TREES if options.lookup else DEFAULT_TREES
+    with_head = manifest.recipe.tree is not None or options.drafter is not None
+    if options.speculative and (with_head or options.lookup):
+        usual = DEFAULT_TREES if with_head else LOOKUP_TREES
         trees = usual if options.tree is None else (options.tree,)
     elif options.speculative and options.tree is not None:
         raise UsageError(
             f"a draft tree {options.tree}, but no draft head to draw it",
             where=str(directory),
-            hint="build it with --drafter, take --drafter lookup, which needs none, or leave --tree out",
+            hint="build it with --drafter, take --lookup, which needs none, or leave --tree out",
         )
     reach = total + TreeChooser(trees).max_nodes
     output_layer = options.output_layer or output_layer_of(manifest.recipe)
@@ -178,15 +178,19 @@ def _open_torch(
         ) from None
     drafting = None
     if trees != (None,):
-        head = None if options.lookup else _head(directory, model, options)
+        head = _head(directory, model, options) if with_head else None
         identity = directory / (ENGINE_FILE if (directory / ENGINE_FILE).is_file() else "config.json")
         first = ranks is None or ranks.rank == 0
         memory = memory_file(
             digest_file(identity), device,
-            f"{options.head} {dtype} {'lookup' if options.lookup else options.drafter} {output_layer} {size}",
+            f"{options.head} {dtype} {options.drafter} {output_layer} {size}{' lookup' * options.lookup}",
         )  # fmt: skip
-        expected = LOOKED_UP if options.lookup else measured_acceptance(options.drafter or directory / DRAFTER_DIR)
-        drafting = Drafting(head=head, trees=trees, memory=memory if first else None, expected=expected)
+        expected = measured_acceptance(options.drafter or directory / DRAFTER_DIR) if with_head else LOOKED_UP
+        if with_head and options.lookup:  # beams that are shared with lookups are better than a head's alone
+            expected = {shape: shares for shape, shares in expected.items() if shape.beams == 1}
+        drafting = Drafting(
+            head=head, lookup=options.lookup, trees=trees, memory=memory if first else None, expected=expected
+        )
     limits = _limits(manifest, options, model, total_tokens=total, reach=reach)
     threads = torch.get_num_threads()
     adapts = device.type == "cpu" and options.threads is None and threads > 1
@@ -239,7 +243,7 @@ def _open_trtllm(directory: Path, manifest: EngineManifest, options: OpenOptions
     if options.head != HeadOptions() or options.drafter is not None:
         wrong.append("draft head options: its drafter is compiled in")
     if options.lookup:
-        wrong.append("drafter lookup: it drafts with what is compiled in")
+        wrong.append("lookup: it drafts with what is compiled in, or not at all")
     if options.output_layer == "int8":
         wrong.append("output layer int8: it is compiled in 16 bits")
     if options.tensor_parallel not in (None, manifest.recipe.tensor_parallel):

@@ -19,16 +19,13 @@ rests: nobody reads it before it is overwritten.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from drafter.config import TreeShape
-from drafter.model import Drafter
 from trtkit.closing import Closing
 from trtkit.errors import CapacityError, RequestError
 from trtkit.log import logger
@@ -46,44 +43,11 @@ from trtkit.runtime.processors import switch_rows
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row, Schedule, Scheduler
 from trtkit.runtime.thread_choice import ThreadChooser
-from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
+from trtkit.runtime.torch_options import Drafting, TorchLimits
+from trtkit.runtime.tree_choice import TreeChooser
 from trtkit.runtime.tree_memory import recall, remember
-from trtkit.scheme import KvDtype
 
-__all__ = ["Drafting", "TorchEngine", "TorchLimits"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TorchLimits:
-    """How much the engine may hold at once."""
-
-    rows: int
-    total_tokens: int
-    """Longest prompt + output."""
-    kv_blocks: int
-    block_size: int = 16
-    kv_dtype: KvDtype = "model"
-    fixed_shapes: bool | None = None
-    """Pad decode steps to a few sizes, so that a CUDA graph can replay them; None means on CUDA."""
-    overlap: bool | None = None
-    """Launch a decode step before the one in flight is read; None means on CUDA. With fixed shapes only."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drafting:
-    """Where drafts come from, and the trees that they may make.
-
-    With one option that tree is drawn in every step; with several (None is plain decoding) the engine takes the one
-    that it measures to be fastest at the current batch.
-    """
-
-    head: Drafter | None
-    """A draft head on the model's device; None: drafts are looked up in the text so far, see ``lookup.py``."""
-    trees: tuple[TreeShape | None, ...] = DEFAULT_TREES
-    memory: Path | None = None
-    """File that keeps the measured step times from run to run."""
-    expected: Mapping[TreeShape, Sequence[float]] = field(default_factory=dict)
-    """Shares of steps that accepted at least 1, 2, ... tokens elsewhere: where the choice begins."""
+__all__ = ["TorchEngine"]
 
 
 class TorchEngine(Closing):
@@ -119,7 +83,7 @@ class TorchEngine(Closing):
             contexts=torch.zeros(limits.rows + 1, model.spec.hidden, dtype=model.dtype, device=model.device),
         )  # fmt: skip
         fixed = model.device.type == "cuda" if limits.fixed_shapes is None else limits.fixed_shapes
-        self._lookup = Lookup() if drafting is not None and drafting.head is None else None
+        self._lookup = Lookup() if drafting is not None and drafting.lookup else None
         self._graphs = self._fixed_steps() if fixed else None
         # What is looked up begins with what the step before has emitted.
         overlap = model.device.type == "cuda" if limits.overlap is None else limits.overlap
@@ -247,8 +211,8 @@ class TorchEngine(Closing):
         rows = self._schedule()
         began, shape = time.perf_counter(), self._choose(len(rows))
         drafts = self._look_up(rows, shape)
-        if drafts is None and self._lookup is not None:
-            shape = None
+        if drafts is None and self._stepper.head is None:
+            shape = None  # nothing was found
         if self._graphs is None or any(row.request.sampling.switch is not None for row in rows):
             return outputs + self._book(rows, shape, began, *self._emit(rows, shape, drafts))
         with self._phase("verify"):
@@ -256,11 +220,14 @@ class TorchEngine(Closing):
         return outputs + self._collect(launched)
 
     def _look_up(self, rows: Sequence[Row], shape: TreeShape | None) -> npt.NDArray[np.int64] | None:
-        """What the rows may go on with (R, beams, length); None where a head drafts, or nothing was found."""
+        """What the rows may go on with (R, beams, length); None where a head draws all beams, or nothing was found."""
         if self._lookup is None or shape is None:
             return None
+        beams = shape.beams if self._stepper.head is None else shape.beams // 2
+        if not beams:
+            return None
         with self._phase("draft"):
-            return self._lookup.draft(rows, shape)
+            return self._lookup.draft(rows, TreeShape(beams=beams, length=shape.length))
 
     def _choose(self, rows: int) -> TreeShape | None:
         """The draft tree of the next step, by what the first rank has measured."""

@@ -34,7 +34,7 @@ from trtkit.log import Progress, logger
 from trtkit.recipe import TRAINING_FILE
 from trtkit.runtime.load import compute_dtype
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting
+from trtkit.runtime.torch_options import Drafting
 from trtkit.training.evaluate import DepthHits, TreeResult, hits_by_depth, measure_tree
 from trtkit.training.measures import Measures
 from trtkit.training.plan import TrainingPlan

@@ -16,7 +16,8 @@ from trtkit.chat import Chat, PromptVariant
 from trtkit.decoder import Attend, causal_attention
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.thread_choice import ThreadChooser
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 from trtkit.training.rows import Row
 
 __all__ = ["draft_batch", "target_engine", "written_answers"]

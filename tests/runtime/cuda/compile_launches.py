@@ -23,7 +23,8 @@ from tests.engines import request
 from tests.runtime.cuda import fake_gpu
 from trtkit.bench.random_model import RandomWeights, random_head, shape_spec
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 ENGINES: tuple[tuple[str, str, int, bool], ...] = (
     ("bf16", "model", 12, False), ("fp8", "model", 12, True), ("fp8", "fp8", 48, False), ("int4", "model", 1, False),

@@ -41,7 +41,8 @@ from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.load import OpenOptions, device_named, open_engine
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.native.loader import SWITCH
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 from trtkit.scheme import KvDtype, OutputLayer, Precision, scheme_named
 from trtkit.training.evaluate import hits_by_depth
 from trtkit.training.target import draft_batch
@@ -163,7 +164,7 @@ def test_drafts_that_the_host_looks_up_come_with_the_input(gpu: FakeGpu, tree: T
     """No head, nothing launched ahead of what is looked up, and no copy or wait more than without drafts."""
     model = _model()
     limits = TorchLimits(rows=8, total_tokens=3000, kv_blocks=900)
-    engine = TorchEngine(model, limits, Drafting(head=None, trees=(tree,)))
+    engine = TorchEngine(model, limits, Drafting(lookup=True, trees=(tree,)))
     _play(engine, KINDS[:2])
     assert engine._graphs is not None
     assert engine._graphs._captures, "no step could be captured"

@@ -21,7 +21,8 @@ from trtkit.checkpoint.rank_share import share_rows, share_spec
 from trtkit.runtime.cuda import graphs
 from trtkit.runtime.draft_head import with_kernels
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 from trtkit.scheme import Precision
 
 RANKS = 2

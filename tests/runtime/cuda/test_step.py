@@ -13,7 +13,8 @@ from tests.engines import random_prompts, request, run_all
 from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 pytest.importorskip("triton")
 

@@ -25,7 +25,8 @@ from trtkit.errors import CapacityError, RequestError
 from trtkit.runtime.api import EngineStats, Request, SamplingParams, StepOutput, SwitchPenalty
 from trtkit.runtime.draft_head import with_kernels
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 VOCAB, LONGEST = 12, 60
 CPU = torch.device("cpu")

@@ -22,7 +22,8 @@ from trtkit.decoder import causal_attention
 from trtkit.runtime.api import EngineStats, FinishReason, Request, SamplingParams, SwitchPenalty
 from trtkit.runtime.draft_head import DraftPrecision, with_kernels
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 VOCAB = 12
 """So small that a random head is often right; and no multiple of any number of ranks."""
@@ -121,15 +122,17 @@ def test_all_ranks_emit_what_one_engine_does(
         assert stats.accepted_by_depth[0] > 0
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_all_ranks_look_up_the_same(directory: Path, fixed: bool) -> None:
+@pytest.mark.parametrize(("fixed", "beside"), paired([False, True], [False, True]))
+def test_all_ranks_look_up_the_same(directory: Path, head: Drafter, fixed: bool, beside: bool) -> None:
     """Nobody sends drafts around: they follow from the tokens, which are the same everywhere."""
     trees = (None, CHAIN, TREE)
     plain, _ = _outcome(_engine(directory), _requests())
 
     def rank(ranks: ThreadRanks) -> tuple[Any, EngineStats]:
         limits = TorchLimits(rows=8, total_tokens=200, kv_blocks=300, fixed_shapes=fixed)
-        return _outcome(TorchEngine(_model(directory, ranks), limits, Drafting(head=None, trees=trees)), _requests())
+        shared = with_kernels(copy.deepcopy(head), device=CPU, dtype=torch.float32, ranks=ranks)
+        drafting = Drafting(head=shared if beside else None, lookup=True, trees=trees)
+        return _outcome(TorchEngine(_model(directory, ranks), limits, drafting), _requests())
 
     (first, stats), (other, told) = on_ranks(2, rank)
     assert first == other == plain

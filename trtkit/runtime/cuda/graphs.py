@@ -75,8 +75,8 @@ class StepKey:
     """The host's part of :class:`SamplingRows`: which cuts any row asks for."""
     scored: bool
     """A row asks for log-probabilities."""
-    looked_up: bool = False
-    """The host sends the drafts."""
+    looked_up: int = 0
+    """How many of the tree's beams the host sends."""
 
     @property
     def path(self) -> int:
@@ -86,7 +86,7 @@ class StepKey:
     @property
     def beams(self) -> tuple[int, ...]:
         """Beams, and tokens of each, of the drafts in the input."""
-        return (self.shape.beams, self.shape.length) if self.looked_up and self.shape is not None else ()
+        return (self.looked_up, self.shape.length) if self.looked_up and self.shape is not None else ()
 
     @property
     def stand(self) -> int:
@@ -280,7 +280,8 @@ class StepGraphs:
         blocks = cache.blocks_for(max(row.cached for row in rows) + nodes)
         key = StepKey(
             rows=padded_rows(len(rows)), width=padded_width(blocks, cache.table_width), shape=shape,
-            cuts=_cuts(sampling), scored=any(request.logprobs for request in requests), looked_up=drafts is not None,
+            cuts=_cuts(sampling), scored=any(request.logprobs for request in requests),
+            looked_up=0 if drafts is None else drafts.shape[1],
         )  # fmt: skip
         fill_pending(
             host.inputs[: key.stand].numpy(), cache, rows, size=key.rows, width=key.width, pad_line=self._pad_line,

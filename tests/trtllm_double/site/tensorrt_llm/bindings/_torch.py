@@ -9,7 +9,8 @@ from drafter.config import TreeShape
 from trtkit.checkpoint.trtllm_reader import merged_drafter, open_trtllm
 from trtkit.runtime.load import compute_dtype
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.torch_engine import Drafting, TorchEngine, TorchLimits
+from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.runtime.torch_options import Drafting, TorchLimits
 
 
 def open_engine_dir(model_path, scratch, rows):
