@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from drafter.config import TreeShape
 from trtkit.bundled import practice_dir
 from trtkit.cli.app import run
 from trtkit.cli.engines import stem
@@ -155,6 +156,35 @@ def test_solve_opens_the_engine_with_the_output_layer_asked_for(
     assert solve(problems, engine, tmp_path / "b") == 0
     assert solve(problems, engine, tmp_path / "c", "--output-layer", "int4") == 2
     assert asked == ["model", None]
+
+
+def test_solve_drafts_as_it_is_told(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An engine without a head, with one that is named, from the text, and both."""
+    from trtkit.runtime import load
+
+    asked = []
+
+    def noted(directory: Path, options: load.OpenOptions) -> Any:
+        asked.append((options.drafter, options.lookup, options.tree))
+        return open_engine(directory, options)
+
+    open_engine = load.open_engine
+    monkeypatch.setattr(load, "open_engine", noted)
+    problems = tmp_path / "p.jsonl"
+    problems.write_text(PROBLEM + "\n", encoding="utf-8")
+    head, tree = practice_dir() / "drafter", TreeShape(beams=2, length=2)
+    lines = ["", "--lookup --tree 2x2", "--drafter practice --tree 2x2", "--drafter practice --lookup --tree 2x2"]
+    drafted = []
+    for number, line in enumerate(lines):
+        assert solve(problems, engine, tmp_path / str(number), *line.split(), "--max-tokens", "48", "--json") == 0
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        drafted.append(bool(summary["engine"]["accepted_by_depth"]))
+    assert asked == [(None, False, None), (None, True, tree), (head, False, tree), (head, True, tree)]
+    assert drafted == [False, True, True, True]
+    assert solve(problems, engine, tmp_path / "none", "--drafter", str(tmp_path / "nowhere")) == 1
+    assert "hint:  a directory of `trtkit train-drafter`, or practice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

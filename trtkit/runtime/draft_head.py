@@ -31,9 +31,21 @@ from trtkit.runtime.linear import Kernel, runtime_linear
 from trtkit.runtime.native.kernels import DRAFT_ROWS, draft_chain
 from trtkit.runtime.ranks.group import Ranks, gather_columns
 
-__all__ = ["DraftPrecision", "HeadOptions", "measured_acceptance", "open_head", "prepare_head", "with_kernels"]
+__all__ = [
+    "REBUILD",
+    "DraftPrecision",
+    "HeadOptions",
+    "measured_acceptance",
+    "open_head",
+    "prepare_head",
+    "with_kernels",
+]
 
 DraftPrecision: TypeAlias = Literal["model", "int8"]
+
+
+REBUILD = "build the engine again with --drafter, or without a tree"
+"""What to do about an engine's own head that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +69,10 @@ class HeadOptions:
 
 def open_head(
     directory: Path, spec: ModelSpec, options: HeadOptions, *, device: torch.device, dtype: torch.dtype,
-    embedding: Tensor | None = None, ranks: Ranks | None = None,
+    embedding: Tensor | None = None, ranks: Ranks | None = None, hint: str = REBUILD,
 ) -> Drafter:  # fmt: skip
     """The head in ``directory``, ready to draft for a model of ``spec``. With its ``embedding`` (V, H) chains may be
-    drawn in one kernel.
+    drawn in one kernel. ``hint``: what to do where it cannot be read.
 
     Raises :class:`EngineError` when it cannot be read or belongs to another model, :class:`UsageError` when the
     vocabulary cannot be trimmed.
@@ -69,7 +81,7 @@ def open_head(
     try:
         head = load_drafter(directory, dtype=dtype, device=device if alone else torch.device("cpu"))
     except DrafterError as problem:
-        raise EngineError(str(problem), hint="build the engine again with --drafter, or without a tree") from None
+        raise EngineError(str(problem), hint=hint) from None
     if (head.config.hidden_size, head.config.vocab_size) != (spec.hidden, spec.vocab):
         raise EngineError(
             f"the draft head is for hidden size {head.config.hidden_size} and vocabulary {head.config.vocab_size}, "

@@ -23,7 +23,7 @@ from trtkit.plan.memory import CPU_KV_SHARE, runtime_dtype
 from trtkit.recipe import DRAFTER_DIR, ENGINE_FILE, EngineManifest, Recipe, output_layer_of, read_manifest
 from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
-from trtkit.runtime.draft_head import HeadOptions, measured_acceptance, open_head, with_kernels
+from trtkit.runtime.draft_head import REBUILD, HeadOptions, measured_acceptance, open_head, with_kernels
 from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.lookup import LOOKED_UP, LOOKUP_TREES
 from trtkit.runtime.memory import free_bytes
@@ -205,9 +205,11 @@ def _head(directory: Path, model: DecoderModel, options: OpenOptions) -> Drafter
         merged = merged_drafter(directory, dtype=dtype, device=device)
     if merged is None:
         place = options.drafter or directory / DRAFTER_DIR
+        hint = REBUILD if options.drafter is None else "a directory of `trtkit train-drafter`, or practice"
         return open_head(
-            place, model.spec, wanted, device=device, dtype=dtype, embedding=model.embedding, ranks=model.ranks
-        )
+            place, model.spec, wanted, device=device, dtype=dtype, embedding=model.embedding, ranks=model.ranks,
+            hint=hint,
+        )  # fmt: skip
     if wanted.vocabulary is not None:
         raise UsageError("a head in rank files does not say which tokens are frequent", where=str(directory))
     return with_kernels(merged, wanted.precision, device=device, dtype=dtype, ranks=model.ranks)
