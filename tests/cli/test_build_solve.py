@@ -184,7 +184,7 @@ def test_solve_drafts_as_it_is_told(
     assert asked == [(None, False, None), (None, True, tree), (head, False, tree), (head, True, tree)]
     assert drafted == [False, True, True, True]
     assert solve(problems, engine, tmp_path / "none", "--drafter", str(tmp_path / "nowhere")) == 1
-    assert "hint:  a directory of `trtkit train-drafter`, or practice" in capsys.readouterr().err
+    assert "hint:  --drafter takes a directory of `trtkit train-drafter`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

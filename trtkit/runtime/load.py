@@ -205,7 +205,9 @@ def _head(directory: Path, model: DecoderModel, options: OpenOptions) -> Drafter
         merged = merged_drafter(directory, dtype=dtype, device=device)
     if merged is None:
         place = options.drafter or directory / DRAFTER_DIR
-        hint = REBUILD if options.drafter is None else "a directory of `trtkit train-drafter`, or practice"
+        hint = (
+            REBUILD if options.drafter is None else "--drafter takes a directory of `trtkit train-drafter`, or practice"
+        )
         return open_head(
             place, model.spec, wanted, device=device, dtype=dtype, embedding=model.embedding, ranks=model.ranks,
             hint=hint,
