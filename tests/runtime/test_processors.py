@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
+from drafter.tree import build_tree
 from tests.engines import random_prompts, request, run_all
 from tests.examples import examples
 from tests.tiny import save_tiny, tiny_model
@@ -23,8 +24,16 @@ from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import RequestError, UsageError
 from trtkit.runtime.api import Request, SamplingParams, SwitchPenalty
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.processors import SWITCH_WORDS, parse_switch_penalty, read_switch_penalty, switch_tokens
+from trtkit.runtime.processors import (
+    SWITCH_WORDS,
+    parse_switch_penalty,
+    penalise,
+    read_switch_penalty,
+    switch_rows,
+    switch_tokens,
+)
 from trtkit.runtime.sampling import pick, sampling_rows
+from trtkit.runtime.scheduler import Prefix, Row
 from trtkit.runtime.torch_engine import TorchEngine
 from trtkit.runtime.torch_options import Drafting, TorchLimits
 
@@ -132,6 +141,34 @@ def test_speculation_emits_the_plain_stream(
     requests = _requests(seed)
     engine = _engine(model, head, tree, rows=rows, kv_blocks=blocks, block_size=8)
     assert run_all(engine, requests) == run_all(_engine(model), requests)
+
+
+@given(
+    said=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12), min_size=1, max_size=3),
+    beams=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=3, max_size=3), min_size=1, max_size=4),
+    penalty=st.sampled_from(PENALTIES),
+)
+def test_a_node_is_lowered_where_its_own_path_is_young(
+    said: list[list[int]], beams: list[list[int]], penalty: SwitchPenalty
+) -> None:
+    """At every node of a tree against a walk along its path, from the last switch token back to the prompt's end."""
+    rows = [Row(request=request("a", (5, 7, 1), switch=penalty), order=0, prefix=Prefix(tokens=(5, 7)),
+                tokens=[5, 7, 1, *tokens]) for tokens in said]  # fmt: skip
+    root = torch.tensor([row.tokens[-1] for row in rows])
+    tree = build_tree(root, torch.tensor([beams] * len(rows)))
+    logits = torch.zeros(*tree.tokens.shape, VOCAB)
+    penalise(logits, tree, switch_rows(rows, torch.device("cpu")))
+    for index, tokens in enumerate(said):
+        for node in range(tree.tokens.shape[1]):
+            path, at = [], node
+            while at > 0:
+                path.append(int(tree.tokens[index, at]))
+                at = int(tree.parent[index, at])
+            text = [*tokens, *reversed(path)]
+            opened = max((place for place, token in enumerate(text) if token in penalty.tokens), default=0)
+            young = len(text) - opened < penalty.beta
+            expected = [-penalty.alpha * (young and token in penalty.tokens) for token in range(VOCAB)]
+            assert logits[index, node].tolist() == expected
 
 
 def test_drafts_across_a_switch_are_accepted(model: DecoderModel, head: Drafter) -> None:
