@@ -18,6 +18,7 @@ from tests.engines import random_prompts, request, run_all
 from tests.examples import examples
 from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
+from trtkit.cli.options import tree_named
 from trtkit.runtime.api import Request, SwitchPenalty
 from trtkit.runtime.lookup import LOOKUP_TREES, SharedText
 from trtkit.runtime.model import DecoderModel
@@ -229,6 +230,31 @@ def _paths(tree: TokenTree) -> set[tuple[int, ...]]:
         if len(path) == tree.levels:
             paths.add(tuple(reversed(path)))
     return paths
+
+
+def test_a_long_chain_beside_a_head_is_looked_up(model: DecoderModel, head: Drafter) -> None:
+    """The engine may choose what costs no run of the head: then it takes the steps that it takes without one."""
+    chain = TreeShape(beams=1, length=8)
+    (prompt,) = random_prompts(4, [20], vocab=VOCAB)
+    asked = [request(str(i), prompt, seed=i % 2, max_tokens=60) for i in range(4)]
+    stats = []
+    for drafter in (None, head):
+        engine = _engine(model, chain, head=drafter, rows=1)
+        run_all(engine, asked)
+        stats.append(dataclasses.replace(engine.stats(), seconds={}))
+    assert stats[0] == stats[1]
+
+
+def test_trees_learn_from_their_own_kind(head: Drafter) -> None:
+    """How often the head's chains are right says nothing about chains that are looked up, or about shared trees."""
+    measured = {TreeShape(beams=1, length=3): (0.9, 0.8, 0.7), TreeShape(beams=4, length=4): (0.95, 0.9, 0.8, 0.7)}
+    both = Drafting(head=head, lookup=True, expected=measured)
+    kinds = {tree: both.kind(tree_named(tree)) for tree in ("1x2", "1x4", "1x8", "2x4", "4x4", "3x2")}
+    assert kinds == {"1x2": "1+0", "1x4": "1+0", "1x8": "0+1", "2x4": "1+1", "4x4": "2+2", "3x2": "2+1"}
+    assert both.first_shares().keys() == {"1+0", "0+1"}
+    assert both.first_shares()["1+0"] == (0.9, 0.8, 0.7)
+    assert Drafting(head=head, expected=measured).first_shares().keys() == {"1", "4"}
+    assert Drafting(lookup=True).first_shares().keys() == {"0+1", "0+2", "0+4"}
 
 
 def test_a_problem_that_is_over_is_forgotten(model: DecoderModel) -> None:

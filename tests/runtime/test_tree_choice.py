@@ -76,7 +76,7 @@ def test_a_short_run_gains_from_what_training_measured(rows: int) -> None:
                                     for o in DEFAULT_TREES], "acceptance": []})  # fmt: skip
         if told:
             for beams, share in NEXT.items():
-                chooser.expect(beams, [share**depth for depth in range(1, 5)])
+                chooser.expect(str(beams), [share**depth for depth in range(1, 5)])
         rates.append(_run(chooser, rows, 50)[1])
     assert rates[1] > 0.9 * _best_rate(rows)
     assert rates[1] >= 0.95 * rates[0]

@@ -264,7 +264,8 @@ def decode_step(
     A second call with the same input draws the same tokens, though from another draft.
     """
     with phase("draft"):
-        if on.head is not None and shape is not None:
+        found = 0 if at.drafts is None else at.drafts.shape[1]
+        if on.head is not None and shape is not None and found < shape.beams:
             tree = draft(on.head, on.model, on.contexts.index_select(0, at.lines), at, shape, fixed=fixed)
         elif at.drafts is not None:
             tree = build_tree(at.tokens, at.drafts, fixed=fixed)

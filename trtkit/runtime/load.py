@@ -25,14 +25,14 @@ from trtkit.runtime.api import Engine
 from trtkit.runtime.blocks import blocks_for
 from trtkit.runtime.draft_head import REBUILD, HeadOptions, measured_acceptance, open_head, with_kernels
 from trtkit.runtime.kv_cache import kv_block_bytes
-from trtkit.runtime.lookup import LOOKED_UP, LOOKUP_TREES
+from trtkit.runtime.lookup import LOOKUP_TREES
 from trtkit.runtime.memory import free_bytes
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.ranks.engine import RankedEngine
 from trtkit.runtime.ranks.group import Ranks
 from trtkit.runtime.thread_choice import ThreadChooser
 from trtkit.runtime.torch_engine import TorchEngine
-from trtkit.runtime.torch_options import Drafting, TorchLimits
+from trtkit.runtime.torch_options import TREES_OF_BOTH, Drafting, TorchLimits
 from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
 from trtkit.runtime.tree_memory import memory_file
 from trtkit.scheme import OutputLayer
@@ -157,7 +157,7 @@ def _open_torch(
     trees: tuple[TreeShape | None, ...] = (None,)
     with_head = manifest.recipe.tree is not None or options.drafter is not None
     if options.speculative and (with_head or options.lookup):
-        usual = DEFAULT_TREES if with_head else LOOKUP_TREES
+        usual = (TREES_OF_BOTH if options.lookup else DEFAULT_TREES) if with_head else LOOKUP_TREES
         trees = usual if options.tree is None else (options.tree,)
     elif options.speculative and options.tree is not None:
         raise UsageError(
@@ -185,9 +185,7 @@ def _open_torch(
             digest_file(identity), device,
             f"{options.head} {dtype} {options.drafter} {output_layer} {size}{' lookup' * options.lookup}",
         )  # fmt: skip
-        expected = measured_acceptance(options.drafter or directory / DRAFTER_DIR) if with_head else LOOKED_UP
-        if with_head and options.lookup:  # beams that are shared with lookups are better than a head's alone
-            expected = {shape: shares for shape, shares in expected.items() if shape.beams == 1}
+        expected = measured_acceptance(options.drafter or directory / DRAFTER_DIR) if with_head else {}
         drafting = Drafting(
             head=head, lookup=options.lookup, trees=trees, memory=memory if first else None, expected=expected
         )

@@ -66,10 +66,10 @@ class TorchEngine(Closing):
         self._threads = threads
         self._limits = limits
         self._drafting = drafting
-        self._chooser = TreeChooser((None,) if drafting is None else drafting.trees)
+        self._chooser = TreeChooser((None,)) if drafting is None else TreeChooser(drafting.trees, drafting.kind)
         self._memory = None if drafting is None or len(drafting.trees) == 1 else drafting.memory
-        for shape, shares in drafting.expected.items() if drafting is not None else ():
-            self._chooser.expect(shape.beams, shares)
+        for kind, shares in drafting.first_shares().items() if drafting is not None else ():
+            self._chooser.expect(kind, shares)
         if self._memory is not None:
             recall(self._memory, self._chooser)
         self._nodes = self._chooser.max_nodes
@@ -106,8 +106,9 @@ class TorchEngine(Closing):
     def _tune(self, rows: int, shape: TreeShape | None) -> None:
         """Let the kernels measure themselves for a step of ``rows`` rows."""
         self._model.prepare(rows * (1 if shape is None else shape.max_nodes))
-        if self._stepper.head is not None and shape is not None:
-            prepare_head(self._stepper.head, rows * shape.beams)
+        drafting = self._drafting
+        if drafting is not None and drafting.head is not None and shape is not None:
+            prepare_head(drafting.head, rows * max(1, shape.beams - drafting.looked_up(shape)))
 
     @property
     def max_total_tokens(self) -> int:
@@ -210,24 +211,26 @@ class TorchEngine(Closing):
             torch.set_num_threads(self._threads.threads)
         rows = self._schedule()
         began, shape = time.perf_counter(), self._choose(len(rows))
-        drafts = self._look_up(rows, shape)
-        if drafts is None and self._stepper.head is None:
-            shape = None  # nothing was found
+        shape, drafts = self._look_up(rows, shape)
         if self._graphs is None or any(row.request.sampling.switch is not None for row in rows):
             return outputs + self._book(rows, shape, began, *self._emit(rows, shape, drafts))
         with self._phase("verify"):
             launched = self._graphs.launch(rows, shape, drafts, began=began)
         return outputs + self._collect(launched)
 
-    def _look_up(self, rows: Sequence[Row], shape: TreeShape | None) -> npt.NDArray[np.int64] | None:
-        """What the rows may go on with (R, beams, length); None where a head draws all beams, or nothing was found."""
-        if self._lookup is None or shape is None:
-            return None
-        beams = shape.beams if self._stepper.head is None else shape.beams // 2
+    def _look_up(
+        self, rows: Sequence[Row], shape: TreeShape | None
+    ) -> tuple[TreeShape | None, npt.NDArray[np.int64] | None]:
+        """The tree of the next step, and those of its beams that are looked up (R, beams, length); none for plain
+        decoding, where nothing was found of a tree that is looked up altogether."""
+        if self._lookup is None or self._drafting is None or shape is None:
+            return shape, None
+        beams = self._drafting.looked_up(shape)
         if not beams:
-            return None
+            return shape, None
         with self._phase("draft"):
-            return self._lookup.draft(rows, TreeShape(beams=beams, length=shape.length))
+            found = self._lookup.draft(rows, TreeShape(beams=beams, length=shape.length))
+        return (None if found is None and beams == shape.beams else shape), found
 
     def _choose(self, rows: int) -> TreeShape | None:
         """The draft tree of the next step, by what the first rank has measured."""

@@ -6,14 +6,15 @@ batch size, and then the one that gave the most tokens per second runs, with a r
 not depend on the choice, only their speed does.
 
 A step's time is measured for each option and batch size. Tokens per step follow from the acceptance by depth, which is
-kept per number of beams: at one row a single step says little, and 1x2 and 1x4 can learn from each other.
+kept per kind of tree, the number of beams if nobody says otherwise: at one row a single step says little, and 1x2 and
+1x4 can learn from each other.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -52,9 +53,9 @@ _FALLING = 0.8
 
 
 class _Acceptance:
-    """How often at least 1, 2, ... drafted tokens are accepted, for one number of beams.
+    """How often at least 1, 2, ... drafted tokens are accepted, for one kind of tree.
 
-    Trees of equal width share it: a chain of four says how good a chain of two would have been.
+    Trees of a kind share it: a chain of four says how good a chain of two would have been.
     """
 
     def __init__(self) -> None:
@@ -85,17 +86,22 @@ class _Acceptance:
 class TreeChooser:
     """Chooses for each step, and learns from what the step took."""
 
-    def __init__(self, options: Sequence[TreeShape | None] = DEFAULT_TREES) -> None:
+    def __init__(
+        self, options: Sequence[TreeShape | None] = DEFAULT_TREES,
+        kind: Callable[[TreeShape], str] = lambda tree: str(tree.beams),
+    ) -> None:  # fmt: skip
+        """Trees of one ``kind`` differ in their length alone."""
         self.options = tuple(options)
+        self._kind = kind
         self._seconds: dict[tuple[int, TreeShape | None], deque[float]] = {}
-        self._acceptance = {option.beams: _Acceptance() for option in self.options if option is not None}
+        self._acceptance = {kind(option): _Acceptance() for option in self.options if option is not None}
         self._steps: dict[int, int] = {}
         self._warm: set[tuple[int, TreeShape | None]] = set()
 
-    def expect(self, beams: int, shares: Sequence[float]) -> None:
-        """Begin with these shares of accepted depths for trees of ``beams`` beams, as the head's training measured."""
-        if beams in self._acceptance:
-            self._acceptance[beams].add(_TRUSTED, [_TRUSTED * share for share in shares], keep=0.0)
+    def expect(self, kind: str, shares: Sequence[float]) -> None:
+        """Begin with these shares of accepted depths for trees of this kind, as the head's training measured."""
+        if kind in self._acceptance:
+            self._acceptance[kind].add(_TRUSTED, [_TRUSTED * share for share in shares], keep=0.0)
 
     @property
     def max_nodes(self) -> int:
@@ -148,11 +154,11 @@ class TreeChooser:
             self._times(_bucket(rows), option).append(seconds / rows)
         self._warm.add((rows, option))
         if option is not None:
-            self._acceptance[option.beams].add(rows, accepted, keep=math.exp(-rows / _MEMORY_ROWS))
+            self._acceptance[self._kind(option)].add(rows, accepted, keep=math.exp(-rows / _MEMORY_ROWS))
 
     def tokens(self, option: TreeShape | None) -> float:
         """Expected tokens per row and step."""
-        return 1.0 if option is None else 1.0 + sum(self._acceptance[option.beams].shares(option.length))
+        return 1.0 if option is None else 1.0 + sum(self._acceptance[self._kind(option)].shares(option.length))
 
     def rate(self, rows: int, option: TreeShape | None) -> float:
         """Estimated tokens per second, of all rows; 0 before the first measurement."""
@@ -163,7 +169,7 @@ class TreeChooser:
         """Everything measured so far, as plain data for :meth:`recall`."""
         return {
             "seconds": [[size, str(option), list(times)] for (size, option), times in self._seconds.items() if times],
-            "acceptance": [[beams, kept.shares(len(kept.rows))] for beams, kept in self._acceptance.items()],
+            "acceptance": [[kind, kept.shares(len(kept.rows))] for kind, kept in self._acceptance.items()],
         }
 
     def recall(self, learned: Mapping[str, Any]) -> None:
@@ -175,9 +181,9 @@ class TreeChooser:
         for size, name, times in learned["seconds"]:
             if name in named:
                 self._times(int(size), named[name]).extend(float(seconds) for seconds in times)
-        for beams, shares in learned["acceptance"]:
+        for kind, shares in learned["acceptance"]:
             if shares:
-                self.expect(int(beams), [float(share) for share in shares])
+                self.expect(str(kind), [float(share) for share in shares])
 
     def _times(self, size: int, option: TreeShape | None) -> deque[float]:
         return self._seconds.setdefault((size, option), deque(maxlen=_REMEMBERED))
