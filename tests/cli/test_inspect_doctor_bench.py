@@ -74,9 +74,10 @@ def test_the_latest_engine_is_the_default(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("options", "drafting", "next_line"),
     [
-        (["--drafter", "some head"], 9.0, "build --precision bf16 --model tiny --drafter 'some head' --out E-drafter"),
-        (["--drafter", "some head", "--tree", "2x3"], 9.0,
-         "build --precision bf16 --model tiny --drafter 'some head' --tree 2x3 --out E-drafter"),
+        (["--drafter", "some head"], 9.0, "solve problems.jsonl --engine E --drafter 'some head'"),
+        (["--drafter", "some head", "--lookup", "--problems", "p.jsonl", "--tree", "2x3"], 9.0,
+         "solve problems.jsonl --engine E --drafter 'some head' --lookup --tree 2x3"),
+        (["--lookup", "--problems", "p.jsonl"], 0.5, "solve problems.jsonl --engine E"),
         (["--drafter", "some head"], 0.5, "solve problems.jsonl --engine E"),
         (["--tree", "2x3"], 9.0, "solve problems.jsonl --engine E --tree 2x3"),
         (["--output-layer", "int8"], 0.5, "solve problems.jsonl --engine E --output-layer int8"),
