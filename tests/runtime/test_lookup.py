@@ -265,6 +265,18 @@ def test_a_problem_that_is_over_is_forgotten(model: DecoderModel) -> None:
     assert len(engine._lookup._siblings) == 1
 
 
+def test_the_text_of_a_prompt_does_not_grow_for_ever(model: DecoderModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may be asked one thing again and again, so that it is never over."""
+    monkeypatch.setattr("trtkit.runtime.lookup._MOST_TOKENS", 200)
+    (prompt,) = random_prompts(4, [20], vocab=VOCAB)
+    asked = [request(str(i), prompt, seed=i, max_tokens=30) for i in range(20)]
+    engine = _engine(model, CHAIN, rows=2)
+    assert run_all(engine, asked) == run_all(_engine(model), asked)
+    assert engine._lookup is not None
+    (siblings,) = engine._lookup._siblings.values()
+    assert siblings.text.size <= 200 + 2 * (30 + CHAIN.length + 1)
+
+
 def test_what_was_taken_back_is_not_built_upon(model: DecoderModel) -> None:
     """A sample that is extended after some of its tokens were dropped drafts from what it says now."""
     (prompt,) = random_prompts(6, [20], vocab=VOCAB)

@@ -46,6 +46,8 @@ _PLACES = 16
 """Places that are compared for a draft."""
 _AGREEMENT = 16
 """Tokens before a place that are compared; more agreement makes no better a draft."""
+_MOST_TOKENS = 2 << 20
+"""Beyond so many (of some 40 bytes each) the text of a prompt begins anew: a server may be asked one thing for ever."""
 _NOWHERE = -1
 
 
@@ -69,6 +71,8 @@ class SharedText:
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._texts: list[_Text] = []
+        self.size = 0
+        """Tokens, of all samples."""
         self._after_pair: dict[int, int] = {}
         self._after_token: dict[int, int] = {}
         self._tail = tuple(prompt[-_AGREEMENT:])
@@ -93,6 +97,7 @@ class SharedText:
     def extend(self, text: _Text, tokens: Sequence[int]) -> None:
         """Add tokens to a text, and to what leads to them."""
         written = text.tokens
+        self.size += len(tokens)
         for token in tokens:
             position = len(written)
             place, earlier = text.number << 32 | position, _NOWHERE
@@ -187,7 +192,7 @@ class Lookup:
 
     def _siblings_of(self, row: Row) -> _Siblings:
         found = self._siblings.get(id(row.prefix))
-        if found is None:
+        if found is None or found.text.size > _MOST_TOKENS:
             # A problem begins: those that are over are forgotten.
             self._siblings = {key: kept for key, kept in self._siblings.items() if kept.prefix.requests}
             found = self._siblings[id(row.prefix)] = _Siblings(row.prefix, row.request.prompt)
