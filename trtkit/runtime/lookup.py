@@ -39,7 +39,7 @@ LOOKED_UP: Mapping[TreeShape, Sequence[float]] = {
     TreeShape(beams=2, length=4): (0.52, 0.35, 0.26, 0.21),
     TreeShape(beams=4, length=4): (0.56, 0.39, 0.29, 0.24),
 }
-"""Shares of steps that accepted at least 1, 2, ... drafts on public traces of a 1.5B model (``docs/benchmarks.md``):
+"""Shares of steps that accepted at least 1, 2, ... drafts on public traces of a 1.5B model (``docs/solver.md``):
 where the choice begins."""
 
 _PLACES = 16
