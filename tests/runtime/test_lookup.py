@@ -20,8 +20,9 @@ from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
 from trtkit.cli.options import tree_named
 from trtkit.runtime.api import Request, SwitchPenalty
-from trtkit.runtime.lookup import LOOKUP_TREES, SharedText
+from trtkit.runtime.lookup import GUESS, LOOKUP_TREES, Lookup, SharedText
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.scheduler import Prefix, Row
 from trtkit.runtime.torch_engine import TorchEngine
 from trtkit.runtime.torch_options import Drafting, TorchLimits
 
@@ -255,6 +256,43 @@ def test_trees_learn_from_their_own_kind(head: Drafter) -> None:
     assert both.first_shares()["1+0"] == (0.9, 0.8, 0.7)
     assert Drafting(head=head, expected=measured).first_shares().keys() == {"1", "4"}
     assert Drafting(lookup=True).first_shares().keys() == {"0+1", "0+2", "0+4"}
+
+
+@examples(30)
+@given(
+    tokens=st.lists(st.integers(0, 2), min_size=1, max_size=80),
+    pieces=st.lists(st.integers(1, 5), min_size=1, max_size=80),
+)
+def test_guesses_are_compared_with_what_came(tokens: list[int], pieces: list[int]) -> None:
+    """A row that grows by pieces: each guess is the draft of its moment, and is judged eight tokens later."""
+    prompt = (1, 2, 0, 1)
+    row = Row(request=request("a", prompt), order=0, prefix=Prefix(tokens=prompt[:-1], requests=1), tokens=[*prompt])
+    lookup, written = Lookup(), _Written(list(prompt))
+    written.begin()
+    made: tuple[int, list[int]] | None = None
+    for piece in pieces:
+        grown = len(row.tokens) - len(prompt)
+        expected = []
+        if made is None or len(row.tokens) >= made[0] + GUESS.length:
+            if made is not None:
+                came = row.tokens[made[0] : made[0] + GUESS.length]
+                expected = [max(n for n in range(GUESS.length + 1) if made[1][:n] == came[:n] and n <= len(made[1]))]
+            made = (len(row.tokens), (written.draft(0, 1, GUESS.length) or [[]])[0])
+        assert lookup.check([row]) == expected
+        row.tokens += tokens[grown : grown + piece]
+        written.write(0, tokens[grown : grown + piece])
+
+
+def test_the_choice_knows_what_lookups_would_bring(model: DecoderModel) -> None:
+    """While all steps are plain: tokens per step that the chain would have, beside an engine that takes it."""
+    (prompt,) = random_prompts(4, [20], vocab=VOCAB)
+    asked = [request(str(i), prompt, max_tokens=100) for i in range(4)]
+    idle, taken = _engine(model, None, GUESS, rows=1), _engine(model, GUESS, rows=1)
+    idle._chooser.choose = lambda _rows: None  # never taken
+    run_all(idle, asked)
+    run_all(taken, asked)
+    assert idle.stats().drafted_row_steps == 0
+    assert idle._chooser.tokens(GUESS) == pytest.approx(taken.stats().tokens_per_step, rel=0.25)
 
 
 def test_a_problem_that_is_over_is_forgotten(model: DecoderModel) -> None:

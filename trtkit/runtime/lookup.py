@@ -21,7 +21,7 @@ import numpy.typing as npt
 from drafter.config import TreeShape
 from trtkit.runtime.scheduler import Prefix, Row
 
-__all__ = ["LOOKED_UP", "LOOKUP_TREES", "Lookup", "SharedText"]
+__all__ = ["GUESS", "LOOKED_UP", "LOOKUP_TREES", "Lookup", "SharedText"]
 
 LOOKUP_TREES: tuple[TreeShape | None, ...] = (
     None,
@@ -33,6 +33,9 @@ LOOKUP_TREES: tuple[TreeShape | None, ...] = (
     TreeShape(beams=4, length=4),
 )
 """What the engine chooses from: a long draft costs nothing to make here, unlike a head's."""
+
+GUESS = TreeShape(beams=1, length=8)
+"""What is guessed on the side, see :meth:`Lookup.check`."""
 
 LOOKED_UP: Mapping[TreeShape, Sequence[float]] = {
     TreeShape(beams=1, length=8): (0.44, 0.26, 0.18, 0.14, 0.11, 0.09, 0.08, 0.07),
@@ -47,7 +50,7 @@ _PLACES = 16
 _AGREEMENT = 16
 """Tokens before a place that are compared; more agreement makes no better a draft."""
 _MOST_TOKENS = 2 << 20
-"""Beyond so many (of some 40 bytes each) the text of a prompt begins anew: a server may be asked one thing for ever."""
+"""Beyond so many (20 to 40 bytes each) the text of a prompt begins anew: a server may be asked one thing for ever."""
 _NOWHERE = -1
 
 
@@ -155,6 +158,12 @@ def _agreement(written: Sequence[int], other: Sequence[int], position: int) -> i
     return count
 
 
+def _agreeing(guess: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many tokens of ``guess`` those that came begin with."""
+    wrong = (count for count, (one, other) in enumerate(zip(guess, tokens, strict=False)) if one != other)
+    return next(wrong, min(len(guess), len(tokens)))
+
+
 class _Siblings:
     """The text of the rows that have one prompt."""
 
@@ -163,6 +172,8 @@ class _Siblings:
         self.text = SharedText(prompt)
         self.written: dict[int, tuple[int, int]] = {}
         """By the row's order: its number in the text, and how many of its tokens are written there."""
+        self.guesses: dict[int, tuple[int, list[int]]] = {}
+        """By the row's order: how many tokens it had when it guessed, and which would come."""
 
 
 class Lookup:
@@ -184,11 +195,27 @@ class Lookup:
             drafts[index] = found + found[:1] * (shape.beams - len(found))
         return drafts if any_found else None
 
+    def check(self, rows: Sequence[Row]) -> list[int]:
+        """How many tokens in a row came as they were guessed, for each row that has written a guess's length since; it
+        then guesses anew. So it is known what chains of ``GUESS`` are worth while a step takes something else."""
+        right: list[int] = []
+        for row in rows:
+            siblings = self._siblings_of(row)
+            if row.order in siblings.guesses:
+                at, guess = siblings.guesses[row.order]
+                if len(row.tokens) < at + GUESS.length:
+                    continue
+                right.append(_agreeing(guess, row.tokens[at:]))
+            found = siblings.text.draft(self._read(siblings, row), 1, GUESS.length)
+            siblings.guesses[row.order] = (len(row.tokens), found[0] if found else [])
+        return right
+
     def rewritten(self, row: Row) -> None:
         """Some of the row's tokens were taken back: it is a new sample from here on."""
         siblings = self._siblings.get(id(row.prefix))
         if siblings is not None:
             siblings.written.pop(row.order, None)
+            siblings.guesses.pop(row.order, None)
 
     def _siblings_of(self, row: Row) -> _Siblings:
         found = self._siblings.get(id(row.prefix))

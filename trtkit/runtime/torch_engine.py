@@ -36,7 +36,7 @@ from trtkit.runtime.counters import Counters
 from trtkit.runtime.cuda.graphs import Launched, StepGraphs
 from trtkit.runtime.draft_head import prepare_head
 from trtkit.runtime.kv_cache import KvCache
-from trtkit.runtime.lookup import Lookup
+from trtkit.runtime.lookup import GUESS, Lookup
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.prefill import Stretch, prefill
 from trtkit.runtime.processors import switch_rows
@@ -210,21 +210,25 @@ class TorchEngine(Closing):
         if self._threads is not None and torch.get_num_threads() != self._threads.threads:
             torch.set_num_threads(self._threads.threads)
         rows = self._schedule()
-        began, shape = time.perf_counter(), self._choose(len(rows))
-        shape, drafts = self._look_up(rows, shape)
+        began = time.perf_counter()
+        shape, drafts = self._look_up(rows)
         if self._graphs is None or any(row.request.sampling.switch is not None for row in rows):
             return outputs + self._book(rows, shape, began, *self._emit(rows, shape, drafts))
         with self._phase("verify"):
             launched = self._graphs.launch(rows, shape, drafts, began=began)
         return outputs + self._collect(launched)
 
-    def _look_up(
-        self, rows: Sequence[Row], shape: TreeShape | None
-    ) -> tuple[TreeShape | None, npt.NDArray[np.int64] | None]:
+    def _look_up(self, rows: Sequence[Row]) -> tuple[TreeShape | None, npt.NDArray[np.int64] | None]:
         """The tree of the next step, and those of its beams that are looked up (R, beams, length); none for plain
         decoding, where nothing was found of a tree that is looked up altogether."""
-        if self._lookup is None or self._drafting is None or shape is None:
-            return shape, None
+        if self._lookup is None or self._drafting is None:
+            return self._choose(len(rows)), None
+        with self._phase("draft"):
+            right = self._lookup.check(rows)
+        self._chooser.learn(self._drafting.kind(GUESS), right, GUESS.length)
+        shape = self._choose(len(rows))
+        if shape is None:
+            return None, None
         beams = self._drafting.looked_up(shape)
         if not beams:
             return shape, None

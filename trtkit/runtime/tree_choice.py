@@ -156,6 +156,17 @@ class TreeChooser:
         if option is not None:
             self._acceptance[self._kind(option)].add(rows, accepted, keep=math.exp(-rows / _MEMORY_ROWS))
 
+    def learn(self, kind: str, right: Sequence[int], length: int) -> None:
+        """Drafts of this kind, ``length`` long, would have been right ``right`` times in a row at places of the text.
+
+        Where they are right, steps are longer and thus fewer: a place counts for the share of a step that it has.
+        """
+        if right and kind in self._acceptance:
+            weights = [1 / (1 + count) for count in right]
+            pairs = list(zip(weights, right, strict=True))
+            accepted = [sum(weight for weight, count in pairs if count > depth) for depth in range(length)]
+            self._acceptance[kind].add(sum(weights), accepted, keep=math.exp(-sum(weights) / _MEMORY_ROWS))
+
     def tokens(self, option: TreeShape | None) -> float:
         """Expected tokens per row and step."""
         return 1.0 if option is None else 1.0 + sum(self._acceptance[self._kind(option)].shares(option.length))
