@@ -43,6 +43,22 @@ def request(name: str, prompt: tuple[int, ...], *, seed: int = 0, max_tokens: in
                    max_tokens=max_tokens, seed=seed)  # fmt: skip
 
 
+def mixed_requests(seed: int, vocab: int) -> list[Request]:
+    """Ten of three prompts: every kind of sampling, budgets and stop ids that end them at different places."""
+    prompts = random_prompts(seed, [1, 9, 33], vocab=vocab)
+    sampling: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.0},
+        {"temperature": 0.5, "top_p": 0.9},
+        {"temperature": 1.2, "top_k": 5, "min_p": 0.05},
+    ]
+    return [
+        request(str(i), prompts[i % 3], seed=seed + i, max_tokens=1 + 9 * (i % 4), stop_ids=(3,) if i % 2 else (),
+                **sampling[(i + i // 4) % 4])
+        for i in range(10)
+    ]  # fmt: skip
+
+
 def run_all(
     engine: Engine, requests: Iterable[Request], *, arrivals_per_step: int | None = None
 ) -> tuple[dict[str, list[int]], dict[str, FinishReason]]:

@@ -14,7 +14,7 @@ from drafter.beam import beam_search
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
 from drafter.tree import TokenTree
-from tests.engines import random_prompts, request, run_all
+from tests.engines import mixed_requests, random_prompts, request, run_all
 from tests.examples import examples
 from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
@@ -110,19 +110,6 @@ def test_drafts_are_those_of_a_search_through_everything(
         assert text.draft(number + 1, beams, length) == written.draft(number, beams, length)
 
 
-def _requests(seed: int) -> list[Request]:
-    """Ten, of three prompts."""
-    prompts = random_prompts(seed, [1, 9, 33], vocab=VOCAB)
-    sampling: list[dict[str, Any]] = [
-        {"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 0.5, "top_p": 0.9}, {"top_k": 5, "min_p": 0.05},
-    ]  # fmt: skip
-    return [
-        request(str(i), prompts[i % 3], seed=seed + i, max_tokens=1 + 9 * (i % 4), stop_ids=(3,) if i % 2 else (),
-                **sampling[(i + i // 4) % 4])
-        for i in range(10)
-    ]  # fmt: skip
-
-
 @examples(30)
 @given(
     seed=st.integers(0, 10_000),
@@ -139,7 +126,7 @@ def test_the_stream_is_the_plain_stream(
 ) -> None:  # fmt: skip
     """Any seed, temperature, cut, tree, batch mix; with and without a head; preemption; steps of fixed shapes, as CUDA
     graphs replay them."""
-    requests = _requests(seed)
+    requests = mixed_requests(seed, VOCAB)
     plain = run_all(_engine(model), requests)
     engine = _engine(
         model, *tree, head=head if beside else None, rows=rows, kv_blocks=blocks, block_size=8, fixed_shapes=fixed,

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from drafter.config import DrafterConfig, TreeShape
 from drafter.model import Drafter
-from tests.engines import random_prompts, request, run_all
+from tests.engines import mixed_requests, random_prompts, request, run_all
 from tests.examples import THOROUGH, examples
 from tests.tiny import save_tiny, tiny_model
 from trtkit.checkpoint.unified import open_unified
-from trtkit.runtime.api import Request
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import TorchEngine
 from trtkit.runtime.torch_options import Drafting, TorchLimits
@@ -71,21 +70,6 @@ def _engine(model: DecoderModel, head: Drafter | None, tree: TreeShape | None, *
     return TorchEngine(model, TorchLimits(**{"rows": 8, "total_tokens": 200, "kv_blocks": 300, **limits}), drafting)
 
 
-def _requests(seed: int) -> list[Request]:
-    prompts = random_prompts(seed, [1, 9, 33], vocab=VOCAB)
-    sampling: list[dict[str, Any]] = [
-        {"temperature": 1.0},
-        {"temperature": 0.0},
-        {"temperature": 0.5, "top_p": 0.9},
-        {"temperature": 1.2, "top_k": 5, "min_p": 0.05},
-    ]
-    return [
-        request(str(i), prompts[i % 3], seed=seed + i, max_tokens=1 + 9 * (i % 4), stop_ids=(3,) if i % 2 else (),
-                **sampling[(i + i // 4) % 4])
-        for i in range(10)
-    ]  # fmt: skip
-
-
 @examples(25)
 @given(
     seed=st.integers(0, 10_000),
@@ -100,7 +84,7 @@ def test_the_stream_is_the_plain_stream(
     arrivals: int,
 ) -> None:  # fmt: skip
     """Any seed, temperature, cut, tree shape, batch mix, head; stops and budgets inside an accepted run; preemption."""
-    requests = _requests(seed)
+    requests = mixed_requests(seed, VOCAB)
     plain = run_all(_engine(model, None, None), requests)
     engine = _engine(model, heads[name], tree, rows=rows, kv_blocks=blocks, block_size=8)
     assert run_all(engine, requests, arrivals_per_step=arrivals) == plain
@@ -166,7 +150,7 @@ def test_a_draft_begins_at_the_state_that_drew_the_last_token(
 
 def test_trees_may_change_from_step_to_step(model: DecoderModel, heads: dict[str, Drafter]) -> None:
     """The engine's own choice of tree, which follows the clock, is invisible in the tokens."""
-    requests = _requests(77)
+    requests = mixed_requests(77, VOCAB)
     limits = TorchLimits(rows=8, total_tokens=200, kv_blocks=300)
     automatic = TorchEngine(model, limits, Drafting(head=heads["copycat"]))
     assert run_all(automatic, requests) == run_all(_engine(model, None, None), requests)

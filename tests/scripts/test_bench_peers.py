@@ -11,18 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from peers import environments, machine, ours, run  # noqa: E402
-from peers.__main__ import main  # noqa: E402
-from peers.catalogue import OURS, PEERS, Line, Peer, chosen, with_forced  # noqa: E402
-from peers.checkpoint import make_checkpoint  # noqa: E402
-from peers.environments import Environment, InstallError, ensure_environment, last_words  # noqa: E402
-from peers.report import document, notes, rows_of, table_rows  # noqa: E402
-from peers.run import Attempt, Plan, Run, rotated, run_peers  # noqa: E402
-from peers.worker import Point, Task, _point  # noqa: E402
+from peers import environments, machine, ours, run
+from peers.__main__ import main
+from peers.catalogue import OURS, PEERS, Line, Peer, chosen, with_forced
+from peers.checkpoint import make_checkpoint
+from peers.environments import Environment, InstallError, ensure_environment, last_words
+from peers.report import document, notes, rows_of, table_rows
+from peers.run import Attempt, Plan, Run, rotated, run_peers
+from peers.worker import Point, Task, _point
 
 MODES = ("good", "crash", "short", "equal", "unprepared", "slow", "child")
 FAKE = Peer(module="tests.scripts.fake_peer", variants=MODES, what="a fake", environment=None)

@@ -6,14 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+import lookup_acceptance
 import pytest
 
 from trtkit.bundled import practice_dir
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import lookup_acceptance  # noqa: E402
 
 
 def test_tokens_per_step_of_saved_samples(

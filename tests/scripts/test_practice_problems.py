@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from itertools import islice
 from pathlib import Path
 from random import Random
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from practice.families import LARGEST, LEVELS, Draft  # noqa: E402
-from practice.files import DEMO_COUNT, FILES_SEED, HELDOUT_COUNT, problem_rows, read_rows  # noqa: E402
-from practice.problems import (  # noqa: E402
+from practice.families import LARGEST, LEVELS, Draft
+from practice.files import DEMO_COUNT, FILES_SEED, HELDOUT_COUNT, problem_rows, read_rows
+from practice.problems import (
     MAKERS,
     PROMPT_KINDS,
     balanced,
@@ -28,6 +23,8 @@ from practice.problems import (  # noqa: E402
     stream,
     write_thought,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PER_LEVEL = 60
 EXPRESSION = re.compile(r"[0-9+\-*/()]+")

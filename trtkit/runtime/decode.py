@@ -81,7 +81,7 @@ class Pending:
     blocks: Tensor
     """int64 (R, B): the block table."""
     drafts: Tensor | None = None
-    """int64 (R, W, L): beams that the host looked up; None: a head draws them."""
+    """int64 (R, W, L): those of the tree's beams that the host looked up; None for none."""
 
 
 def pending(

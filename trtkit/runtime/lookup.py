@@ -80,7 +80,7 @@ class SharedText:
         self._after_token: dict[int, int] = {}
         self._tail = tuple(prompt[-_AGREEMENT:])
         """Where each sample begins: a row's first drafts need something to look up."""
-        self.extend(self._new(), prompt)
+        self._extend(self._new(), prompt)
 
     def begin(self) -> int:
         """The number of a new sample."""
@@ -95,9 +95,9 @@ class SharedText:
 
     def write(self, number: int, tokens: Sequence[int]) -> None:
         """Sample ``number`` goes on with ``tokens``."""
-        self.extend(self._texts[number], tokens)
+        self._extend(self._texts[number], tokens)
 
-    def extend(self, text: _Text, tokens: Sequence[int]) -> None:
+    def _extend(self, text: _Text, tokens: Sequence[int]) -> None:
         """Add tokens to a text, and to what leads to them."""
         written = text.tokens
         self.size += len(tokens)

@@ -223,14 +223,13 @@ class TorchEngine(Closing):
         decoding, where nothing was found of a tree that is looked up altogether."""
         if self._lookup is None or self._drafting is None:
             return self._choose(len(rows)), None
-        with self._phase("draft"):
-            right = self._lookup.check(rows)
-        self._chooser.learn(self._drafting.kind(GUESS), right, GUESS.length)
+        if len(self._chooser.options) > 1:
+            with self._phase("draft"):
+                right = self._lookup.check(rows)
+            self._chooser.learn(self._drafting.kind(GUESS), right, GUESS.length)
         shape = self._choose(len(rows))
-        if shape is None:
-            return None, None
-        beams = self._drafting.looked_up(shape)
-        if not beams:
+        beams = 0 if shape is None else self._drafting.looked_up(shape)
+        if shape is None or not beams:
             return shape, None
         with self._phase("draft"):
             found = self._lookup.draft(rows, TreeShape(beams=beams, length=shape.length))
