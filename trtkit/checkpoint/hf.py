@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -44,7 +44,8 @@ LM_HEAD = "lm_head.weight"
 MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
+_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt")
+_HUB_FILES = (*_TOKENIZER_FILES, "*.safetensors")
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
@@ -59,9 +60,10 @@ def layer_of(name: str) -> int | None:
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
-def resolve_source(model: str) -> Path:
+def resolve_source(model: str, *, weights: bool = True) -> Path:
     """The directory of ``practice``, of a directory as given, or of a hub id (downloaded into the hub's cache).
 
+    Without ``weights`` only what a tokenizer needs is downloaded.
     Raises :class:`HubError` or :class:`InputError` with what to pass instead.
     """
     if model == PRACTICE:
@@ -77,10 +79,10 @@ def resolve_source(model: str) -> Path:
             where=model,
             hint=f"pass {known_hub_id(model) or 'a checkpoint directory, a hub id (owner/name), or practice'}",
         )
-    return _download(model)
+    return _download(model, _HUB_FILES if weights else _TOKENIZER_FILES)
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -89,7 +91,7 @@ def _download(model: str) -> Path:
 
     instead = "pass a directory that holds the checkpoint (--model DIR), or --model practice"
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(files)))
     except errors.GatedRepoError:
         raise refused(
             "this model is gated",

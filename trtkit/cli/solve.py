@@ -29,12 +29,29 @@ if TYPE_CHECKING:
     from trtkit.solve.run import Outcome
     from trtkit.solve.sandbox import SandboxOptions
 
+_ENGINE_OPTIONS = (
+    "--engine", "--tree", "--drafter", "--lookup", "--device", "--tp", "--threads", "--output-layer",
+)  # fmt: skip
+
 
 def command(
     context: typer.Context,
     problems: Annotated[Path, typer.Argument(help="JSONL or CSV: id, problem, and the answer if it is known.")],
     engine: Annotated[
         Path | None, typer.Option("--engine", help="Engine directory; default: the latest in engines/built.")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--endpoint", help="In place of an engine: a server that speaks OpenAI's API, http://HOST:PORT/v1."
+        ),
+    ] = None,
+    endpoint_model: Annotated[
+        str | None, typer.Option("--endpoint-model", help="Which of the server's models; default: the only one.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="What the server serves: a checkpoint or hub id; default: what it says."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Where to write the result; default: runs/PROBLEMS-ENGINE.")
@@ -145,14 +162,14 @@ def command(
     """Solve problems by majority vote. Interrupt it at any time: the same command goes on from there."""
     began = time.monotonic()
 
-    from trtkit.chat import VARIANTS, load_chat, prompt_names
+    from trtkit.chat import VARIANTS, prompt_names
+    from trtkit.cli.sources import DirectorySource, ServerSource, Source
     from trtkit.errors import OutputError, UsageError
     from trtkit.interrupts import sigterm_as_interrupt
     from trtkit.log import logger
-    from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE, read_manifest
+    from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE
     from trtkit.runtime.api import SamplingParams
     from trtkit.runtime.processors import read_switch_penalty
-    from trtkit.runtime.trtllm_sampling import notices_for
     from trtkit.solve.answers import AnswerMode
     from trtkit.solve.clock import parse_duration
     from trtkit.solve.difficulty import predict_tokens
@@ -162,7 +179,7 @@ def command(
 
     drafting = drafting_named(context, tree=tree, drafter=drafter, lookup=lookup)
     refuse_directory(problems)
-    directory = chosen_engine(engine)
+    directory = None if endpoint is not None else chosen_engine(engine)
     defaults = SolveOptions()
     limit = parse_duration(time_limit) if time_limit else None
     chosen: dict[str, Any] = dict(policy_named(policy, time_limit=limit)) if policy else {}
@@ -174,6 +191,8 @@ def command(
         (full_vote and bool(force_close), ("--force-close",), "not with --full-vote, which forces no answer"),
         (full_vote and stop != ["none"], ("--stop",), "not with --full-vote, which uses no stop rule"),
         (not pooled, ("--together",), waves),
+        (endpoint is not None, _ENGINE_OPTIONS, "the server decides, not with --endpoint"),
+        (endpoint is None, ("--endpoint-model", "--tokenizer"), "only with --endpoint"),
     ])  # fmt: skip
     code = _tools_named(tools, calls=tool_calls, seconds=tool_seconds, unsafe=tools_unsafe)
     fitting = prompt_names(tools=code is not None)
@@ -210,30 +229,35 @@ def command(
         raise UsageError("--difficulty scales the shares of a clock", hint="give it one, e.g. --time-limit 5h")
     with out_of_range_is_usage():
         options(SamplingParams(**sampling))  # type: ignore[arg-type]  # refused before anything is read
-    manifest = read_manifest(directory)  # a wrong directory is told as such, before its tokenizer is missed
-    if manifest.recipe.greedy and not prompt:
+    rows = read_problems(problems) if directory is None else []
+    source: Source = (
+        ServerSource.at(endpoint or "", model=endpoint_model, tokenizer=tokenizer)
+        if directory is None
+        else DirectorySource.of(directory)  # a wrong directory is told as such, before its tokenizer is missed
+    )
+    if source.greedy and not prompt:
         variants = fitting
-    rows = read_problems(problems)
+    rows = rows or read_problems(problems)
     if difficulty is not None:
         chosen["difficulty"] = predict_tokens(difficulty, rows)
-    chat = load_chat(directory)
+    chat = source.chat()
     with out_of_range_is_usage():
         switch = read_switch_penalty(switch_penalty, chat.encode, chat.decode) if switch_penalty else None
     told = [name for name in variants if VARIANTS[name].tools] if code is None else []
     if told:
         logger.warning("note: --prompt %s tells the model that its code runs, and without --tools it does not", told[0])
     final = options(SamplingParams(**sampling, switch=switch))  # type: ignore[arg-type]
-    for text in notices_for(manifest, final.sampling, logprobs=final.wants_logprobs):
+    for text in source.notices(final.sampling, logprobs=final.wants_logprobs):
         logger.warning("note: %s", text)
     if time_limit and limit:
         _tell_limit(time_limit, limit, len(rows))
-    target = out or Path("runs") / f"{problems.stem}-{directory.resolve().name}"
+    target = out or Path("runs") / f"{problems.stem}-{source.name}"
     if target.exists() and not target.is_dir():
         raise OutputError("is a file, not a directory", where=str(target), hint="choose another --out")
     if any((target / name).is_file() for name in (ENGINE_FILE, BUNDLE_FILE)):  # where the run would be lost with it
         raise UsageError("is an engine or a bundle, no place for a run", where=str(target), hint="choose another --out")
 
-    from trtkit.runtime.load import OpenOptions, open_engine
+    from trtkit.runtime.load import OpenOptions
     from trtkit.solve.display import observer_for, result_table
     from trtkit.solve.run import Places, run_solve
 
@@ -243,8 +267,8 @@ def command(
     )  # fmt: skip
     with sigterm_as_interrupt():
         outcome = run_solve(
-            Places(problems=problems, engine=directory, out=target),
-            lambda: open_engine(directory, opening),
+            Places(problems=problems, engine=source.place, out=target),
+            lambda: source.open(opening),
             chat,
             final,
             observer=observer_for(quiet=not logger.isEnabledFor(20)),

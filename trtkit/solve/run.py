@@ -79,8 +79,9 @@ class Places:
     """Where a run reads and writes."""
 
     problems: Path
-    engine: Path
-    """Engine directory; its engine.json becomes part of the run's identity."""
+    engine: Path | Mapping[str, str]
+    """Engine directory, whose engine.json becomes part of the run's identity; or the identity of what takes its place,
+    with where it is as ``path``."""
     out: Path
     """Run directory; made if missing."""
 
@@ -187,8 +188,10 @@ def _check_golds(problems: Sequence[Problem], mode: AnswerMode, path: Path) -> N
         )
 
 
-def identity_of(engine: Path, options: SolveOptions) -> dict[str, Any]:
+def identity_of(engine: Path | Mapping[str, str], options: SolveOptions) -> dict[str, Any]:
     """What makes a run the same run, but for its problems. Raises :class:`EngineError` where there is no engine."""
+    if not isinstance(engine, Path):
+        return {"engine": dict(engine), "arguments": options.to_data()}
     manifest = engine / ENGINE_FILE
     try:
         digest = digest_file(manifest)

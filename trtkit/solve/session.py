@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ from trtkit.solve.solver import Solver
 from trtkit.solve.vote import Tally
 
 if TYPE_CHECKING:
+    from trtkit.runtime.endpoint.remote import Remote
     from trtkit.runtime.load import OpenOptions
 
 __all__ = ["PROBLEMS_FILE", "Session", "open_session"]
@@ -56,11 +57,11 @@ class Session(Closing):
 
     def __init__(
         self, open_engine: Callable[[], Engine], chat: Chat, options: SolveOptions, *,
-        problems: int, engine: Path, out: Path | None = None, began: float | None = None,
+        problems: int, engine: Path | Mapping[str, str], out: Path | None = None, began: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        """Opens the engine. ``engine`` is its directory, for the record. A time limit counts from ``began`` on
-        ``clock``, by default from now.
+        """Opens the engine. ``engine`` is its directory or identity, for the record (:class:`trtkit.solve.run.Places`).
+        A time limit counts from ``began`` on ``clock``, by default from now.
 
         Raises :class:`UsageError` where ``out`` holds another run, :class:`OutputError` where it cannot be written, and
         what opening the engine raises.
@@ -180,14 +181,16 @@ class Session(Closing):
 
 
 def open_session(
-    engine: str | Path, *, problems: int, time_limit: str | float | None = None, policy: str | None = None,
+    engine: str | Path | Remote, *, problems: int, time_limit: str | float | None = None, policy: str | None = None,
     out: str | Path | None = None, opening: OpenOptions | None = None, began: float | None = None, **options: Any,
 ) -> Session:  # fmt: skip
-    """A session on an engine directory, for about ``problems`` problems.
+    """A session on an engine directory, or on a server (:func:`trtkit.runtime.endpoint.remote.connect`), for about
+    ``problems`` problems.
 
     ``time_limit``: for everything, from ``began`` on (``time.monotonic()``, by default now), such as ``"4h50m"`` or
     seconds; the policy is then ``competition`` unless another is named. ``options`` are fields of
-    :class:`SolveOptions` and win over the policy's; ``opening`` is how the engine is opened.
+    :class:`SolveOptions` and win over the policy's; ``opening`` is how the engine is opened; a server takes its
+    rows alone.
 
     Raises :class:`UsageError` for options that make no sense and for an ``out`` that holds another run, and
     :class:`EngineError` for a directory that holds no engine.
@@ -195,7 +198,6 @@ def open_session(
     from trtkit.runtime.load import open_engine  # loads torch
 
     began = time.monotonic() if began is None else began
-    directory = Path(engine)
     limit = parse_duration(time_limit) if isinstance(time_limit, str) else time_limit
     name = policy or ("competition" if limit is not None else None)
     chosen = {} if name is None else dict(policy_named(name, time_limit=limit))
@@ -203,10 +205,17 @@ def open_session(
     if unknown:
         raise UsageError("options that a session does not know", offenders=unknown)
     settled = SolveOptions(**{**chosen, "policy": name, "time_limit": limit, **options})
+    where = None if out is None else Path(out)
+    if isinstance(engine, (str, Path)):
+        directory = Path(engine)
+        return Session(
+            lambda: open_engine(directory, opening), load_chat(directory), settled,
+            problems=problems, engine=directory, out=where, began=began,
+        )  # fmt: skip
+    rows = None if opening is None else opening.rows
     return Session(
-        lambda: open_engine(directory, opening),
-        load_chat(directory), settled, problems=problems, engine=directory,
-        out=None if out is None else Path(out), began=began,
+        lambda: engine.open(rows), engine.chat, settled,
+        problems=problems, engine=engine.identity, out=where, began=began,
     )  # fmt: skip
 
 
