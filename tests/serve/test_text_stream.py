@@ -43,8 +43,10 @@ def test_pieces_are_the_text_up_to_the_first_stop(text: str, cuts: list[int], st
     got = "".join(stream.push(part) for part in cut(tokens, cuts)) + stream.finish()
     expected, used, stopped = stopped_text(tokens, stops, CHAT.decode)
     assert (got, stream.stopped) == (expected, stopped)
+    assert (stream.stop in stops) == stopped
     if stops:
         assert stream.tokens == used
+        assert CHAT.decode(tokens[:used]).startswith(expected + (stream.stop or ""))
 
 
 TORN = st.sampled_from(
