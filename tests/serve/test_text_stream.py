@@ -85,6 +85,13 @@ def test_nothing_that_may_become_a_stop_is_shown_early() -> None:
     assert stream.finish() == stream.push(list(b"more")) == ""
 
 
+def test_of_stops_that_come_at_once_the_first_and_shortest_counts() -> None:
+    for stops in (["thin", "</thin", "</thi"], ["</thi", "</thin", "thin"]):
+        stream = TextStream(CHAT.decode, stops)
+        assert stream.push([*b"so ", *CHAT.encode("</think>")]) == "so "
+        assert stream.stop == "</thi"
+
+
 def test_half_a_character_waits_and_is_shown_as_such_at_the_end() -> None:
     stream = TextStream(CHAT.decode)
     first, rest = "∞".encode()[:2], "∞".encode()[2:]
