@@ -107,15 +107,15 @@ def close_clients() -> None:
         _clients.pop().close()
 
 
-def call(url: str, path: str, body: object = None) -> tuple[int, str]:
+def call(url: str, path: str, body: object = None, **headers: str) -> tuple[int, str]:
     """(status, text) of a GET, or of a POST with a JSON body."""
     host, _, port = url.removeprefix("http://").partition(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=60)
     with contextlib.closing(connection):
         if body is None:
-            connection.request("GET", path)
+            connection.request("GET", path, headers=headers)
         else:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **headers})
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
 

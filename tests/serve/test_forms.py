@@ -133,7 +133,16 @@ def test_models_tell_what_they_are(url: str) -> None:
         assert json.loads(call(url, f"/v1/models/{card['id']}")[1]) == card
         assert (card["object"], card["max_model_len"], card["precision"]) == ("model", 4096, MANIFEST.recipe.precision)
         assert (card["root"], card["owned_by"]) == (MANIFEST.recipe.model, "trtkit")
+        assert card["max_rows"] == 8
         assert 0 <= time.time() - card["created"] < 3600
+
+
+def test_the_schema_has_the_fields_that_openai_has_not(url: str) -> None:
+    schemas = json.loads(call(url, "/openapi.json")[1])["components"]["schemas"]
+    for body in ("ChatBody", "CompletionBody"):
+        fields = schemas[body]["properties"]
+        kinds = {name: fields[name]["anyOf"][0]["type"] for name in ("return_token_ids", "stop_token_ids", "seed")}
+        assert kinds == {"return_token_ids": "boolean", "stop_token_ids": "array", "seed": "integer"}
 
 
 class Counting(FakeEngine):

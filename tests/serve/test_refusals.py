@@ -43,8 +43,9 @@ from trtkit.chat import Chat
         ({"messages": [{"role": "user", "content": "x" * 500_000}]}, ["more than fit into any prompt"]),
         ({"samples": 4, "seconds": 5}, ["samples and seconds: only with the model tiny:maj"]),
         ({"seconds": 5}, ["seconds: only with the model tiny:maj"]),
-        ({"model": "tiny:maj", "stop_token_ids": [5], "logprobs": True, "ignore_eos": True},
-         ["stop_token_ids, logprobs, ignore_eos: not for the voted model"]),
+        ({"model": "tiny:maj", "stop_token_ids": [5], "logprobs": True, "ignore_eos": True, "return_token_ids": True},
+         ["stop_token_ids, logprobs, ignore_eos, return_token_ids: not for the voted model"]),
+        ({"return_token_ids": 1}, ["return_token_ids: Input should be a valid boolean"]),
         ({"model": "tiny:maj", "messages": [{"role": "user", "content": "x" * 5000}]}, ["the engine takes 4096"]),
         ({"model": "tiny:maj", "messages": [{"role": "assistant", "content": "x"}]}, ["one user message"]),
         ({"model": "tiny:maj", "seconds": 0}, ["seconds: Input should be greater than 0"]),
@@ -168,6 +169,9 @@ def test_a_key_keeps_others_out() -> None:
         assert whole(client(url, "secret")).choices[0].finish_reason == "stop"
         assert call(url, "/health")[0] == 200
         assert call(url, "/metrics")[0] == 401
+        told = {"bearer secret": 200, "BEARER  secret": 200, "bearer": 401, "bearer guess": 401, "Basic secret": 401}
+        for header, status in told.items():
+            assert call(url, "/metrics", authorization=header)[0] == status, header
 
 
 def test_clients_that_go_away_take_their_rows_with_them() -> None:

@@ -41,8 +41,8 @@ def test_samples_are_the_engines_own(real: str, model_dir: Path) -> None:
     chat = load_chat(model_dir)
     prompts = [chat.encode("one and"), chat.encode("two")]
     requests = [
-        request(f"{place}/{choice}", prompt, seed=sample_seed(11, str(place), choice), max_tokens=16,
-                temperature=1.0, top_p=0.9, min_p=0.02, stop_ids=chat.eos_ids)
+        request(f"{place}/{choice}", prompt, seed=sample_seed(11, str(place), choice) if place or choice else 11,
+                max_tokens=16, temperature=1.0, top_p=0.9, min_p=0.02, stop_ids=chat.eos_ids)
         for place, prompt in enumerate(prompts) for choice in range(3)
     ]  # fmt: skip
     with open_engine(model_dir, OpenOptions(device="cpu", threads=1, dtype="float32")) as engine:

@@ -43,8 +43,10 @@ def test_pieces_are_the_text_up_to_the_first_stop(text: str, cuts: list[int], st
     got = "".join(stream.push(part) for part in cut(tokens, cuts)) + stream.finish()
     expected, used, stopped = stopped_text(tokens, stops, CHAT.decode)
     assert (got, stream.stopped) == (expected, stopped)
+    assert (stream.stop in stops) == stopped
     if stops:
         assert stream.tokens == used
+        assert CHAT.decode(tokens[:used]).startswith(expected + (stream.stop or ""))
 
 
 TORN = st.sampled_from(
@@ -81,6 +83,13 @@ def test_nothing_that_may_become_a_stop_is_shown_early() -> None:
     assert stream.push(list(b" </think> more")) == " "
     assert stream.stopped
     assert stream.finish() == stream.push(list(b"more")) == ""
+
+
+def test_of_stops_that_come_at_once_the_first_and_shortest_counts() -> None:
+    for stops in (["thin", "</thin", "</thi"], ["</thi", "</thin", "thin"]):
+        stream = TextStream(CHAT.decode, stops)
+        assert stream.push([*b"so ", *CHAT.encode("</think>")]) == "so "
+        assert stream.stop == "</thi"
 
 
 def test_half_a_character_waits_and_is_shown_as_such_at_the_end() -> None:

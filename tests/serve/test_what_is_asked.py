@@ -90,8 +90,17 @@ def test_seeds(asking: Asking) -> None:
     votes = [it.seed for it in asking.chat(model="tiny:maj")]
     assert votes == [it.seed for it in asking.chat(model="tiny:maj", seed=0)]
     assert asking.chat()[0].seed != asking.chat()[0].seed
-    several = [it.seed for it in asking("completions", prompt=["a", "a"], n=3, seed=0)]
+    several = [it.seed for it in asking("completions", prompt=["a", "a"], n=3, seed=5)]
     assert len(set(several)) == 6
+    assert several[0] == 5
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, 2**64 - 1, 2**64, -1, -(2**63), 10**30])
+def test_any_whole_number_is_a_seed(asking: Asking, seed: int) -> None:
+    drawn = asking.chat(seed=seed, n=2)
+    assert drawn[0].seed == seed % 2**64  # which the engine takes for the same
+    for model in ("tiny", "tiny:maj"):
+        assert asking.chat(model=model, seed=seed)[0].seed != asking.chat(model=model, seed=seed + 1)[0].seed
 
 
 def test_a_vote_has_as_many_samples_as_it_is_asked_for(asking: Asking) -> None:

@@ -34,6 +34,7 @@ _OPEN_PATHS = ("/health",)
 """Without the key: for what watches the server."""
 _KIND = re.compile(r"\[|^(constrained-)?(str|int)$")
 """How pydantic names one of the kinds that a field may have."""
+_BEARER = re.compile(r"^bearer +", re.IGNORECASE)
 _GONE = 499
 """The client went away before it was answered; nobody reads this."""
 
@@ -115,7 +116,7 @@ async def _events(generation: Generation, replies: Replies, *, counts: bool) -> 
     began, tokens, asked = time.monotonic(), 0, generation.asked
     choices = len(asked.prompts) * asked.choices
     try:
-        for document in replies.opening(choices):
+        for document in replies.opening(choices, asked.prompts[0] if asked.token_ids else None):
             yield _event(document)
         async with contextlib.aclosing(generation.pieces()) as pieces:
             async for piece in pieces:
@@ -175,7 +176,8 @@ def _card(service: Service, name: str) -> dict[str, Any]:
     recipe = service.manifest.recipe
     return {
         "id": name, "object": "model", "created": service.created, "owned_by": "trtkit", "root": recipe.model,
-        "max_model_len": service.engine.max_total_tokens, "precision": recipe.precision,
+        "max_model_len": service.engine.max_total_tokens, "max_rows": service.engine.max_rows,
+        "precision": recipe.precision,
     }  # fmt: skip
 
 
@@ -189,7 +191,7 @@ def _known(service: Service, name: str | None) -> str:
 
 def _keeper(key: str) -> Callable[[Request], Awaitable[None]]:
     async def keep_out(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        given = _BEARER.sub("", request.headers.get("authorization", ""))
         if request.url.path not in _OPEN_PATHS and not secrets.compare_digest(given.encode(), key.encode()):
             raise HTTPException(401, "the API key is missing or wrong (Authorization: Bearer KEY)")
 
@@ -236,8 +238,8 @@ def _event(document: Mapping[str, Any]) -> str:
 
 
 def _tells(piece: Piece) -> bool:
-    """Whether a chunk is worth sending: text may be held back."""
-    return bool(piece.text or piece.thought or piece.scored or piece.finish)
+    """Whether a chunk is worth sending: text may be held back, tokens that were asked for are not."""
+    return bool(piece.text or piece.thought or piece.scored or piece.ids or piece.finish)
 
 
 def _usage(asked: Asked, tokens: int) -> dict[str, int]:

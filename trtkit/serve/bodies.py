@@ -1,8 +1,8 @@
 """The bodies of ``/v1/chat/completions`` and ``/v1/completions``, checked: all that is wrong with one is said at once.
 
 Field names and meanings are OpenAI's (https://platform.openai.com/docs/api-reference); ``top_k`` (-1 is off, too),
-``min_p``, ``stop_token_ids`` and ``ignore_eos`` are those of other open servers. What it does not do is refused,
-unless the value asks for nothing; fields that change no token (``user``, ``metadata``, ...) are ignored.
+``min_p``, ``stop_token_ids``, ``ignore_eos`` and ``return_token_ids`` are those of other open servers. What it does not
+do is refused, unless the value asks for nothing; fields that change no token (``user``, ``metadata``, ...) are ignored.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def _unicode(text: str) -> str:
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Whole = Annotated[int, Field(strict=True)]
+Seed = Annotated[Whole, AfterValidator(lambda seed: seed % (1 << 64))]
+"""As engines take it: negative ones stand for others."""
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True), AfterValidator(_unicode)]
 Stop = Annotated[Text, Field(min_length=1)]
@@ -117,10 +119,12 @@ class Sampled(_Strict):
     top_k: Whole | None = None
     min_p: Number | None = None
     n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
-    seed: Whole | None = None
+    seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(max_length=16)] | None = None
     ignore_eos: Flag | None = None
+    return_token_ids: Flag | None = None
+    """Say the ids of the prompt and of each token beside the text."""
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
 

@@ -34,8 +34,14 @@ class Piece:
     """Characters of the scored tokens before this piece."""
     finish: str | None = None
     """``stop`` or ``length`` in its last piece."""
+    stop: int | str | None = None
+    """There, too: the id or the text that ended it, where the client had asked for that."""
     tokens: int = 0
     """Tokens behind it."""
+    ids: tuple[int, ...] | None = None
+    """What they are; None where that was not asked for."""
+    prompt: tuple[int, ...] | None = None
+    """In its first piece, what the prompt's tokens are, where that was asked for."""
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -61,8 +67,8 @@ class Replies(ABC):
         """The answer as one document."""
 
     @abstractmethod
-    def opening(self, choices: int) -> list[dict[str, Any]]:
-        """The chunks that a stream begins with."""
+    def opening(self, choices: int, prompt: tuple[int, ...] | None = None) -> list[dict[str, Any]]:
+        """The chunks that a stream begins with; ``prompt`` as in a first piece."""
 
     @abstractmethod
     def chunk(self, piece: Piece) -> dict[str, Any]:
@@ -86,25 +92,26 @@ class ChatReplies(Replies):
                 "index": piece.index,
                 "message": {"role": "assistant", **_said(piece)},
                 "logprobs": _chat_logprobs(piece),
-                "finish_reason": piece.finish,
+                **_end(piece),
             }
             for piece in pieces
         ]
-        return self._frame("chat.completion", choices, counts)
+        return {**self._frame("chat.completion", choices, counts), **_prompt_ids(pieces[0].prompt)}
 
-    def opening(self, choices: int) -> list[dict[str, Any]]:
-        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(choices)]
+    def opening(self, choices: int, prompt: tuple[int, ...] | None = None) -> list[dict[str, Any]]:
+        said = {"role": "assistant", "content": ""}
+        ids = None if prompt is None else ()
+        chunks = [self._chunk(Piece(index=index, ids=ids), said) for index in range(choices)]
+        return [{**chunk, **_prompt_ids(prompt)} for chunk in chunks]
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        return self._chunk(piece.index, _said(piece, brief=True), _chat_logprobs(piece), piece.finish)
+        return self._chunk(piece, _said(piece, brief=True))
 
     def counts(self, counts: dict[str, int]) -> dict[str, Any]:
         return self._frame("chat.completion.chunk", [], counts)
 
-    def _chunk(
-        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+    def _chunk(self, piece: Piece, delta: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": piece.index, "delta": delta, "logprobs": _chat_logprobs(piece), **_end(piece)}
         return self._frame("chat.completion.chunk", [choice])
 
 
@@ -114,7 +121,7 @@ class CompletionReplies(Replies):
     def whole(self, pieces: Sequence[Piece], counts: dict[str, int]) -> dict[str, Any]:
         return self._frame("text_completion", list(map(_completion_choice, pieces)), counts)
 
-    def opening(self, choices: int) -> list[dict[str, Any]]:
+    def opening(self, choices: int, prompt: tuple[int, ...] | None = None) -> list[dict[str, Any]]:
         return []
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
@@ -130,6 +137,16 @@ def _said(piece: Piece, *, brief: bool = False) -> dict[str, Any]:
     if piece.thought is not None:
         said["reasoning_content"] = piece.thought
     return {name: text for name, text in said.items() if text} if brief else said
+
+
+def _end(piece: Piece) -> dict[str, Any]:
+    """What ended a choice, and its ids."""
+    end = {"finish_reason": piece.finish, "stop_reason": piece.stop}
+    return end if piece.ids is None else {**end, "token_ids": list(piece.ids)}
+
+
+def _prompt_ids(ids: tuple[int, ...] | None) -> dict[str, Any]:
+    return {} if ids is None else {"prompt_token_ids": list(ids)}
 
 
 def _chat_logprobs(piece: Piece) -> dict[str, Any] | None:
@@ -161,7 +178,7 @@ def _completion_choice(piece: Piece) -> dict[str, Any]:
             "top_logprobs": None,
             "text_offset": offsets,
         }
-    return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
+    return {"index": piece.index, "text": piece.text, "logprobs": logprobs, **_end(piece), **_prompt_ids(piece.prompt)}
 
 
 def error_reply(problem: TrtkitError, *, status: int | None = None) -> tuple[int, dict[str, Any]]:

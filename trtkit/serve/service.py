@@ -96,9 +96,8 @@ class Service:
 
         Raises :class:`InputError`, :class:`RequestError` and :class:`UsageError`.
         """
-        idle = [it for it in ("stop", "stop_token_ids", "logprobs", "ignore_eos") if getattr(body, it)] + ["n"] * (
-            (body.n or 1) > 1
-        )
+        of_samples = ("stop", "stop_token_ids", "logprobs", "ignore_eos", "return_token_ids")
+        idle = [it for it in of_samples if getattr(body, it)] + ["n"] * ((body.n or 1) > 1)
         if idle:
             raise InputError(f"{', '.join(idle)}: not for the voted model")
         if len(body.messages) != 1 or body.messages[0].role != "user":
@@ -126,7 +125,7 @@ class Service:
         return Asked(
             name=name, prompts=tuple(prompts), choices=body.n or 1, sampling=sampling, max_tokens=longest,
             stops=body.stops, stop_ids=tuple(body.stop_token_ids or ()), ignore_eos=bool(body.ignore_eos),
-            seed=body.seed, logprobs=logprobs,
+            seed=body.seed, logprobs=logprobs, token_ids=bool(body.return_token_ids),
         )  # fmt: skip
 
     def _sampling(self, body: Sampled) -> SamplingParams:

@@ -26,8 +26,13 @@ class TextStream:
         self._tokens: list[int] = []
         self._begin = self._whole = self._shown = 0
         self._held = ""
-        self.stopped = False
-        """A stop string was found; what comes after it is ignored."""
+        self.stop: str | None = None
+        """The stop string that was found; what comes after it is ignored."""
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found."""
+        return self.stop is not None
 
     @property
     def tokens(self) -> int:
@@ -68,10 +73,10 @@ class TextStream:
                 self._begin = self._whole
                 self._shown = len(self._decode(self._tokens[self._begin :]))
             self._whole = len(self._tokens)
-        places = [place for stop in self._stops if (place := fresh.find(stop)) >= 0]
+        places = [(place, len(stop), stop) for stop in self._stops if (place := fresh.find(stop)) >= 0]
         if places:
-            self.stopped = True
-            return fresh[: min(places)]
+            place, _, self.stop = min(places)  # of those that begin there, the one that was complete first
+            return fresh[:place]
         kept = _begun(fresh, self._stops)
         self._held = fresh[len(fresh) - kept :]
         return fresh[: len(fresh) - kept]
