@@ -29,7 +29,6 @@ from trtkit.recipe import Recipe
 from trtkit.runtime.api import Request, SamplingParams
 from trtkit.runtime.load import OpenOptions, open_engine
 from trtkit.solve.problems import read_problems
-from trtkit.solve.prompts import sample_seed
 
 SAMPLING = {"temperature": 1.0, "top_p": 0.9}
 
@@ -98,7 +97,7 @@ def direct(directory: Path, rows: int, requests: int, tokens: int) -> float:
                 engine.submit(
                     Request(
                         id=f"{name}/{number}", prompt=prompt, sampling=SamplingParams(**SAMPLING), max_tokens=length,
-                        seed=sample_seed(number, "0", 0),
+                        seed=number,
                     )
                 )  # fmt: skip
             began, made = time.perf_counter(), 0

@@ -49,6 +49,9 @@ def command(
     endpoint_model: Annotated[
         str | None, typer.Option("--endpoint-model", help="Which of the server's models; default: the only one.")
     ] = None,
+    endpoint_seeds: Annotated[
+        bool, typer.Option("--endpoint-seeds/--no-endpoint-seeds", help="Tell the server each sample's seed.")
+    ] = True,
     tokenizer: Annotated[
         str | None,
         typer.Option("--tokenizer", help="What the server serves: a checkpoint or hub id; default: what it says."),
@@ -192,7 +195,7 @@ def command(
         (full_vote and stop != ["none"], ("--stop",), "not with --full-vote, which uses no stop rule"),
         (not pooled, ("--together",), waves),
         (endpoint is not None, _ENGINE_OPTIONS, "the server decides, not with --endpoint"),
-        (endpoint is None, ("--endpoint-model", "--tokenizer"), "only with --endpoint"),
+        (endpoint is None, ("--endpoint-model", "--endpoint-seeds", "--tokenizer"), "only with --endpoint"),
     ])  # fmt: skip
     code = _tools_named(tools, calls=tool_calls, seconds=tool_seconds, unsafe=tools_unsafe)
     fitting = prompt_names(tools=code is not None)
@@ -231,7 +234,7 @@ def command(
         options(SamplingParams(**sampling))  # type: ignore[arg-type]  # refused before anything is read
     rows = read_problems(problems) if directory is None else []
     source: Source = (
-        ServerSource.at(endpoint or "", model=endpoint_model, tokenizer=tokenizer)
+        ServerSource.at(endpoint or "", model=endpoint_model, tokenizer=tokenizer, seeds=endpoint_seeds)
         if directory is None
         else DirectorySource.of(directory)  # a wrong directory is told as such, before its tokenizer is missed
     )

@@ -87,12 +87,12 @@ class ServerSource:
     remote: Remote
 
     @classmethod
-    def at(cls, url: str, *, model: str | None, tokenizer: str | None) -> ServerSource:
+    def at(cls, url: str, *, model: str | None, tokenizer: str | None, seeds: bool) -> ServerSource:
         """Raises what :func:`endpoint_named` and :func:`connect` raise."""
         from trtkit.runtime.endpoint.remote import connect
         from trtkit.runtime.endpoint.server import endpoint_named
 
-        return cls(connect(endpoint_named(url, model=model), tokenizer))
+        return cls(connect(endpoint_named(url, model=model, seeds=seeds), tokenizer))
 
     @property
     def place(self) -> Mapping[str, str]:

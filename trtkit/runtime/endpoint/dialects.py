@@ -89,14 +89,15 @@ def check_sampling(dialect: Dialect, sampling: SamplingParams, *, logprobs: bool
 
 def body_of(
     dialect: Dialect, *, model: str, prompt: Sequence[int], sampling: SamplingParams, stop_ids: Sequence[int],
-    stop_texts: Sequence[str], max_tokens: int, seed: int, logprobs: bool,
+    stop_texts: Sequence[str], max_tokens: int, seed: int | None, logprobs: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The body of ``POST /v1/completions``. ``stop_texts`` are for servers that take no ids."""
     body: dict[str, Any] = {
         "model": model, "prompt": list(prompt), "max_tokens": max_tokens, "stream": True,
-        "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed % (1 << dialect.seed_bits),
-        **dialect.fields,
+        "temperature": sampling.temperature, "top_p": sampling.top_p, **dialect.fields,
     }  # fmt: skip
+    if seed is not None:
+        body["seed"] = seed % (1 << dialect.seed_bits)
     top_k = sampling.top_k or dialect.no_top_k
     if top_k is not None:
         body["top_k"] = top_k

@@ -62,20 +62,20 @@ def open_endpoint(
     rows = rows or endpoint.rows or server.rows or ROWS
     total = server.total_tokens or total_tokens or _UNKNOWN_TOTAL
     client = Client(endpoint.url, key=endpoint.key, most=rows)
-    return EndpointEngine(client, server, chat, rows=rows, total_tokens=total)
+    return EndpointEngine(client, server, chat, rows=rows, total_tokens=total, seeds=endpoint.seeds)
 
 
 class EndpointEngine(RestartingEngine[int]):
     """Runs requests on a server. Made by :func:`open_endpoint`."""
 
     def __init__(
-        self, client: Client, server: Server, chat: Chat, *, rows: int, total_tokens: int,
+        self, client: Client, server: Server, chat: Chat, *, rows: int, total_tokens: int, seeds: bool = True,
         patience: float = PATIENCE_SECONDS, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        """``chat`` holds the server's tokenizer; the engine closes ``client``."""
+        """``chat`` holds the server's tokenizer; the engine closes ``client``. ``seeds``: see :class:`Endpoint`."""
         super().__init__()
         self._client, self._server, self._chat = client, server, chat
-        self._rows, self._total_tokens = rows, total_tokens
+        self._rows, self._total_tokens, self._seeds = rows, total_tokens, seeds
         self._patience, self._now = patience, clock
         self._trouble: dict[str, _Trouble] = {}
         self._proof: _Proof | None = None
@@ -106,7 +106,6 @@ class EndpointEngine(RestartingEngine[int]):
 
     def _send(self, started: Started[int], *, delay: float) -> int:
         request, dialect = started.request, self._server.dialect
-        tries = self._trouble[request.id].tries if request.id in self._trouble else 0
         body = body_of(
             dialect,
             model=self._server.model,
@@ -115,11 +114,17 @@ class EndpointEngine(RestartingEngine[int]):
             stop_ids=request.stop_ids,
             stop_texts=[self._chat.decode([token]) for token in request.stop_ids if token not in self._chat.eos_ids],
             max_tokens=started.limit - len(started.generated),
-            # A server's stream of random numbers starts anew with each request, and must not repeat itself.
-            seed=request.seed if dialect.exact else started.seed + tries + len(started.generated),
+            seed=self._seed(started) if self._seeds else None,
             logprobs=request.logprobs,
         )
         return self._client.start(body, delay=delay)
+
+    def _seed(self, started: Started[int]) -> int:
+        """A server's stream of random numbers starts anew with each of its requests, and must not repeat itself."""
+        if self._server.dialect.exact:
+            return started.request.seed
+        trouble = self._trouble.get(started.request.id)
+        return started.seed + len(started.generated) + (trouble.tries if trouble else 0)
 
     def _stop(self, handle: int) -> None:
         self._client.stop(handle)

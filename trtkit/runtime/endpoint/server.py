@@ -31,6 +31,8 @@ class Endpoint:
     """None: the only one that it has."""
     rows: int | None = None
     """Most requests that are open at once; None: what the server says, else ``ROWS`` of ``engine.py``."""
+    seeds: bool = True
+    """Give every sample its seed. Some servers draw faster without, and vLLM's CPU engine (0.32) dies of one."""
     key: str | None = field(default=None, repr=False)
 
 
@@ -48,7 +50,9 @@ class Server:
     """Requests that it runs at once."""
 
 
-def endpoint_named(url: str, *, model: str | None = None, rows: int | None = None) -> Endpoint:
+def endpoint_named(
+    url: str, *, model: str | None = None, rows: int | None = None, seeds: bool = True
+) -> Endpoint:  # fmt: skip
     """``http://host:8000`` or ``http://host:8000/v1``; the key is the environment's. Raises :class:`UsageError`."""
     parts = urlsplit(url.strip())
     try:
@@ -63,7 +67,7 @@ def endpoint_named(url: str, *, model: str | None = None, rows: int | None = Non
         path = path.removesuffix(tail)
     path = path if path.endswith("/v1") else f"{path}/v1"
     key = os.environ.get(KEY_VARIABLE) or None
-    return Endpoint(url=f"{parts.scheme}://{parts.netloc}{path}", model=model, rows=rows, key=key)
+    return Endpoint(url=f"{parts.scheme}://{parts.netloc}{path}", model=model, rows=rows, seeds=seeds, key=key)
 
 
 def look_at(endpoint: Endpoint) -> Server:
