@@ -32,6 +32,7 @@ from trtkit.cli.app import run
 from trtkit.errors import EngineError
 from trtkit.runtime.api import Request, StepOutput
 from trtkit.runtime.load import OpenOptions
+from trtkit.runtime.sources import DirectorySource
 from trtkit.serve.run import ServeOptions, Serving, run_serve
 from trtkit.solve.options import SolveOptions
 
@@ -107,14 +108,15 @@ def test_what_makes_no_sense_is_refused(engine: Path, tmp_path: Path, capsys: py
 
 def test_an_engine_that_is_gone_ends_the_server(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = [Breaking(lambda _: [1])]
-    monkeypatch.setattr("trtkit.serve.run.open_engine", lambda *_: left.pop())
+    monkeypatch.setattr("trtkit.runtime.load.open_engine", lambda *_: left.pop())
     ready: queue.Queue[str] = queue.Queue()
     ended: queue.Queue[Exception] = queue.Queue()
 
     def work() -> None:
         options = ServeOptions(name="tiny", port=0, voting=SolveOptions())
         try:
-            run_serve(engine, OpenOptions(), options, on_ready=lambda serving: ready.put(serving.url))
+            source = DirectorySource.of(engine)
+            run_serve(source, OpenOptions(), options, on_ready=lambda serving: ready.put(serving.url))
         except EngineError as problem:
             ended.put(problem)
 
@@ -140,7 +142,7 @@ def test_the_options_reach_the_server(engine: Path, monkeypatch: pytest.MonkeyPa
         return [*chat.encode("five</think>5"), *chat.eos_ids]
 
     left = [Tired(answer, rows=3)]
-    monkeypatch.setattr("trtkit.serve.run.open_engine", lambda *_: left.pop())
+    monkeypatch.setattr("trtkit.runtime.load.open_engine", lambda *_: left.pop())
     ready: queue.Queue[Serving] = queue.Queue()
 
     def work() -> None:
@@ -149,7 +151,7 @@ def test_the_options_reach_the_server(engine: Path, monkeypatch: pytest.MonkeyPa
             name="five", port=0, reasoning="separate", voting=voting, most_unfinished=2, key="secret"
         )  # fmt: skip
         with pytest.raises(EngineError, match="cannot be opened again"):
-            run_serve(engine, OpenOptions(), options, on_ready=ready.put)
+            run_serve(DirectorySource.of(engine), OpenOptions(), options, on_ready=ready.put)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from openai import OpenAI
@@ -18,6 +19,7 @@ from trtkit.chat import Chat
 from trtkit.errors import InputError
 from trtkit.recipe import EngineManifest, Limits, Recipe
 from trtkit.runtime.api import Engine, Request, StepOutput
+from trtkit.runtime.sources import DirectorySource
 from trtkit.serve.app import make_app
 from trtkit.serve.engine_thread import EngineThread
 from trtkit.serve.server import HttpServer, bound_socket
@@ -75,7 +77,7 @@ def serving(
     ready, ends = threading.Event(), threading.Event()
     with EngineThread(open_engine) as engine, Voting(engine, chat) as votes:
         service = Service(
-            engine=engine, voting=votes, chat=chat, manifest=manifest, name="tiny",
+            engine=engine, voting=votes, chat=chat, source=DirectorySource(Path("engine"), manifest), name="tiny",
             options=voting or SolveOptions(samples=8, max_tokens=100), **options,
         )  # fmt: skip
         listening = bound_socket("127.0.0.1", 0)

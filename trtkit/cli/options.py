@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypeAlias, TypedDict
 
 import typer
 
 from drafter.config import TreeShape
 from trtkit.bundled import drafter_named
 from trtkit.errors import RequestError, UsageError
+
+if TYPE_CHECKING:
+    from trtkit.runtime.endpoint.remote import Remote
 
 __all__ = [
     "ChosenThreads",
@@ -22,13 +25,19 @@ __all__ = [
     "LookUp",
     "Model",
     "OutputLayer",
+    "ServerModel",
+    "ServerSeeds",
+    "ServerTokenizer",
+    "ServerUrl",
     "TensorParallel",
     "Threads",
     "Tree",
     "drafting_named",
     "given",
+    "idle_beside_server",
     "out_of_range_is_usage",
     "refuse_idle",
+    "server_named",
     "tree_named",
 ]
 
@@ -64,6 +73,22 @@ LookUp: TypeAlias = Annotated[
     typer.Option("--lookup", help="Draft from what the samples have written: without a draft head, or beside one."),
 ]
 
+ServerUrl: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--endpoint", help="In place of an engine: a server that speaks OpenAI's API, http://HOST:PORT/v1."),
+]
+ServerModel: TypeAlias = Annotated[
+    str | None, typer.Option("--endpoint-model", help="Which of the server's models; default: the only one.")
+]
+ServerSeeds: TypeAlias = Annotated[
+    bool, typer.Option("--endpoint-seeds/--no-endpoint-seeds", help="Tell the server each sample's seed.")
+]
+ServerTokenizer: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Of what the server serves: checkpoint or hub id; default: what it says."),
+]
+_ENGINE_OPTIONS = ("--tree", "--drafter", "--lookup", "--device", "--tp", "--threads", "--output-layer")
+
 
 class DraftingOptions(TypedDict):
     """As in :class:`trtkit.runtime.load.OpenOptions`."""
@@ -83,6 +108,23 @@ def drafting_named(
         speculative=tree != "none", tree=None if tree in ("auto", "none") else tree_named(tree),
         drafter=drafter_named(drafter), lookup=lookup,
     )  # fmt: skip
+
+
+def server_named(url: str, *, model: str | None, seeds: bool, tokenizer: str | None) -> Remote:
+    """The server at ``url``. Raises :class:`UsageError` and :class:`EngineError`."""
+    from trtkit.runtime.endpoint.remote import connect
+    from trtkit.runtime.endpoint.server import endpoint_named
+
+    return connect(endpoint_named(url, model=model, seeds=seeds), tokenizer)
+
+
+def idle_beside_server(url: str | None, *engine: str) -> list[tuple[bool, Sequence[str], str]]:
+    """Rules for :func:`refuse_idle`: what a server decides by itself, and what only a server needs."""
+    return [
+        (url is not None, (*engine, *_ENGINE_OPTIONS), "not with --endpoint, whose server decides that"),
+        (url is None, ("--endpoint-model", "--endpoint-seeds", "--no-endpoint-seeds", "--tokenizer"),
+         "only with --endpoint"),
+    ]  # fmt: skip
 
 
 def tree_named(text: str) -> TreeShape:

@@ -17,14 +17,22 @@ from trtkit.cli.options import (
     Json,
     LookUp,
     OutputLayer,
+    ServerModel,
+    ServerSeeds,
+    ServerTokenizer,
+    ServerUrl,
     TensorParallel,
     Tree,
     drafting_named,
+    idle_beside_server,
     out_of_range_is_usage,
+    refuse_idle,
+    server_named,
 )
 from trtkit.cli.output import facts, finish, quoted
 
 if TYPE_CHECKING:
+    from trtkit.runtime.sources import Source
     from trtkit.serve.run import Serving
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
@@ -35,6 +43,10 @@ def command(
     engine: Annotated[
         Path | None, typer.Argument(help="Engine directory; default: the latest in engines/built.")
     ] = None,
+    endpoint: ServerUrl = None,
+    endpoint_model: ServerModel = None,
+    endpoint_seeds: ServerSeeds = True,
+    tokenizer: ServerTokenizer = None,
     host: Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0 for other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[
@@ -77,32 +89,39 @@ def command(
     problem vote for. Everybody's samples run in one in-flight batch. It ends on Ctrl-C.
     """
     from trtkit.chat import prompt_names
-    from trtkit.errors import MissingDependency
+    from trtkit.errors import MissingDependency, UsageError
     from trtkit.log import logger
-    from trtkit.recipe import read_manifest
 
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise MissingDependency(f"not installed: {', '.join(missing)}", hint="pip install 'trtkit[serve]'")
-    directory = chosen_engine(engine)
-    manifest = read_manifest(directory)
+    if endpoint is not None and engine is not None:
+        raise UsageError("an engine directory and --endpoint: one or the other")
+    refuse_idle(context, idle_beside_server(endpoint))
+    drafting = drafting_named(context, tree=tree, drafter=drafter, lookup=lookup)
 
     from trtkit.runtime.api import SamplingParams
     from trtkit.runtime.load import OpenOptions
+    from trtkit.runtime.sources import DirectorySource
     from trtkit.serve.run import ServeOptions, run_serve
     from trtkit.solve.options import SolveOptions
 
     opening = OpenOptions(
         device=device, threads=threads, rows=batch,
         output_layer=output_layer,  # type: ignore[arg-type]  # checked there
-        tensor_parallel=tensor_parallel, **drafting_named(context, tree=tree, drafter=drafter, lookup=lookup),
+        tensor_parallel=tensor_parallel, **drafting,
     )  # fmt: skip
+    source: Source
+    if endpoint is None:
+        source = DirectorySource.of(chosen_engine(engine))
+    else:
+        source = server_named(endpoint, model=endpoint_model, seeds=endpoint_seeds, tokenizer=tokenizer)
     with out_of_range_is_usage():
         sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     # Samples of one prompt are all but the same there, so that only different prompts make votes.
-    variants: dict[str, Any] = {"variants": prompt_names(tools=False)} if manifest.recipe.greedy else {}
+    variants: dict[str, Any] = {"variants": prompt_names(tools=False)} if source.greedy else {}
     options = ServeOptions(
-        name=name or stem(manifest.recipe.model), host=host, port=port,
+        name=name or stem(source.model), host=host, port=port,
         reasoning=reasoning,  # type: ignore[arg-type]  # checked there
         voting=SolveOptions(samples=samples, max_tokens=max_tokens, sampling=sampling, **variants),
         most_unfinished=queue, key=api_key or None,
@@ -110,25 +129,27 @@ def command(
 
     def tell(serving: Serving) -> None:
         shown = {
-            "engine": f"{directory} ({manifest.recipe.precision})",
+            "engine": source.told,
             "models": f"{serving.models[0]} samples, {serving.models[1]} answers by the vote of {samples}",
             "limits": f"{serving.rows} samples at once, {serving.total_tokens:,} tokens each with the prompt",
             "address": f"{serving.url}/v1",
         }
         facts("serving; ends on Ctrl-C", shown)
-        finish(_example(serving, keyed=options.key is not None), _document(serving, directory) if as_json else None)
+        finish(_example(serving, keyed=options.key is not None), _document(serving, source) if as_json else None)
 
-    stats = run_serve(directory, opening, options, on_ready=tell)
+    stats = run_serve(source, opening, options, on_ready=tell)
     logger.info(
         "stopped: %s tokens generated, %.2f per row and step, %s of %s prompt tokens computed",
         f"{stats.new_tokens:,}", stats.tokens_per_step, f"{stats.prefill_tokens:,}", f"{stats.prompt_tokens:,}",
     )  # fmt: skip
 
 
-def _document(serving: Serving, directory: Path) -> dict[str, Any]:
+def _document(serving: Serving, source: Source) -> dict[str, Any]:
     """The machine form, printed when requests are taken."""
+    place = source.place
     return {
-        "url": f"{serving.url}/v1", "models": list(serving.models), "engine": str(directory),
+        "url": f"{serving.url}/v1", "models": list(serving.models),
+        "engine": str(place) if isinstance(place, Path) else place["path"],
         "rows": serving.rows, "total_tokens": serving.total_tokens,
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trtkit.cli.engines import chosen_engine
+from trtkit.cli.engines import chosen_engine, stem
 from trtkit.cli.options import (
     ChosenThreads,
     Device,
@@ -16,11 +16,17 @@ from trtkit.cli.options import (
     Json,
     LookUp,
     OutputLayer,
+    ServerModel,
+    ServerSeeds,
+    ServerTokenizer,
+    ServerUrl,
     TensorParallel,
     Tree,
     drafting_named,
+    idle_beside_server,
     out_of_range_is_usage,
     refuse_idle,
+    server_named,
 )
 from trtkit.cli.output import facts, finish, notice, quoted, show
 
@@ -29,10 +35,6 @@ if TYPE_CHECKING:
     from trtkit.solve.run import Outcome
     from trtkit.solve.sandbox import SandboxOptions
 
-_ENGINE_OPTIONS = (
-    "--engine", "--tree", "--drafter", "--lookup", "--device", "--tp", "--threads", "--output-layer",
-)  # fmt: skip
-
 
 def command(
     context: typer.Context,
@@ -40,22 +42,10 @@ def command(
     engine: Annotated[
         Path | None, typer.Option("--engine", help="Engine directory; default: the latest in engines/built.")
     ] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--endpoint", help="In place of an engine: a server that speaks OpenAI's API, http://HOST:PORT/v1."
-        ),
-    ] = None,
-    endpoint_model: Annotated[
-        str | None, typer.Option("--endpoint-model", help="Which of the server's models; default: the only one.")
-    ] = None,
-    endpoint_seeds: Annotated[
-        bool, typer.Option("--endpoint-seeds/--no-endpoint-seeds", help="Tell the server each sample's seed.")
-    ] = True,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", help="What the server serves: a checkpoint or hub id; default: what it says."),
-    ] = None,
+    endpoint: ServerUrl = None,
+    endpoint_model: ServerModel = None,
+    endpoint_seeds: ServerSeeds = True,
+    tokenizer: ServerTokenizer = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Where to write the result; default: runs/PROBLEMS-ENGINE.")
     ] = None,
@@ -166,13 +156,13 @@ def command(
     began = time.monotonic()
 
     from trtkit.chat import VARIANTS, prompt_names
-    from trtkit.cli.sources import DirectorySource, ServerSource, Source
     from trtkit.errors import OutputError, UsageError
     from trtkit.interrupts import sigterm_as_interrupt
     from trtkit.log import logger
     from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE
     from trtkit.runtime.api import SamplingParams
     from trtkit.runtime.processors import read_switch_penalty
+    from trtkit.runtime.sources import DirectorySource
     from trtkit.solve.answers import AnswerMode
     from trtkit.solve.clock import parse_duration
     from trtkit.solve.difficulty import predict_tokens
@@ -194,8 +184,7 @@ def command(
         (full_vote and bool(force_close), ("--force-close",), "not with --full-vote, which forces no answer"),
         (full_vote and stop != ["none"], ("--stop",), "not with --full-vote, which uses no stop rule"),
         (not pooled, ("--together",), waves),
-        (endpoint is not None, _ENGINE_OPTIONS, "the server decides, not with --endpoint"),
-        (endpoint is None, ("--endpoint-model", "--endpoint-seeds", "--tokenizer"), "only with --endpoint"),
+        *idle_beside_server(endpoint, "--engine"),
     ])  # fmt: skip
     code = _tools_named(tools, calls=tool_calls, seconds=tool_seconds, unsafe=tools_unsafe)
     fitting = prompt_names(tools=code is not None)
@@ -233,8 +222,8 @@ def command(
     with out_of_range_is_usage():
         options(SamplingParams(**sampling))  # type: ignore[arg-type]  # refused before anything is read
     rows = read_problems(problems) if directory is None else []
-    source: Source = (
-        ServerSource.at(endpoint or "", model=endpoint_model, tokenizer=tokenizer, seeds=endpoint_seeds)
+    source = (
+        server_named(endpoint or "", model=endpoint_model, seeds=endpoint_seeds, tokenizer=tokenizer)
         if directory is None
         else DirectorySource.of(directory)  # a wrong directory is told as such, before its tokenizer is missed
     )
@@ -243,7 +232,7 @@ def command(
     rows = rows or read_problems(problems)
     if difficulty is not None:
         chosen["difficulty"] = predict_tokens(difficulty, rows)
-    chat = source.chat()
+    chat = source.chat
     with out_of_range_is_usage():
         switch = read_switch_penalty(switch_penalty, chat.encode, chat.decode) if switch_penalty else None
     told = [name for name in variants if VARIANTS[name].tools] if code is None else []
@@ -254,7 +243,8 @@ def command(
         logger.warning("note: %s", text)
     if time_limit and limit:
         _tell_limit(time_limit, limit, len(rows))
-    target = out or Path("runs") / f"{problems.stem}-{source.name}"
+    name = stem(source.model) if directory is None else directory.resolve().name
+    target = out or Path("runs") / f"{problems.stem}-{name}"
     if target.exists() and not target.is_dir():
         raise OutputError("is a file, not a directory", where=str(target), hint="choose another --out")
     if any((target / name).is_file() for name in (ENGINE_FILE, BUNDLE_FILE)):  # where the run would be lost with it

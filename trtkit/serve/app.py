@@ -173,11 +173,9 @@ async def _gone(request: Request) -> None:
 
 def _card(service: Service, name: str) -> dict[str, Any]:
     """An entry of the list of models."""
-    recipe = service.manifest.recipe
     return {
-        "id": name, "object": "model", "created": service.created, "owned_by": "trtkit", "root": recipe.model,
+        "id": name, "object": "model", "created": service.created, "owned_by": "trtkit", **service.source.card,
         "max_model_len": service.engine.max_total_tokens, "max_rows": service.engine.max_rows,
-        "precision": recipe.precision,
     }  # fmt: skip
 
 

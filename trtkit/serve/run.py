@@ -1,4 +1,4 @@
-"""``run_serve``: from an engine directory to a server, until a signal ends it."""
+"""``run_serve``: from an engine to a server, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
 
-from trtkit.chat import load_chat
 from trtkit.errors import EngineError, UsageError
 from trtkit.log import logger
-from trtkit.recipe import read_manifest
 from trtkit.runtime.api import EngineStats
-from trtkit.runtime.load import OpenOptions, open_engine
-from trtkit.runtime.trtllm_sampling import notices_for
+from trtkit.runtime.load import OpenOptions
+from trtkit.runtime.sources import Source
 from trtkit.serve.app import make_app
 from trtkit.serve.engine_thread import EngineThread
 from trtkit.serve.server import HttpServer, bound_socket
@@ -69,25 +66,24 @@ class Serving:
 
 
 def run_serve(
-    directory: Path, opening: OpenOptions, options: ServeOptions, *, on_ready: Callable[[Serving], None]
+    source: Source, opening: OpenOptions, options: ServeOptions, *, on_ready: Callable[[Serving], None]
 ) -> EngineStats:
     """Serve until SIGINT or SIGTERM; the engine's counters then. ``on_ready`` is called once, when requests are taken.
 
     Raises :class:`UsageError` and :class:`OutputError` for an address that cannot be had, :class:`EngineError` when the
     engine fails and cannot be opened again, and what opening it raises.
     """
-    manifest = read_manifest(directory)
-    for text in notices_for(manifest, options.voting.sampling, logprobs=options.voting.wants_logprobs):
+    for text in source.notices(options.voting.sampling, logprobs=options.voting.wants_logprobs):
         logger.warning("note: %s", text)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(bound_socket(options.host, options.port))
-        chat = load_chat(directory)
+        chat = source.chat
         broken = threading.Event()
-        engine = stack.enter_context(EngineThread(lambda: open_engine(directory, opening), on_broken=broken.set))
+        engine = stack.enter_context(EngineThread(lambda: source.open(opening), on_broken=broken.set))
         voting = stack.enter_context(Voting(engine, chat))
         stack.callback(engine.close)  # before the votes, which wait for what it does
         service = Service(
-            engine=engine, voting=voting, chat=chat, manifest=manifest, name=options.name, options=options.voting,
+            engine=engine, voting=voting, chat=chat, source=source, name=options.name, options=options.voting,
             reasoning=options.reasoning, most_unfinished=options.most_unfinished, key=options.key,
         )  # fmt: skip
         host, port = listening.getsockname()[:2]

@@ -9,9 +9,8 @@ from typing import Any, Literal, TypeAlias
 
 from trtkit.chat import Chat, variant_named
 from trtkit.errors import InputError, RequestError, TrtkitError
-from trtkit.recipe import EngineManifest
 from trtkit.runtime.api import SamplingParams
-from trtkit.runtime.trtllm_sampling import notices_for
+from trtkit.runtime.sources import Source
 from trtkit.serve.bodies import MOST_CHOICES, ChatBody, CompletionBody, Sampled
 from trtkit.serve.engine_thread import EngineThread
 from trtkit.serve.generation import Asked
@@ -40,7 +39,7 @@ class Service:
     engine: EngineThread
     voting: Voting
     chat: Chat
-    manifest: EngineManifest
+    source: Source
     name: str
     """What clients call the model."""
     options: SolveOptions
@@ -108,7 +107,7 @@ class Service:
         options = replace(
             self.options, sampling=self._sampling(body), **{name: it for name, it in given.items() if it is not None}
         )
-        notices_for(self.manifest, options.sampling, logprobs=options.wants_logprobs)
+        self.source.notices(options.sampling, logprobs=options.wants_logprobs)
         text = body.messages[0].text
         self._check_text(len(text))
         variants = dict.fromkeys(options.variants[: options.samples])
@@ -120,7 +119,7 @@ class Service:
         self, name: str, body: Sampled, prompts: Sequence[tuple[int, ...]], longest: int | None, *, logprobs: bool
     ) -> Asked:
         sampling = self._sampling(body)
-        notices_for(self.manifest, sampling, logprobs=logprobs)
+        self.source.notices(sampling, logprobs=logprobs)
         self._check_prompts(prompts)
         return Asked(
             name=name, prompts=tuple(prompts), choices=body.n or 1, sampling=sampling, max_tokens=longest,

@@ -23,12 +23,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtkit.chat import Chat, load_chat
+from trtkit.chat import Chat
 from trtkit.closing import Closing
 from trtkit.errors import InputError, OutputError, TrtkitError, UsageError
 from trtkit.files import append_jsonl, digest_file, read_json, write_json
 from trtkit.log import logger
 from trtkit.runtime.api import Engine
+from trtkit.runtime.sources import DirectorySource, Source
 from trtkit.solve.clock import parse_duration
 from trtkit.solve.grading import Grader
 from trtkit.solve.journal import Journal
@@ -43,7 +44,6 @@ from trtkit.solve.solver import Solver
 from trtkit.solve.vote import Tally
 
 if TYPE_CHECKING:
-    from trtkit.runtime.endpoint.remote import Remote
     from trtkit.runtime.load import OpenOptions
 
 __all__ = ["PROBLEMS_FILE", "Session", "open_session"]
@@ -181,7 +181,7 @@ class Session(Closing):
 
 
 def open_session(
-    engine: str | Path | Remote, *, problems: int, time_limit: str | float | None = None, policy: str | None = None,
+    engine: str | Path | Source, *, problems: int, time_limit: str | float | None = None, policy: str | None = None,
     out: str | Path | None = None, opening: OpenOptions | None = None, began: float | None = None, **options: Any,
 ) -> Session:  # fmt: skip
     """A session on an engine directory, or on a server (:func:`trtkit.runtime.endpoint.remote.connect`), for about
@@ -195,8 +195,6 @@ def open_session(
     Raises :class:`UsageError` for options that make no sense and for an ``out`` that holds another run, and
     :class:`EngineError` for a directory that holds no engine.
     """
-    from trtkit.runtime.load import open_engine  # loads torch
-
     began = time.monotonic() if began is None else began
     limit = parse_duration(time_limit) if isinstance(time_limit, str) else time_limit
     name = policy or ("competition" if limit is not None else None)
@@ -205,17 +203,10 @@ def open_session(
     if unknown:
         raise UsageError("options that a session does not know", offenders=unknown)
     settled = SolveOptions(**{**chosen, "policy": name, "time_limit": limit, **options})
-    where = None if out is None else Path(out)
-    if isinstance(engine, (str, Path)):
-        directory = Path(engine)
-        return Session(
-            lambda: open_engine(directory, opening), load_chat(directory), settled,
-            problems=problems, engine=directory, out=where, began=began,
-        )  # fmt: skip
-    rows = None if opening is None else opening.rows
+    source = DirectorySource.of(Path(engine)) if isinstance(engine, str | Path) else engine
     return Session(
-        lambda: engine.open(rows), engine.chat, settled,
-        problems=problems, engine=engine.identity, out=where, began=began,
+        lambda: source.open(opening), source.chat, settled, problems=problems, engine=source.place,
+        out=None if out is None else Path(out), began=began,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trtkit.chat import Chat, load_chat
 from trtkit.checkpoint.hf import resolve_source
@@ -14,6 +15,9 @@ from trtkit.runtime.api import SamplingParams
 from trtkit.runtime.endpoint.dialects import check_sampling
 from trtkit.runtime.endpoint.engine import EndpointEngine, open_endpoint
 from trtkit.runtime.endpoint.server import Endpoint, Server, look_at
+
+if TYPE_CHECKING:
+    from trtkit.runtime.load import OpenOptions
 
 __all__ = ["Remote", "connect"]
 
@@ -29,12 +33,34 @@ class Remote:
     """Longest request by the checkpoint's config.json, for servers that do not say."""
 
     @property
-    def identity(self) -> Mapping[str, str]:
+    def place(self) -> Mapping[str, str]:
         """What a run that goes on must find again, and where it was."""
         return {"path": self.endpoint.url, "model": self.server.model, "template": self.chat.template_digest}
 
-    def open(self, rows: int | None = None) -> EndpointEngine:
-        """An engine; ``rows`` requests are open at once."""
+    @property
+    def model(self) -> str:
+        """As the server calls it."""
+        return self.server.model
+
+    @property
+    def told(self) -> str:
+        """Address, model and kind of server."""
+        kind = self.server.dialect.name
+        return f"{self.model} at {self.endpoint.url}" + ("" if kind == "other" else f" ({kind})")
+
+    @property
+    def card(self) -> Mapping[str, str]:
+        """The checkpoint, where the server says it."""
+        return {"root": self.server.source or self.model}
+
+    @property
+    def greedy(self) -> bool:
+        """Servers sample."""
+        return False
+
+    def open(self, options: OpenOptions | None = None) -> EndpointEngine:
+        """An engine. Of the options it takes the rows: so many requests are open at once."""
+        rows = None if options is None else options.rows
         return open_endpoint(self.endpoint, self.server, self.chat, rows=rows, total_tokens=self.total_tokens)
 
     def notices(self, sampling: SamplingParams, *, logprobs: bool = False) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from trtkit.runtime.endpoint.dialects import DIALECTS, OTHER, Dialect, complaint
 
 __all__ = ["KEY_VARIABLE", "Endpoint", "Server", "endpoint_named", "look_at"]
 
-KEY_VARIABLE = "TRTKIT_API_KEY"
+KEY_VARIABLE = "TRTKIT_ENDPOINT_KEY"
 """Holds what the server wants to be shown: a command line can be read by everybody on the machine."""
 _PATIENCE_SECONDS = 10.0
 
