@@ -115,6 +115,7 @@ class EndpointEngine(RestartingEngine[int]):
             sampling=request.sampling,
             stop_ids=request.stop_ids,
             stop_texts=[self._chat.decode([token]) for token in request.stop_ids if token not in self._chat.eos_ids],
+            ends=any(token in self._chat.eos_ids for token in request.stop_ids),
             max_tokens=started.limit - len(started.generated),
             seed=self._seed(started) if self._seeds else None,
             logprobs=request.logprobs,
