@@ -16,15 +16,13 @@ The native layout is nearly that. What differs, after the loader's source (``ten
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trtkit.checkpoint.convert import COMPANIONS
+from trtkit.checkpoint.folding import BEHIND_NORM, check_folding, copy_companions, folded_norm
 from trtkit.checkpoint.hf import MODEL_DTYPES, narrow, read_config
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import Layout
@@ -36,7 +34,7 @@ from trtkit.checkpoint.unified import (
     unified_config,
     unified_layout,
 )
-from trtkit.errors import CheckpointError, UnsupportedError, UsageError
+from trtkit.errors import UnsupportedError, UsageError
 from trtkit.files import digest_file, staged_dir, write_json
 from trtkit.log import Progress
 from trtkit.model_spec import ModelSpec
@@ -46,16 +44,6 @@ __all__ = ["SPECULATIVE_MODES", "check_unified_hf", "unified_notes", "write_unif
 
 SPECULATIVE_MODES = ("MTP", "Eagle3", "NGram", "DraftTarget", "PARD", "DFlash", "suffix automaton", "user-provided")
 """What TensorRT-LLM's PyTorch backend can draft with."""
-
-_BEHIND_NORM = {
-    "self_attn.q_proj": "input_layernorm",
-    "self_attn.k_proj": "input_layernorm",
-    "self_attn.v_proj": "input_layernorm",
-    "mlp.gate_proj": "post_attention_layernorm",
-    "mlp.up_proj": "post_attention_layernorm",
-}
-_FOLDED = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}
-"""Norm -> the linear whose pre_quant_scale goes into it; its neighbours share that scale."""
 
 
 def check_unified_hf(spec: ModelSpec, scheme: QuantScheme) -> None:
@@ -97,7 +85,7 @@ def write_unified_hf(engine_dir: Path, out: Path, *, replace: bool = False) -> d
         raise UsageError("the output would replace the checkpoint it is made from", where=str(out))
     if source.scheme.quant_algo is None:
         source = dataclasses.replace(source, scheme=SCHEMES["bf16"])
-    _check_folding(source)
+    check_folding(source)
     layout = _layout(source)
     with staged_dir(out, replace=replace) as stage:
         writer = ShardWriter(stage, layout)
@@ -128,16 +116,14 @@ def _folded_into(name: str) -> str | None:
     if suffix != "pre_quant_scale":
         return None
     prefix, part = linear.split(".", 3)[:3], linear.split(".", 3)[3]
-    return ".".join([*prefix, _BEHIND_NORM[part]]) if part in _BEHIND_NORM else None
+    return ".".join([*prefix, BEHIND_NORM[part]]) if part in BEHIND_NORM else None
 
 
 def _pieces(source: UnifiedCheckpoint, name: str) -> Iterator[Tensor]:
     shards, dtype = source.shards, MODEL_DTYPES[source.spec.dtype]
-    stem = name.removesuffix(".weight")
-    part = _FOLDED.get(stem.rpartition(".")[2])
-    scale = f"{stem.rpartition('.')[0]}.{part}.pre_quant_scale" if part else ""
-    if scale in shards:
-        yield narrow(shards.tensor(name).float() * shards.tensor(scale).float(), dtype, name)
+    folded = folded_norm(source, name)
+    if folded is not None:
+        yield folded
     elif name.endswith(".pre_quant_scale") and name not in shards:
         weight = shards.entries[name.removesuffix("pre_quant_scale") + "weight"]
         yield torch.ones(weight.shape[1], dtype=dtype)
@@ -145,22 +131,6 @@ def _pieces(source: UnifiedCheckpoint, name: str) -> Iterator[Tensor]:
         floating = shards.entries[name].dtype in MODEL_DTYPES.values()
         wanted = torch.float32 if name.endswith(("weight_scale", "input_scale", "k_scale", "v_scale")) else dtype
         yield from (narrow(block, wanted, name) if floating else block for block in shards.blocks(name))
-
-
-def _check_folding(source: UnifiedCheckpoint) -> None:
-    """One norm can take up one scale: the linears behind it must share theirs."""
-    if source.scheme.name != "int4":
-        return
-    for layer in range(source.spec.layers):
-        for product in ("qkv", "gate_up"):
-            source.parts(layer, product)
-    names = [name for name in source.shards.entries if name.endswith("pre_quant_scale")]
-    wrong = [name for name in names if not bool((source.shards.tensor(name).float() > 0).all())]
-    if wrong:
-        raise CheckpointError(
-            "scales that no kernel can use", where=str(source.directory), offenders=wrong[:20],
-            hint="build the checkpoint again",
-        )  # fmt: skip
 
 
 def _companions(source: UnifiedCheckpoint, stage: Path) -> None:
@@ -172,6 +142,4 @@ def _companions(source: UnifiedCheckpoint, stage: Path) -> None:
     config = read_config(source.directory)
     config.pop("quantization_config", None)
     write_json(stage / "config.json", unified_config(config, source.spec, quant))
-    for path in sorted(source.directory.iterdir()):
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
-            shutil.copyfile(path, stage / path.name)
+    copy_companions(source.directory, stage)

@@ -1,4 +1,4 @@
-"""``trtkit export``: a built engine's weights in the formats of TensorRT-LLM."""
+"""``trtkit export``: a built engine's weights in the formats of TensorRT-LLM and of other servers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trtkit.errors import ConfigError, OutputError, UsageError
 from trtkit.files import nearest, read_json
 from trtkit.recipe import BUNDLE_FILE, DRAFTER_DIR, ENGINE_FILE, output_layer_of, read_manifest
 
-_FORMATS = ("unified-hf", "trtllm")
+_FORMATS = ("unified-hf", "trtllm", "compressed-tensors")
 _DTYPES = ("bfloat16", "float16")
 
 
@@ -26,7 +26,9 @@ def command(
     format_name: Annotated[
         str,
         typer.Option(
-            "--format", help="trtllm (rank files for TensorRT-LLM 1.0 to 1.2) or unified-hf (its PyTorch backend)."
+            "--format",
+            help="trtllm (rank files for TensorRT-LLM 1.0 to 1.2), unified-hf (its PyTorch backend), or "
+            "compressed-tensors (vLLM, SGLang).",
         ),
     ],
     tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="trtllm: GPUs that share each layer.")] = 1,
@@ -44,7 +46,7 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write an engine's weights for TensorRT-LLM.
+    """Write an engine's weights for TensorRT-LLM or another server.
 
     The same codes and scales, in its layout.
     """
@@ -68,10 +70,14 @@ def command(
             raise UsageError(
                 "options of --format trtllm only",
                 offenders=[name for name, was in given.items() if was],
-                hint="the PyTorch backend splits the weights when it loads them, and has no ReDrafter",
+                hint="the others split the weights when they load them, and have no ReDrafter",
             )
-        document = _unified(directory, out, force=force)
-        advice = f"on the GPU host: trtllm-serve {quoted(out)}"
+        if format_name == "unified-hf":
+            document = _unified(directory, out, force=force)
+            advice = f"on the GPU host: trtllm-serve {quoted(out)}"
+        else:
+            document = _compressed(directory, out, force=force)
+            advice = f"on the GPU host: vllm serve {quoted(out)}"
     finish(advice, document if as_json else None)
 
 
@@ -156,10 +162,31 @@ def _unified(directory: Path, out: Path, *, force: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _compressed(directory: Path, out: Path, *, force: bool) -> dict[str, Any]:
+    from trtkit.checkpoint.compressed_export import compressed_notes, write_compressed
+    from trtkit.checkpoint.unified import open_unified
+
+    digests = write_compressed(directory, out, replace=force)
+    source = open_unified(directory)
+    notes = [*_output_note(directory), *compressed_notes(source)]
+    if (directory / DRAFTER_DIR).is_dir():
+        notes.append("the engine's ReDrafter head stays behind: no server of this format runs one")
+    facts(
+        "compressed-tensors checkpoint",
+        {"directory": str(out), "precision": source.scheme.name, "size": _size(out)},
+    )
+    for note in notes:
+        notice(f"note: {note}")
+    return {
+        "directory": str(out), "format": "compressed-tensors", "precision": source.scheme.name, "notes": notes,
+        "digests": digests,
+    }  # fmt: skip
+
+
 def _output_note(directory: Path) -> list[str]:
     if not (directory / ENGINE_FILE).is_file() or output_layer_of(read_manifest(directory).recipe) == "model":
         return []
-    return ["lm_head is written in the model's dtype, as TensorRT-LLM keeps it; this engine runs it in int8"]
+    return ["lm_head is written in the model's dtype, as servers keep it; this engine runs it in int8"]
 
 
 def _size(directory: Path) -> str:
@@ -179,6 +206,7 @@ def _check_target(out: Path, *, force: bool) -> None:
 
 
 def _is_export(out: Path) -> bool:
+    from trtkit.checkpoint.compressed_export import EXPORTED_BY
     from trtkit.checkpoint.unified import QUANT_FILE
 
     if (out / ENGINE_FILE).is_file():
@@ -186,6 +214,8 @@ def _is_export(out: Path) -> bool:
     if all(path.name == "config.json" or re.fullmatch(r"rank\d+\.safetensors", path.name) for path in out.iterdir()):
         return (out / "rank0.safetensors").is_file()
     try:
+        if EXPORTED_BY in read_json(out / "config.json"):
+            return True
         return bool(read_json(out / QUANT_FILE)["producer"]["name"] == "trtkit")
     except (ConfigError, KeyError, TypeError):
         return False
