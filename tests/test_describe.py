@@ -13,7 +13,7 @@ from tests.engines import tiny_engine_dir
 from tests.tiny import save_tiny
 from trtkit.checkpoint.convert import convert
 from trtkit.checkpoint.hf import open_source
-from trtkit.describe import BUNDLE, CHECKPOINT, DIFFICULTY, DRAFTER, ENGINE, QUANTIZED, RUN, describe
+from trtkit.describe import BUNDLE, CHECKPOINT, DIFFICULTY, DRAFTER, ENGINE, FOREIGN, QUANTIZED, RUN, describe
 from trtkit.errors import CheckpointError, InputError, TrtkitError, UsageError
 from trtkit.files import digest_file, read_json, staged_dir, write_json
 from trtkit.quant.calibrate import DataFree
@@ -105,6 +105,19 @@ def test_a_quantized_checkpoint_is_held_against_its_layout(tmp_path: Path) -> No
     found = describe(out, verify=True)
     assert found.verified is False
     assert lost in " ".join(found.offenders)
+
+
+def test_a_checkpoint_that_is_quantized_for_other_servers(tmp_path: Path) -> None:
+    """It is told as such, and not to be built from."""
+    directory = save_tiny(tmp_path / "model", "qwen2")
+    config = read_json(directory / "config.json")
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    write_json(directory / "config.json", config)
+    found = describe(directory)
+    assert (found.kind, found.facts["quantized"], found.data["quant_method"]) == (FOREIGN, "awq", "awq")
+    assert found.data["weights"]["tensors"] > 0
+    with pytest.raises(UsageError, match="--verify"):
+        describe(directory, verify=True)
 
 
 def test_a_bundles_weights_are_those_of_its_checkpoint(tmp_path: Path) -> None:

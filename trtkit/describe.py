@@ -12,6 +12,7 @@ import torch
 from drafter.checkpoint import DrafterError, load_drafter
 from trtkit.build.draft_head import PLAN_FILE
 from trtkit.bundled import PRACTICE, practice_dir
+from trtkit.checkpoint.compressed_export import EXPORTED_BY
 from trtkit.checkpoint.hf import check_finite, open_source
 from trtkit.checkpoint.names import rank_file
 from trtkit.checkpoint.shards import Entry, open_shards, read_header
@@ -33,6 +34,7 @@ __all__ = [
     "DIFFICULTY",
     "DRAFTER",
     "ENGINE",
+    "FOREIGN",
     "QUANTIZED",
     "RUN",
     "TRAINING",
@@ -45,6 +47,7 @@ __all__ = [
 ENGINE = "engine"
 CHECKPOINT = "checkpoint"
 QUANTIZED = "quantized checkpoint (unified HF layout)"
+FOREIGN = "quantized checkpoint (for other servers)"
 TRTLLM = "TensorRT-LLM checkpoint"
 BUNDLE = "bundle for trtkit compile"
 RUN = "run of trtkit solve"
@@ -81,9 +84,6 @@ def describe(directory: Path, *, verify: bool = False) -> Description:
         said = "not a directory" if directory.exists() else "no such directory"
         raise InputError(said, where=str(directory), hint="pass a checkpoint, engine or run directory, or 'practice'")
     kind, look = next(((k, look) for mark, k, look in _KINDS if (directory / mark).is_file()), ("", None))
-    if verify and kind in _UNVERIFIED:
-        what, instead = _UNVERIFIED[kind]
-        raise UsageError(f"--verify: {what} to verify", where=str(directory), hint=f"leave it out; {instead}")
     if look is None:
         raise InputError(
             "neither a checkpoint nor an engine nor a run",
@@ -91,10 +91,13 @@ def describe(directory: Path, *, verify: bool = False) -> Description:
             hint=f"expected one of: {', '.join(mark for mark, _, _ in _KINDS)}",
         )
     facts, data = look(directory)
-    kind = DRAFTER if "drafter" in data else kind
+    kind = DRAFTER if "drafter" in data else FOREIGN if "quant_method" in data else kind
+    if verify and kind in _UNVERIFIED:
+        what, instead = _UNVERIFIED[kind]
+        raise UsageError(f"--verify: {what} to verify", where=str(directory), hint=f"leave it out; {instead}")
     offenders: list[str] = []
     verified = None
-    if kind not in _UNVERIFIED:
+    if kind not in _UNVERIFIED or kind == FOREIGN:
         data["weights"], offenders = _weights(directory)
         sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in data["weights"]["by_dtype"].items())
         facts["weights"] = f"{data['weights']['files']} file(s), {data['weights']['tensors']} tensors: {sizes}"
@@ -193,7 +196,12 @@ def _look_at_config(directory: Path) -> tuple[dict[str, str], JsonObject]:
         names = ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers", "rnn")
         kept = {name: config.get(name) for name in names}
         return {name: str(value) for name, value in kept.items()}, {"drafter": kept}
-    return _spec_facts(directory)
+    facts, data = _spec_facts(directory)
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is not None and method != "modelopt":
+        facts["quantized"] = f"{method}{', by ' + str(config[EXPORTED_BY]) if EXPORTED_BY in config else ''}"
+        data["quant_method"] = method
+    return facts, data
 
 
 def _spec_facts(directory: Path) -> tuple[dict[str, str], JsonObject]:
@@ -232,6 +240,7 @@ _HELD = {
 _UNVERIFIED = {
     RUN: ("a run has neither digests nor tensors", "`trtkit report RUN` reads it and says what in it is damaged"),
     TRAINING: ("there is no head yet", "the next: line goes on with the training"),
+    FOREIGN: ("it has no digests, and its codes are not ours", "its server reads it whole"),
 }
 
 

@@ -17,6 +17,7 @@ _NEXT = {
     "TensorRT-LLM checkpoint": "on the GPU host: trtllm-build --checkpoint_dir {path} --output_dir ENGINE",
     "bundle for trtkit compile": "on the GPU host: trtkit compile {path}",
     "quantized checkpoint (unified HF layout)": "on the GPU host: trtllm-serve {path}",
+    "quantized checkpoint (for other servers)": "on the GPU host: vllm serve {path}",
     "ReDrafter head": "trtkit build --drafter {path} --model MODEL",
     "difficulty regressor": "trtkit solve problems.jsonl --time-limit 5h --difficulty {path}",
     "run of trtkit solve": "trtkit report {path}",
