@@ -39,7 +39,7 @@ def test_every_verb_that_opens_engines_passes_it_on(
         asked.append(options)
         raise EngineError("enough")
 
-    for room in ("runtime.load", "serve.run", "bench.engines", "bench.profile"):
+    for room in ("runtime.load", "bench.engines", "bench.profile"):
         monkeypatch.setattr(f"trtkit.{room}.open_engine", noted)
     problems = tmp_path / "p.jsonl"
     problems.write_text('{"id": "1", "problem": "What is 2 + 3?"}\n', encoding="utf-8")
