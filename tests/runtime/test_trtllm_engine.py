@@ -383,3 +383,29 @@ def test_a_rank_that_cannot_serve_says_so_in_words(tmp_path: Path, capsys: pytes
     ):
         assert main(arguments) == code
         assert capsys.readouterr().err.startswith(said)
+
+
+def test_several_responses_for_one_request_are_one_output(
+    engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A solver that was slow finds several; it must hear them together, to know where a sample stands."""
+    with opened(engines["plain"]) as engine:
+        bindings = sys.modules["tensorrt_llm.bindings.executor"]
+        engine.submit(request("a", (1, 2), max_tokens=30, temperature=0.0, stop_ids=(EOS, 9)))
+        engine.submit(request("b", (1, 2), max_tokens=30, temperature=0.0, stop_ids=(EOS, 9)))
+        said = [(1, [5], False), (2, [6], False), (1, [7, 9], True)]
+        responses = [
+            bindings._Response(
+                number,
+                bindings._Result(
+                    is_final=final,
+                    output_token_ids=[tokens],
+                    finish_reasons=[bindings.FinishReason["STOP_WORDS" if final else "NOT_FINISHED"]],
+                    decoding_iter=1 + final,
+                ),
+            )
+            for number, tokens, final in said
+        ]
+        monkeypatch.setattr(last_executor(), "await_responses", lambda timeout: responses)
+        told = [(output.request_id, output.tokens, output.finish) for output in engine.step()]
+    assert told == [("a", (5, 7, 9), FinishReason.STOP), ("b", (6,), None)]

@@ -7,7 +7,7 @@ whose prompt is everything so far. Where the backend keeps the KV blocks of what
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -15,10 +15,23 @@ from trtkit.closing import Closing
 from trtkit.errors import RequestError
 from trtkit.runtime.api import FinishReason, Request, StepOutput
 
-__all__ = ["RestartingEngine", "Started"]
+__all__ = ["RestartingEngine", "Started", "joined"]
 
 Handle = TypeVar("Handle", bound=Hashable)
 _SEED_STRIDE = 0x9E3779B97F4A7C15
+
+
+def joined(outputs: Iterable[StepOutput | None]) -> list[StepOutput]:
+    """One output per request: who pauses a request after its words of a step must have heard all of them."""
+    heard: dict[str, StepOutput] = {}
+    for output in outputs:
+        if output is not None:
+            before = heard.get(output.request_id)
+            heard[output.request_id] = output if before is None else StepOutput(
+                request_id=output.request_id, tokens=before.tokens + output.tokens, finish=output.finish,
+                logprobs=before.logprobs + output.logprobs,
+            )  # fmt: skip
+    return list(heard.values())
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from trtkit.errors import EngineError
 from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
-from trtkit.runtime.restarting import RestartingEngine, Started
+from trtkit.runtime.restarting import RestartingEngine, Started, joined
 from trtkit.runtime.trtllm_facts import CompiledFacts
 from trtkit.runtime.trtllm_sampling import check_sampling, executor_sampling, notices
 
@@ -99,10 +99,8 @@ class TrtllmEngine(RestartingEngine[int]):
         if not self._by_handle:
             return outputs
         self._peak_rows = max(self._peak_rows, min(len(self._by_handle), self._facts.rows))
-        for response in self._executor.await_responses(timeout=timedelta(0) if outputs else _PATIENCE):
-            output = self._receive(response)
-            if output is not None:
-                outputs.append(output)
+        responses = self._executor.await_responses(timeout=timedelta(0) if outputs else _PATIENCE)
+        outputs += joined(map(self._receive, responses))
         self._steps += 1
         if self._steps % _STATS_EVERY == 0:
             self._collect()

@@ -18,7 +18,7 @@ from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
 from trtkit.runtime.endpoint.client import Chunk, Client, Event, Lost, Refused
 from trtkit.runtime.endpoint.dialects import Said, body_of, check_sampling
 from trtkit.runtime.endpoint.server import KEY_VARIABLE, Endpoint, Server
-from trtkit.runtime.restarting import RestartingEngine, Started
+from trtkit.runtime.restarting import RestartingEngine, Started, joined
 
 __all__ = ["PATIENCE_SECONDS", "ROWS", "EndpointEngine", "open_endpoint"]
 
@@ -149,13 +149,8 @@ class EndpointEngine(RestartingEngine[int]):
             return outputs
         self._steps += 1
         self._peak_rows = max(self._peak_rows, min(len(self._by_handle), self._rows))
-        heard: dict[str, StepOutput] = {}
-        for event in self._client.events(0.0 if outputs else _WAIT_SECONDS, self._begun):
-            output = self._receive(event)
-            if output is not None:
-                before = heard.get(output.request_id)
-                heard[output.request_id] = output if before is None else _joined(before, output)
-        return [*outputs, *heard.values()]
+        events = self._client.events(0.0 if outputs else _WAIT_SECONDS, self._begun)
+        return [*outputs, *joined(map(self._receive, events))]
 
     def _receive(self, event: Event) -> StepOutput | None:
         name = self._by_handle.get(event.handle)
@@ -271,14 +266,6 @@ class EndpointEngine(RestartingEngine[int]):
     def close(self) -> None:
         """Hang up."""
         self._client.close()
-
-
-def _joined(one: StepOutput, other: StepOutput) -> StepOutput:
-    """What one request has said in two events."""
-    return StepOutput(
-        request_id=one.request_id, tokens=one.tokens + other.tokens, finish=other.finish,
-        logprobs=one.logprobs + other.logprobs,
-    )  # fmt: skip
 
 
 def _refusal(event: Refused, where: str) -> EngineError:
