@@ -26,6 +26,7 @@ FOUNDATION = LAYERS[0]
 ONLY_IN = {
     "tensorrt_llm": {"trtkit/runtime/trtllm_engine.py", "trtkit/build/trtllm.py"},
     "modelopt": {"trtkit/quant/modelopt.py"},
+    "aiohttp": {"trtkit/runtime/endpoint/client.py"},
 }
 FILES = sorted(path for package in ("trtkit", "drafter") for path in (ROOT / package).rglob("*.py"))
 

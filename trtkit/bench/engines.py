@@ -21,7 +21,7 @@ import torch
 from drafter.checkpoint import DrafterError, read_config
 from drafter.config import TreeShape
 from trtkit.bench.machine import Machine, measure_machine
-from trtkit.chat import VARIANTS, load_chat
+from trtkit.chat import VARIANTS, Chat, load_chat
 from trtkit.errors import EngineError, RequestError, UsageError
 from trtkit.log import logger
 from trtkit.model_spec import read_model_spec
@@ -34,7 +34,7 @@ from trtkit.runtime.load import OpenOptions, compute_dtype, device_named, open_e
 from trtkit.scheme import OutputLayer, scheme_named
 from trtkit.solve.problems import read_problems
 
-__all__ = ["BenchOptions", "BenchResult", "Point", "can_draft", "check_sources", "measure", "prompts_of"]
+__all__ = ["BenchOptions", "BenchResult", "Point", "can_draft", "check_sources", "measure", "prompts_of", "time_once"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +181,11 @@ def _check_head(options: BenchOptions, *, there: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Timing:
+class Timing:
+    """One count."""
+
+    first_seconds: float
+    """Until every row had its first token."""
     prefill_tokens_per_second: float
     tokens_per_second: float
     tokens_per_step: float
@@ -192,7 +196,7 @@ class _Timing:
 def _points(directory: Path, batch: int, options: BenchOptions, machine: Machine) -> Iterator[Point]:
     """Plain, and speculative where there is a head."""
     kinds = (False, True) if can_draft(directory, options) and options.speculative else (False,)
-    timings: dict[bool, list[_Timing]] = {kind: [] for kind in kinds}
+    timings: dict[bool, list[Timing]] = {kind: [] for kind in kinds}
     for _ in range(options.rounds):
         for speculative in kinds:
             logger.info("measuring %s at batch %d%s", directory, batch, ", drafting" if speculative else "")
@@ -203,7 +207,7 @@ def _points(directory: Path, batch: int, options: BenchOptions, machine: Machine
         yield _point(directory, batch, options, machine, timings[speculative], plain if speculative else None)
 
 
-def _timed(directory: Path, batch: int, options: BenchOptions, speculative: bool) -> list[_Timing]:
+def _timed(directory: Path, batch: int, options: BenchOptions, speculative: bool) -> list[Timing]:
     opening = OpenOptions(
         device=options.device, threads=options.threads_of_each, tensor_parallel=options.tensor_parallel,
         rows=batch, speculative=speculative,
@@ -219,11 +223,11 @@ def _timed(directory: Path, batch: int, options: BenchOptions, speculative: bool
                 hint="lower --prompt-tokens or --new-tokens",
             )
         # The first one warms up.
-        return [_once(engine, prompts, batch, options, repeat) for repeat in range(options.repeats + 1)][1:]
+        return [time_once(engine, prompts, batch, options, repeat) for repeat in range(options.repeats + 1)][1:]
 
 
 def _point(
-    directory: Path, batch: int, options: BenchOptions, machine: Machine, timings: Sequence[_Timing],
+    directory: Path, batch: int, options: BenchOptions, machine: Machine, timings: Sequence[Timing],
     plain: float | None,
 ) -> Point:  # fmt: skip
     """``plain``: the speed to compare with; None for plain decoding itself."""
@@ -259,22 +263,22 @@ def _point(
     )  # fmt: skip
 
 
-def _median(timings: Sequence[_Timing], name: str) -> float:
+def _median(timings: Sequence[Timing], name: str) -> float:
     return float(statistics.median(getattr(timing, name) for timing in timings))
 
 
-def prompts_of(directory: Path, vocab: int, options: BenchOptions) -> list[tuple[int, ...]]:
+def prompts_of(tokenizer: Path | Chat, vocab: int, options: BenchOptions) -> list[tuple[int, ...]]:
     """Prompts to take in turns: those of the problems, or random tokens."""
     if options.problems is None:
         source = random.Random(0)
         return [tuple(source.randrange(vocab) for _ in range(options.prompt_tokens)) for _ in range(256)]
-    chat = load_chat(directory)
+    chat = load_chat(tokenizer) if isinstance(tokenizer, Path) else tokenizer
     return [chat.prompt(problem.text, VARIANTS["solve"]) for problem in read_problems(options.problems)]
 
 
-def _once(
+def time_once(
     engine: Engine, prompts: Sequence[tuple[int, ...]], batch: int, options: BenchOptions, repeat: int
-) -> _Timing:
+) -> Timing:
     """Prefill ``batch`` prompts, then decode them all to the end without stop ids."""
     sampling = SamplingParams(temperature=options.temperature)
     for row in range(batch):
@@ -301,7 +305,7 @@ def _once(
 
 def _timing(
     before: EngineStats, filled: EngineStats, after: EngineStats, first_seconds: float, seconds: float
-) -> _Timing:
+) -> Timing:
     """From the counters before, when every row ran, and at the end."""
     tokens, row_steps = after.new_tokens - filled.new_tokens, after.row_steps - filled.row_steps
     steps = max(after.steps - filled.steps, 1)
@@ -309,7 +313,8 @@ def _timing(
     prefill_seconds = filled.seconds.get("prefill", 0.0) - before.seconds.get("prefill", 0.0) or first_seconds
     accepted = zip(after.accepted_by_depth, filled.accepted_by_depth, strict=True)
     drafted = after.drafted_row_steps - filled.drafted_row_steps
-    return _Timing(
+    return Timing(
+        first_seconds=first_seconds,
         prefill_tokens_per_second=(filled.prefill_tokens - before.prefill_tokens) / max(prefill_seconds, 1e-9),
         tokens_per_second=tokens / max(seconds, 1e-9),
         tokens_per_step=tokens / row_steps if row_steps else 1.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,11 +18,17 @@ from trtkit.cli.options import (
     LookUp,
     Model,
     OutputLayer,
+    ServerModel,
+    ServerSeeds,
+    ServerTokenizer,
+    ServerUrl,
     TensorParallel,
     Threads,
     Tree,
     drafting_named,
+    idle_beside_server,
     refuse_idle,
+    server_named,
 )
 from trtkit.cli.output import facts, finish, gigabytes, notice, quoted, table
 from trtkit.errors import UsageError
@@ -29,6 +36,7 @@ from trtkit.errors import UsageError
 if TYPE_CHECKING:
     from trtkit.bench.engines import BenchOptions, Point
     from trtkit.bench.machine import Machine
+    from trtkit.runtime.endpoint.remote import Remote
 
 
 def command(
@@ -37,6 +45,10 @@ def command(
         list[Path] | None,
         typer.Option("--engine", help="Engine directory; repeat to compare. Default: the latest built."),
     ] = None,
+    endpoint: ServerUrl = None,
+    endpoint_model: ServerModel = None,
+    endpoint_seeds: ServerSeeds = True,
+    tokenizer: ServerTokenizer = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="Rows; repeatable. Default: 1, 8, 32.")] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Timed tokens per row.")] = 64,
@@ -79,14 +91,17 @@ def command(
 
     The last line is one JSON document.
     """
+    beside = ("--engine", "--suite", "--profile", "--model", "--out", "--rounds", "--draft-vocabulary",
+              "--draft-precision")  # fmt: skip
     refuse_idle(context, [
-        (not suite, ("--model",), "only with --suite; an engine is named with --engine"),
+        *idle_beside_server(endpoint, *beside),
+        (not suite and endpoint is None, ("--model",), "only with --suite; an engine is named with --engine"),
         (problems is not None, ("--prompt-tokens",), "not with --problems, whose prompts are used"),
         (profile, ("--new-tokens", "--repeats", "--rounds"), "not with --profile"),
         (tree == "none", ("--drafter", "--draft-vocabulary", "--draft-precision"), "not with --tree none"),
     ])  # fmt: skip
     _check_together(suite=suite, profile=profile, engine=bool(engine), out=out is not None)
-    engines = [] if suite else engine or [chosen_engine(None)]
+    engines = [] if suite or endpoint is not None else engine or [chosen_engine(None)]
 
     from trtkit.bench.engines import BenchOptions, measure
     from trtkit.runtime.draft_head import HeadOptions
@@ -98,6 +113,13 @@ def command(
         output_layer=output_layer,  # type: ignore[arg-type]  # checked there
         head=HeadOptions(vocabulary=draft_vocabulary, precision=draft_precision),  # type: ignore[arg-type]
     )  # fmt: skip
+    if endpoint is not None:
+        remote = server_named(endpoint, model=endpoint_model, seeds=endpoint_seeds, tokenizer=tokenizer)
+        again = [] if endpoint_model is None else ["--endpoint-model", quoted(endpoint_model)]
+        again += [] if tokenizer is None else ["--tokenizer", quoted(tokenizer)]
+        again += [] if endpoint_seeds else ["--no-endpoint-seeds"]
+        _server(remote, options, again, as_json=as_json)
+        return
     if profile:
         _profile(engines, options, as_json=as_json)
         return
@@ -147,6 +169,33 @@ def _check_together(*, suite: bool, profile: bool, engine: bool, out: bool) -> N
         wrong.append("--out: only with --suite")
     if wrong:
         raise UsageError("options that make no sense", offenders=wrong, hint="see: trtkit bench --help")
+
+
+def _server(remote: Remote, options: BenchOptions, again: Sequence[str], *, as_json: bool) -> None:
+    from trtkit.bench.endpoint import measure_server
+
+    points = list(measure_server(remote, options))
+    headings = ("model", "batch", "decode", "per request", "first token")
+    table(
+        headings,
+        [
+            (
+                point.model,
+                str(point.batch),
+                f"{point.tokens_per_second:,.1f}",
+                f"{point.tokens_per_second / point.batch:,.1f}",
+                f"{point.first_token_seconds:.3f} s",
+            )
+            for point in points
+        ],
+        right=headings[1:],
+    )
+    notice("")
+    notice("decode in tok/s over all requests, from when each has its first token; first token: of all of them.")
+    finish(
+        " ".join(["trtkit solve problems.jsonl --endpoint", quoted(remote.endpoint.url), *again]),
+        {"points": [asdict(point) for point in points]} if as_json else None,
+    )
 
 
 def _profile(engines: Sequence[Path], options: BenchOptions, *, as_json: bool) -> None:

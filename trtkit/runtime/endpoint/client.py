@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +24,6 @@ __all__ = ["Chunk", "Client", "Event", "Lost", "Refused"]
 _CONNECT_SECONDS = 10
 _SILENCE_SECONDS = 900
 """Longest wait for a server's next word. A request may wait for others to end, so it is long."""
-_GATHER_SECONDS = 0.004
-"""After the first event, to take those of the other rows along: a solver's step costs more than theirs."""
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that another try may not meet."""
 _LONGEST_LINE = 1 << 23
@@ -130,15 +127,18 @@ class Client(Closing):
         if task is not None:
             task.cancel()
 
-    def events(self, seconds: float) -> list[Event]:
-        """What has come since the last call, after a wait of ``seconds`` at most when that is nothing."""
+    def events(self, seconds: float, handles: Collection[int] = ()) -> list[Event]:
+        """What has come since the last call, and what comes until each of ``handles`` has said something, or anything
+        has where there are none; ``seconds`` are the longest wait."""
         found: list[Event] = []
-        with contextlib.suppress(queue.Empty):
-            found.append(self._events.get(timeout=seconds) if seconds > 0 else self._events.get_nowait())
-            if seconds > 0:
-                time.sleep(_GATHER_SECONDS)
-            while True:
-                found.append(self._events.get_nowait())
+        missing, deadline = set(handles), time.monotonic() + seconds
+        while missing or not found or not self._events.empty():
+            try:
+                event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            found.append(event)
+            missing.discard(event.handle)
         return found
 
     async def _run(self, handle: int, body: Mapping[str, Any], delay: float) -> None:

@@ -35,6 +35,8 @@ class Dialect:
     """The ``top_k`` that cuts nothing; None: left out then, as is ``min_p`` 0."""
     stop_ids: bool = True
     """It takes ``stop_token_ids``; else texts."""
+    runs_on: bool = True
+    """It takes ``ignore_eos``, without which it ends every turn where the model does."""
     seed_bits: int = 31
     logprobs: int = 0
     """What asks for the log-probability of the tokens themselves."""
@@ -43,7 +45,7 @@ class Dialect:
 
 
 _PLAIN = {"skip_special_tokens": False, "repetition_penalty": 1.0}
-OTHER = Dialect(name="other", ids=False, stop_ids=False)
+OTHER = Dialect(name="other", ids=False, stop_ids=False, runs_on=False)
 DIALECTS: Mapping[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
@@ -89,9 +91,10 @@ def check_sampling(dialect: Dialect, sampling: SamplingParams, *, logprobs: bool
 
 def body_of(
     dialect: Dialect, *, model: str, prompt: Sequence[int], sampling: SamplingParams, stop_ids: Sequence[int],
-    stop_texts: Sequence[str], max_tokens: int, seed: int | None, logprobs: bool,
+    stop_texts: Sequence[str], ends: bool, max_tokens: int, seed: int | None, logprobs: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """The body of ``POST /v1/completions``. ``stop_texts`` are for servers that take no ids."""
+    """The body of ``POST /v1/completions``. ``stop_texts`` are for servers that take no ids; ``ends``: the end of a
+    turn is one of the stops."""
     body: dict[str, Any] = {
         "model": model, "prompt": list(prompt), "max_tokens": max_tokens, "stream": True,
         "temperature": sampling.temperature, "top_p": sampling.top_p, **dialect.fields,
@@ -107,6 +110,8 @@ def body_of(
         body["stop_token_ids"] = list(stop_ids)
     elif stop_texts:
         body["stop"] = list(stop_texts[:_MOST_STOP_TEXTS])
+    if not ends and dialect.runs_on:
+        body["ignore_eos"] = True
     if logprobs:
         body["logprobs"] = dialect.logprobs
     return body

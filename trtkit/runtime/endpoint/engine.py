@@ -81,6 +81,8 @@ class EndpointEngine(RestartingEngine[int]):
         self._proof: _Proof | None = None
         self._proven = not server.dialect.ids
         self._said_lost = False
+        self._begun: set[int] = set()
+        """Handles that have said something, and will again."""
         self._steps = self._new_tokens = self._peak_rows = 0
 
     @property
@@ -113,6 +115,7 @@ class EndpointEngine(RestartingEngine[int]):
             sampling=request.sampling,
             stop_ids=request.stop_ids,
             stop_texts=[self._chat.decode([token]) for token in request.stop_ids if token not in self._chat.eos_ids],
+            ends=any(token in self._chat.eos_ids for token in request.stop_ids),
             max_tokens=started.limit - len(started.generated),
             seed=self._seed(started) if self._seeds else None,
             logprobs=request.logprobs,
@@ -129,18 +132,24 @@ class EndpointEngine(RestartingEngine[int]):
     def _stop(self, handle: int) -> None:
         self._client.stop(handle)
 
-    def step(self) -> Sequence[StepOutput]:
-        """Wait for new tokens, a tenth of a second at most, and return all that are there.
+    def _rest(self, started: Started[int]) -> None:
+        if started.handle is not None:
+            self._begun.discard(started.handle)
+        super()._rest(started)
 
-        Raises :class:`EngineError` when the server refuses a request, or cannot be reached for longer than a sample may
-        wait, or has another tokenizer.
+    def step(self) -> Sequence[StepOutput]:
+        """Wait until every row that has begun has said something, a tenth of a second at most.
+
+        So it takes about as long as the server's own, by which a solver measures what time a token takes. Raises
+        :class:`EngineError` when the server refuses a request, or cannot be reached for longer than a sample may wait,
+        or has another tokenizer.
         """
         outputs = self._report_cancelled()
         if not self._by_handle:
             return outputs
         self._steps += 1
         self._peak_rows = max(self._peak_rows, min(len(self._by_handle), self._rows))
-        for event in self._client.events(0.0 if outputs else _WAIT_SECONDS):
+        for event in self._client.events(0.0 if outputs else _WAIT_SECONDS, self._begun):
             output = self._receive(event)
             if output is not None:
                 outputs.append(output)
@@ -152,6 +161,7 @@ class EndpointEngine(RestartingEngine[int]):
             return None
         started = self._requests[name]
         if isinstance(event, Chunk):
+            self._begun.add(event.handle)
             return self._take(started, event)
         if isinstance(event, Lost):
             return self._lost(started, event.why, event.after)
