@@ -25,7 +25,9 @@ from trtkit.runtime.load import OpenOptions, open_engine
 class Known(Talk):
     """Its template can be told from others."""
 
-    template_digest = "abc"
+    def __init__(self, template: str = "abc") -> None:
+        super().__init__()
+        self.template_digest = template
 
 
 CHAT = cast(Chat, Known())

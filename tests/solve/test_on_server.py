@@ -123,8 +123,7 @@ def test_another_model_is_another_run(url: str, tmp_path: Path) -> None:
             run_solve(dataclasses.replace(places, **changes), engine, CHAT, options)
         return list(told.value.offenders)
 
-    other = cast(Chat, Known())
-    other.template_digest = "def"  # type: ignore[misc]
+    other = cast(Chat, Known("def"))
     with serving(engine, CHAT, name="large") as (large, _):
         assert refused(engine=remote(large).place) == ['engine.model: "tiny" in that run, "large" now']
         assert refused(engine=remote(large, other).place) == [
