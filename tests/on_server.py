@@ -84,12 +84,18 @@ def journal(out: Path) -> list[dict[str, Any]]:
 
 
 def attempts(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Every sample that ended, without when."""
+    """Every sample that ended, without when, and without how sure it was: that is rounded as the batch has it."""
+    idle = ("seconds", "clock", "used", "confidence")
     return {
-        (row["problem"], row["index"]): {name: row[name] for name in row if name not in ("seconds", "clock", "used")}
+        (row["problem"], row["index"]): {name: row[name] for name in row if name not in idle}
         for row in journal(out)
         if row["kind"] == "attempt"
     }
+
+
+def confidences(out: Path) -> dict[tuple[str, int], float]:
+    """How sure the samples were that say so."""
+    return {(row["problem"], row["index"]): row["confidence"] for row in journal(out) if "confidence" in row}
 
 
 def counted(out: Path) -> dict[str, Any]:
@@ -112,3 +118,6 @@ def check_same(one: Path, other: Path) -> None:
     mine, theirs = attempts(one), attempts(other)
     both = mine.keys() & theirs.keys()
     assert {name: mine[name] for name in both} == {name: theirs[name] for name in both}
+    sure, surely = confidences(one), confidences(other)
+    both = sure.keys() & surely.keys()
+    assert {name: sure[name] for name in both} == pytest.approx({name: surely[name] for name in both}, abs=1e-4)

@@ -17,6 +17,7 @@ from tests.fakes import FakeEngine
 from tests.on_server import (
     attempts,
     check_same,
+    confidences,
     counted,
     impatient,
     journal,
@@ -46,6 +47,9 @@ def problems(tmp_path: Path) -> Path:
     return practice_problems(tmp_path / "p.jsonl")
 
 
+SAID = "It is \\boxed{35}. I think so.\n</think>"
+
+
 def scripted(engine: Path, *, rows: int = 1, breaks_after: int | None = None, seconds: float = 0.0) -> FakeEngine:
     """Answers 35, a few tokens in a step of so many seconds; after so many steps it is gone."""
     chat = load_chat(engine)
@@ -57,8 +61,13 @@ def scripted(engine: Path, *, rows: int = 1, breaks_after: int | None = None, se
             time.sleep(seconds)
             return super().step()
 
+    whole = (*chat.encode(SAID), *chat.eos_ids)
+
     def say(request: Request) -> Sequence[int]:
-        return [*chat.encode("It is \\boxed{35}.\n</think>\n"), *chat.eos_ids]
+        """Goes on where the prompt ends."""
+        return whole[
+            next(n for n in range(len(whole), -1, -1) if request.prompt[len(request.prompt) - n :] == whole[:n]) :
+        ]
 
     return Engine(say, rows=rows, burst=4)
 
@@ -95,7 +104,9 @@ def test_a_server_gives_the_journal_of_its_engine(
     elif case == "stopped early":
         assert {problem["stopped_early"] for problem in solved.values()} == {"agree(2)"}
     elif case == "confidence":
-        assert all(sample["confidence"] < 0 for sample in samples)
+        sure = confidences(tmp_path / "there")
+        assert sure.keys() == attempts(tmp_path / "there").keys()
+        assert all(confidence < 0 for confidence in sure.values())
     else:
         assert {sample["box"] for sample in samples} & {"35", "49"}
     heads = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("here", "there")]
@@ -198,10 +209,12 @@ def test_a_server_that_goes_away_ends_the_run_in_words_and_the_same_command_goes
     assert {problem["answer"] for problem in counted(out).values()} == {"35"}
 
 
+@pytest.mark.parametrize("most", [14, 200])
 def test_an_engine_that_fails_behind_the_server_costs_a_sample_nothing(
-    engine: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The server opens it anew, and the samples go on from where they were."""
+    engine: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    most: int,
+) -> None:  # fmt: skip
+    """The server opens it anew, and the samples go on from where they were, to where they had to end."""
     impatient(monkeypatch, 20.0)
     opened: list[FakeEngine] = []
 
@@ -211,12 +224,13 @@ def test_an_engine_that_fails_behind_the_server_costs_a_sample_nothing(
 
     with served(engine, opening) as url:
         line = ["solve", str(problems), "-n", "3", "--out", str(tmp_path / "run"), "--endpoint", url, "--save-text"]
-        assert run([*line, "--full-vote"]) == 0
+        assert run([*line, "--full-vote", "--max-tokens", str(most)]) == 0
     assert len(opened) == 2
     assert capsys.readouterr().err.count("the server let go of a sample") == 1
-    texts = {row["text"] for row in attempts(tmp_path / "run").values()}
-    assert len(attempts(tmp_path / "run")) == 9
-    assert all("It is" in text for text in texts)
+    chat, ended = load_chat(engine), attempts(tmp_path / "run").values()
+    assert len(ended) == 9
+    assert {row["text"] for row in ended} == {chat.decode(chat.encode(SAID)[:most])}
+    assert {row["tokens"] for row in ended} == {min(most, len(chat.encode(SAID)))}
 
 
 def test_batch_bounds_the_open_requests(engine: Path, problems: Path, tmp_path: Path) -> None:

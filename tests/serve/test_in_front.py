@@ -69,7 +69,8 @@ def test_single_samples_are_those_of_the_server_behind_it(real: str, model_dir: 
             for url, model in ((real, "tiny"), (front, "front"))
         )
         for one, other in zip(inner["choices"], outer["choices"], strict=True):
-            assert one.pop("logprobs")["token_logprobs"] == pytest.approx(other.pop("logprobs")["token_logprobs"])
+            scores = [it.pop("logprobs")["token_logprobs"] for it in (one, other)]
+            assert scores[0] == pytest.approx(scores[1], abs=1e-4)
             assert one == other
         assert inner["usage"] == outer["usage"]
         greedy = {"temperature": 0, "max_tokens": 24, "stop": "e"}

@@ -184,7 +184,8 @@ def test_a_server_that_hangs_costs_one_problem_its_share(tmp_path: Path) -> None
         def solved(self, problem: Problem, solution: Any) -> None:
             stuck.set()
 
-    with serving(lambda: Slow(say, 0.0, stuck), CHAT) as (url, _):
+    right = CHAT.encode("\\boxed{7}</think>")
+    with serving(lambda: Slow(lambda _: right, 0.0, stuck), CHAT) as (url, _):
         there, began = remote(url), time.monotonic()
         try:
             outcome = solve(there, places, under_a_clock(4.0), observer=Freed())
@@ -241,6 +242,7 @@ def test_a_session_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert broken.answer is not None
             assert broken.answer.key == "3"
             assert session.answer("c", "What is 4 + 3?") == "7"
+        assert journal(tmp_path / "run")[0]["lanes"] == 2, "the rows that it was opened with"
         submitted = len(opened[-1].submitted)
         head = json.loads((tmp_path / "run" / "run.json").read_text())
         assert head["engine"] == {"path": f"{url}/v1", "model": "tiny", "template": "abc"}
