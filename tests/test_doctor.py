@@ -70,13 +70,19 @@ def test_a_python_that_was_not_tested_is_told(
 
 
 @pytest.mark.parametrize(("version", "status", "said"), [("0.40.0", "ok", "0.40.0"), (None, "info", "optional")])
-def test_modelopt_is_optional(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, status: str, said: str
-) -> None:
-    versions(monkeypatch, **{"nvidia-modelopt": version})
-    check = found(tmp_path, "nvidia-modelopt")
+@pytest.mark.parametrize(
+    ("package", "extra"), [("nvidia-modelopt", "trtkit[modelopt]"), ("aiohttp", "trtkit[endpoint]")]
+)
+def test_extras_are_optional(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str, version: str | None, status: str,
+    said: str,
+) -> None:  # fmt: skip
+    versions(monkeypatch, **{package: version})
+    check = found(tmp_path, package)
     assert check.status == status
     assert said in check.detail
+    assert (f"pip install '{extra}'" in check.hint) is (version is None)
+    assert doctor.examine(tmp_path).healthy
 
 
 def test_a_gpu_is_told_and_needs_no_cpu_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

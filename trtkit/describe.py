@@ -25,7 +25,7 @@ from trtkit.errors import CheckpointError, InputError, UsageError
 from trtkit.files import JsonObject, read_json
 from trtkit.model_spec import read_model_spec, spec_as_dict
 from trtkit.recipe import BUNDLE_FILE, COMPILED_DIR, ENGINE_FILE, output_layer_of, read_manifest
-from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, read_head, read_summary
+from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, engine_told, read_head, read_summary
 from trtkit.training.standing import look_at_training
 
 __all__ = [
@@ -170,9 +170,10 @@ def _look_at_run(directory: Path) -> tuple[dict[str, str], JsonObject]:
     journal = directory / JOURNAL_FILE
     lines = journal.read_bytes().count(b"\n") if journal.is_file() else 0
     facts = {"started": str(run.get("created", "unknown")), "journal": f"{lines} entries"}
-    for name in ("problems", "engine"):
-        if isinstance(run.get(name), dict):
-            facts[name] = str(run[name].get("path"))
+    if isinstance(run.get("problems"), dict):
+        facts["problems"] = str(run["problems"].get("path"))
+    if isinstance(run.get("engine"), dict):
+        facts["engine"] = str(engine_told(run))
     data: JsonObject = {"run": run}
     if summary:
         facts["result"] = f"{summary.get('answered')} of {summary.get('problems')} answered"

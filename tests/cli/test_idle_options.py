@@ -63,7 +63,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("revote RUN --fields text=a", "--fields: only with files of traces"),
         ("revote TRACES --problems PROBLEMS", "--problems: only with a run"),
         ("train-drafter --split tir", "--split: only with OpenMathReasoning"),
-        ("train-drafter --start-from OUT --no-rnn --layers 1", "--rnn: not with --start-from"),
+        ("train-drafter --start-from OUT --no-rnn --layers 1", "--no-rnn: not with --start-from"),
     ],
 )
 def test_what_would_be_ignored_is_refused(

@@ -19,7 +19,7 @@ from trtkit.chat import Chat
 from trtkit.errors import InputError
 from trtkit.recipe import EngineManifest, Limits, Recipe
 from trtkit.runtime.api import Engine, Request, StepOutput
-from trtkit.runtime.sources import DirectorySource
+from trtkit.runtime.sources import DirectorySource, Source
 from trtkit.serve.app import make_app
 from trtkit.serve.engine_thread import EngineThread
 from trtkit.serve.server import HttpServer, bound_socket
@@ -71,16 +71,20 @@ def serving(
     *,
     voting: SolveOptions | None = None,
     manifest: EngineManifest = MANIFEST,
+    source: Source | None = None,
+    port: int = 0,
+    name: str = "tiny",
     **options: Any,
 ) -> Iterator[tuple[str, Service]]:
     """(base URL, service) of a server that takes requests."""
     ready, ends = threading.Event(), threading.Event()
     with EngineThread(open_engine) as engine, Voting(engine, chat) as votes:
         service = Service(
-            engine=engine, voting=votes, chat=chat, source=DirectorySource(Path("engine"), manifest), name="tiny",
+            engine=engine, voting=votes, chat=chat, name=name,
+            source=source or DirectorySource(Path("engine"), manifest),
             options=voting or SolveOptions(samples=8, max_tokens=100), **options,
         )  # fmt: skip
-        listening = bound_socket("127.0.0.1", 0)
+        listening = bound_socket("127.0.0.1", port)
         port = listening.getsockname()[1]
         server = HttpServer(make_app(service), on_ready=ready.set, until=ends)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

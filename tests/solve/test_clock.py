@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtkit.errors import UsageError
-from trtkit.solve.clock import Clock, TimeBudget, parse_duration
+from trtkit.solve.clock import Clock, Pace, TimeBudget, parse_duration
 
 HOURS_5 = 18_000.0
 
@@ -223,3 +223,16 @@ def test_durations_that_are_none(text: str) -> None:
 def test_a_reserve_that_leaves_nothing_or_is_none_is_refused(reserve: float) -> None:
     with pytest.raises(UsageError, match="does not fit"):
         TimeBudget.of(10.0, 5, reserve_seconds=reserve)
+
+
+def test_silent_steps_are_a_part_of_the_next_that_brings_something() -> None:
+    pace = Pace()
+    pace.stepped(1.0, spoke=False)
+    assert pace.seconds == 0.0
+    pace.stepped(2.0, spoke=True)
+    assert pace.seconds == 3.0
+    pace.stepped(3.0, spoke=True)
+    assert pace.seconds == 3.0
+    pace.stepped(7.0, spoke=False)
+    pace.stepped(1.0, spoke=True)
+    assert pace.seconds == pytest.approx(4.0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import EOS_ID, FakeChat, FakeEngine
-from trtkit.runtime.api import Request, StepOutput
+from trtkit.runtime.api import FinishReason, Request, StepOutput
 from trtkit.solve.answers import Answer
 from trtkit.solve.ends import ANSWER_OPENING, Ending
 from trtkit.solve.grading import Grader
@@ -95,6 +95,48 @@ def test_a_limit_that_is_too_short_is_kept_and_everything_is_answered(grader: Gr
         assert solution.used_seconds <= solution.share_seconds + 1.0
     if order == "sequential":
         assert engine.now - 50.0 >= 0.9 * limit, "the time is used"
+
+
+class SeldomHeard(TimedEngine):
+    """Three steps of four bring nothing, as from a server that takes longer for a token than one waits for it."""
+
+    def __init__(self, script: Script, *, silent_from: float = 1e9, **more: Any) -> None:
+        super().__init__(script, **more)
+        self._calls, self._silent_from = 0, silent_from
+
+    def step(self) -> list[StepOutput]:
+        self._calls += 1
+        if self._calls % 4 == 0 and self.now < self._silent_from:
+            return super().step()
+        self.now += self._seconds
+        ended = [StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._ended]
+        self._ended.clear()
+        return ended
+
+
+def test_time_in_which_nothing_is_heard_is_time_of_those_who_wait(grader: Grader) -> None:
+    """Ten problems in 4000 s, and an answer takes 14 tokens of four seconds each: room is made for it."""
+
+    def long_winded(request: Request) -> Sequence[int]:
+        return CHAT.encode("1234567890123}. So") if asked_to_answer(request) else b"hm " * 1000
+
+    engine = SeldomHeard(long_winded, rows=4)
+    found = solve(grader, engine, 10, time_limit=4000.0, stop=())
+    assert engine.now - 50.0 <= 4000.0
+    assert [solution.answer and solution.answer.key for solution in found] == ["1234567890123"] * 10
+    used = [solution.used_seconds or 0.0 for solution in found]
+    assert min(used) > 250
+    assert max(used) < 700
+    assert sum(used) == pytest.approx(engine.now - 50.0, abs=80.0)
+
+
+def test_an_engine_that_falls_silent_costs_each_problem_its_share(grader: Grader) -> None:
+    for order in ("sequential", "pooled"):
+        engine = SeldomHeard(endless, rows=8, silent_from=50.0)
+        found = solve(grader, engine, 4, order=order, outstanding=8, time_limit=400.0, stop=(), default_answer="0")
+        assert engine.now - 50.0 <= 400.0
+        assert all(solution.defaulted for solution in found)
+        assert all(40.0 < (solution.used_seconds or 0.0) < 200.0 for solution in found)
 
 
 def test_unused_time_goes_to_those_who_need_it(grader: Grader) -> None:

@@ -122,8 +122,7 @@ def idle_beside_server(url: str | None, *engine: str) -> list[tuple[bool, Sequen
     """Rules for :func:`refuse_idle`: what a server decides by itself, and what only a server needs."""
     return [
         (url is not None, (*engine, *_ENGINE_OPTIONS), "not with --endpoint, whose server decides that"),
-        (url is None, ("--endpoint-model", "--endpoint-seeds", "--no-endpoint-seeds", "--tokenizer"),
-         "only with --endpoint"),
+        (url is None, ("--endpoint-model", "--endpoint-seeds", "--tokenizer"), "only with --endpoint"),
     ]  # fmt: skip
 
 
@@ -137,13 +136,15 @@ def tree_named(text: str) -> TreeShape:
 
 
 def given(context: typer.Context, names: Sequence[str]) -> list[str]:
-    """Those of the options ``names`` that the command line spells out, whatever their value."""
-    found = []
+    """Those of the options ``names`` that the command line spells out, whatever their value; of a switch that was
+    turned off, the ``--no-`` form."""
+    found = {}
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if source is not None and source.name == "COMMANDLINE":
-            found += [name for name in names if name in parameter.opts]
-    return sorted(found, key=names.index)
+            off = parameter.secondary_opts[:1] if context.params.get(parameter.name or "") is False else []
+            found.update({name: [*off, name][0] for name in names if name in parameter.opts})
+    return [found[name] for name in names if name in found]
 
 
 def refuse_idle(context: typer.Context, rules: Sequence[tuple[bool, Sequence[str], str]]) -> None:

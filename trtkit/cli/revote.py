@@ -246,9 +246,12 @@ def _solved(paths: Sequence[Path]) -> list[str]:
         # What lies beside a file of traces may be anything; that of a run was read, and found whole.
         with contextlib.suppress(InputError):
             run = read_head(directory) if (directory / RUN_FILE).is_file() else {}
-            problems, engine = (Path((run.get(name) or {}).get("path") or "") for name in ("problems", "engine"))
-            if problems.is_file() and (engine / "engine.json").is_file():
-                return [str(problems), "--engine", str(engine)]
+            problems, engine = Path((run.get("problems") or {}).get("path") or ""), run.get("engine") or {}
+            where, model = engine.get("path") or "", engine.get("model")
+            if problems.is_file() and model:  # whether the server still runs will be seen
+                return [str(problems), "--endpoint", where, "--endpoint-model", model]
+            if problems.is_file() and (Path(where) / "engine.json").is_file():
+                return [str(problems), "--engine", where]
     return ["problems.jsonl"]
 
 

@@ -114,6 +114,7 @@ class Run:
     problems_path: str | None
     problems_digest: str | None
     engine_path: str | None
+    """Engine directory, or a server and its model."""
     results: tuple[Result, ...]
     """In the order of the problems file. Problems that were not begun are among them when the file is there."""
     seconds: float

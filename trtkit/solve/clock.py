@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from trtkit.errors import UsageError
 
-__all__ = ["Clock", "TimeBudget", "parse_duration"]
+__all__ = ["Clock", "Pace", "TimeBudget", "parse_duration"]
 
 _PUBLISHED_FAIR = 360.0
 _PUBLISHED_BASE = 350.0
@@ -166,3 +166,19 @@ class Clock:
     def _committed(self) -> float:
         """What the open problems have not used of their bases."""
         return sum(max(account.base - account.used, 0.0) for account in self._accounts.values())
+
+
+class Pace:
+    """How long an engine takes for its next tokens."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """Smoothed over a few steps; 0 before the first."""
+        self._silent = 0.0
+
+    def stepped(self, seconds: float, *, spoke: bool) -> None:
+        """After a step. One that brought nothing, as from a server that is slow, is a part of the next that does."""
+        self._silent += seconds
+        if spoke:
+            self.seconds += (self._silent - self.seconds) * (0.2 if self.seconds else 1.0)
+            self._silent = 0.0

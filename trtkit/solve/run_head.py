@@ -11,8 +11,8 @@ from trtkit.files import JsonObject, read_json, read_jsonl
 from trtkit.solve.answers import AnswerMode
 from trtkit.solve.vote import parse_weighting
 
-__all__ = ["JOURNAL_FILE", "RUN_FILE", "SOLUTIONS_FILE", "SUMMARY_FILE", "mode_of", "read_head", "read_solution_golds",
-           "read_summary"]  # fmt: skip
+__all__ = ["JOURNAL_FILE", "RUN_FILE", "SOLUTIONS_FILE", "SUMMARY_FILE", "engine_told", "mode_of", "read_head",
+           "read_solution_golds", "read_summary"]  # fmt: skip
 
 RUN_FILE = "run.json"
 JOURNAL_FILE = "journal.jsonl"
@@ -24,7 +24,7 @@ _TYPES = {
     "created": _TEXT,
     "versions": _TABLE,
     "problems": _TABLE, "problems.path": _TEXT, "problems.sha256": _TEXT,
-    "engine": _TABLE, "engine.path": _TEXT,
+    "engine": _TABLE, "engine.path": _TEXT, "engine.model": _TEXT,
     "arguments": _TABLE, "arguments.samples": _COUNT, "arguments.max_tokens": _COUNT, "arguments.mode": _TABLE,
     "arguments.full_vote": "true or false", "arguments.time_limit": _NUMBER, "arguments.weighting": _TEXT,
 }  # fmt: skip
@@ -59,6 +59,13 @@ def mode_of(head: Mapping[str, Any]) -> AnswerMode | None:
     """How the run read its answers; None where it does not say."""
     mode = (head.get("arguments") or {}).get("mode")
     return AnswerMode(kind=mode.get("kind", "auto"), modulus=mode.get("modulus")) if mode else None
+
+
+def engine_told(head: Mapping[str, Any]) -> str | None:
+    """Where the samples came from: an engine directory, or a server and its model; None where the run does not say."""
+    engine = head.get("engine") or {}
+    path, model = engine.get("path"), engine.get("model")
+    return f"{model} at {path}" if path and model else path
 
 
 def _weighting(head: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from trtkit.chat import Chat
 from trtkit.errors import EngineError, OutputError
 from trtkit.runtime.api import Engine, FinishReason, StepOutput
 from trtkit.solve.answers import Answer
-from trtkit.solve.clock import Clock, TimeBudget
+from trtkit.solve.clock import Clock, Pace, TimeBudget
 from trtkit.solve.code_rows import CodeRows
 from trtkit.solve.contest import Contest, Sample, earlier_solutions, force_answer
 from trtkit.solve.ends import End, Ending, EndRules
@@ -77,7 +77,7 @@ class Solver:
         self._code: CodeRows | None = None
         self._bank: Clock | None = None
         self._stepped_at = 0.0
-        self._step_seconds = 0.0
+        self._pace = Pace()
         self._lanes: int | None = None
         self._contests: dict[str, Contest] = {}
         self._samples: dict[str, Sample] = {}
@@ -238,11 +238,11 @@ class Solver:
         finished: dict[str, list[Attempt]] = {}
         rows: Counter[str] = Counter()
         ended = self._resume_code()
+        working = self._engine.has_work
         outputs = self._engine.step()
         now = self._now()
         seconds, self._stepped_at = now - self._stepped_at, now
-        # Smoothed over a few steps: what the next ones will take.
-        self._step_seconds += (seconds - self._step_seconds) * (0.2 if self._step_seconds else 1.0)
+        self._pace.stepped(seconds, spoke=bool(outputs) or not working)
         new_tokens = 0
         for output in outputs:
             sample = self._samples.get(output.request_id)
@@ -261,6 +261,8 @@ class Solver:
             raise EngineError(f"the engine lost {len(self._samples)} request(s): {lost}")
         self._observer.stepped(new_tokens, len(self._samples))
         if self._bank is not None:
+            # A step that brought nothing, as from a server that is slow, is time of all who wait for it.
+            rows = rows or Counter(sample.contest.problem.id for sample in self._samples.values())
             self._bank.charge(seconds, rows)  # before problems are settled and their accounts closed
         if finished:
             self._record(finished)
@@ -342,7 +344,7 @@ class Solver:
         """Settle problems whose time is up; shortly before that, make their samples answer."""
         for problem_id, contest in list(self._contests.items()):
             left = bank.left_for(problem_id, now)
-            reserve = min(_CLOSING_STEPS * self._step_seconds, _CLOSING_PART * (contest.share_seconds or 0.0))
+            reserve = min(_CLOSING_STEPS * self._pace.seconds, _CLOSING_PART * (contest.share_seconds or 0.0))
             if not contest.closing and left <= (reserve if self._options.forces else 0.0):
                 self._close(contest)
             if left <= 0 and problem_id in self._contests:
