@@ -7,7 +7,7 @@ import pytest
 
 from tests.fakes import EOS_ID, FakeChat, FakeEngine
 from tests.solve.scripted import say
-from trtkit.errors import EngineError, UsageError
+from trtkit.errors import EngineError, RequestError, UsageError
 from trtkit.runtime.api import FinishReason, Request, SamplingParams, StepOutput
 from trtkit.solve.answers import AnswerMode
 from trtkit.solve.grading import Grader
@@ -308,3 +308,14 @@ def test_options_name_everything_that_is_wrong() -> None:
     data = SolveOptions(stop=("agree( 4 )",), sampling=SamplingParams(temperature=0.5)).to_data()
     assert data["stop"] == ["agree(4)", "unassailable"]
     assert data["sampling"]["temperature"] == 0.5
+
+
+def test_why_an_engine_refuses_a_problem_is_said(grader: Grader) -> None:
+    """All of its reasons, not only that it does."""
+
+    class Picky(FakeEngine):
+        def submit(self, request: Request) -> None:
+            raise RequestError("the request cannot run", offenders=["the prompt has 99 tokens", "it is Sunday"])
+
+    [solution] = solve(grader, Picky(lambda _: []))
+    assert solution.error == "the request cannot run: the prompt has 99 tokens; it is Sunday"

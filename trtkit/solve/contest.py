@@ -162,7 +162,7 @@ class Contest:
             try:
                 engine.submit(request)
             except RequestError as refusal:
-                return refusal.message
+                return f"{refusal.message}: {'; '.join(refusal.offenders)}" if refusal.offenders else refusal.message
             self.samples[request.id] = Sample(
                 contest=self, request_id=request.id, index=index, variant=variant.name, prompt_tokens=len(prompt)
             )
