@@ -121,10 +121,7 @@ class EndpointEngine(RestartingEngine[int]):
 
     def _seed(self, started: Started[int]) -> int:
         """A server's stream of random numbers starts anew with each of its requests, and must not repeat itself."""
-        if self._server.dialect.exact:
-            return started.request.seed
-        trouble = self._trouble.get(started.request.id)
-        return started.seed + len(started.generated) + (trouble.tries if trouble else 0)
+        return started.request.seed if self._server.dialect.exact else started.seed + started.losses
 
     def _stop(self, handle: int) -> None:
         self._client.stop(handle)
@@ -245,6 +242,7 @@ class EndpointEngine(RestartingEngine[int]):
             self._said_lost = True
         backoff = min(_FIRST_DELAY_SECONDS * 2**trouble.tries, _LONGEST_DELAY_SECONDS)
         trouble.tries += 1
+        started.losses += 1
         started.handle = self._send(started, delay=max(backoff, min(after, _LONGEST_DELAY_SECONDS)))
         self._by_handle[started.handle] = name
         return None
