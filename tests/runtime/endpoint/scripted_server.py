@@ -130,7 +130,9 @@ class ScriptedServer:
         writer.write("\r\n".join([*lines, "", ""]).encode())
         for part in reply.body:
             if isinstance(part, threading.Event):
-                await asyncio.to_thread(part.wait, 20)
+                await writer.drain()
+                while not part.is_set():
+                    await asyncio.sleep(0.002)
             elif part == CUT:
                 await writer.drain()
                 return False
@@ -153,7 +155,6 @@ class ScriptedServer:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._loop.shutdown_default_executor()
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result(20)
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -9,6 +9,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from tests.runtime.endpoint.scripted_server import (
 )
 from tests.serve.serving import wait_for
 from trtkit.errors import MissingDependency
+from trtkit.runtime.endpoint import client as endpoint_client
 from trtkit.runtime.endpoint.client import Chunk, Client, Event, Lost, Refused
 
 
@@ -45,7 +47,7 @@ def speaking(script: Script, *, most: int = 8, key: str | None = None) -> Iterat
 def heard(client: Client, handle: int) -> list[Event]:
     """All events up to the end of a request."""
     found: list[Event] = []
-    while not found or (isinstance(found[-1], Chunk) and found[-1].said.finish is None):
+    while all(isinstance(it, Chunk) and it.said.finish is None for it in found):
         new = client.events(5.0)
         assert new, "nothing comes"
         found += new
@@ -104,9 +106,10 @@ def test_events_may_be_cut_anywhere(size: int) -> None:
 
 
 def test_what_comes_behind_the_end_is_not_read() -> None:
-    with speaking(lambda _: said(words("a", "stop"), DONE, b"data: {broken\n\n")) as (client, _):
+    with speaking(lambda _: said(words("a", "stop"), words(""), DONE, b"data: {broken\n\n")) as (client, server):
         assert text_of(ask(client)) == "a"
-        assert client.events(0.05) == []
+        wait_for(lambda: server.open_now == 0)
+        assert not [it for it in client.events(0.05) if not isinstance(it, Chunk)]
 
 
 def test_a_first_event_may_repeat_a_long_prompt() -> None:
@@ -283,19 +286,22 @@ def test_closing_hangs_up_and_leaves_nothing() -> None:
     gc.collect()  # what is left open would warn now
 
 
-def test_the_other_rows_events_come_along() -> None:
-    """A step of the solver costs more than they do."""
+def test_the_other_rows_events_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come right behind the first: a step of the solver costs more than they do."""
     gate = threading.Event()
-    with speaking(lambda _: said(gate, words("a", "stop")), most=16) as (client, server):
-        for _ in range(16):
+    replies = [said(words("a", "stop")), *[said(gate, words("a", "stop"))] * 7]
+    with speaking(in_turn(*replies)) as (client, server):
+
+        def wait(seconds: float) -> None:
+            assert 0 < seconds < 0.05
+            gate.set()
+            wait_for(lambda: client._events.qsize() == 7)
+
+        for _ in range(8):
             client.start({"prompt": [1]})
-        wait_for(lambda: server.open_now == 16)
-        gate.set()
-        calls = found = 0
-        while found < 16:
-            found += len(client.events(5))
-            calls += 1
-        assert calls < 16
+        wait_for(lambda: len(server.asked) == 8)
+        monkeypatch.setattr(endpoint_client, "time", SimpleNamespace(sleep=wait))
+        assert len(client.events(5.0)) == 8
 
 
 def test_aiohttp_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 from tests.engines import request
 from tests.runtime.endpoint.replies import FIELDS, STREAMS, event, frame, llamacpp, other, said, strict, trtllm, vllm
 from tests.runtime.endpoint.running import Opened, drain, told
+from tests.serve.serving import wait_for
 from trtkit.chat import Chat
 from trtkit.errors import EngineError, UsageError
 from trtkit.runtime.api import FinishReason, Request
@@ -108,6 +109,16 @@ def test_stop_texts_are_no_more_than_openai_allows(opened: Opened, chat: Chat) -
     assert "stop" not in body_sent(opened, chat, "other", asked(stop_ids=(EOS,)))
     assert "stop" not in body_sent(opened, chat, "llamacpp", asked(stop_ids=()))
     assert body_sent(opened, chat, "vllm", asked(stop_ids=stops))["stop_token_ids"] == list(stops)
+
+
+def test_no_more_is_asked_for_than_fits(opened: Opened, chat: Chat) -> None:
+    """Servers refuse what would be longer than their longest, though it might end before."""
+    engine, server = opened(lambda body: vllm(chat, [[5, 6]], "length"), total_tokens=10)
+    engine.submit(replace(asked(max_tokens=99), hold=True))
+    drain(engine)
+    engine.extend("a", [7], max_tokens=99)
+    drain(engine)
+    assert [it["max_tokens"] for it in server.bodies] == [7, 4]
 
 
 def test_what_a_server_cannot_do_is_refused_here(opened: Opened, chat: Chat) -> None:
@@ -211,8 +222,7 @@ def test_tokens_behind_a_stop_do_not_count(opened: Opened, chat: Chat) -> None:
     )
     engine.submit(asked(max_tokens=99))
     assert told(drain(engine)) == ([5, THINK_END], FinishReason.STOP)
-    engine.close()
-    assert server.hung_up == 1
+    wait_for(lambda: server.hung_up == 1)
 
 
 @pytest.mark.parametrize("kind", WITH_IDS)
@@ -249,6 +259,9 @@ def test_what_an_event_says() -> None:
     it = read_chunk(frame([{"text": "x", "stop_reason": 0, "matched_stop": 7}]))
     assert it is not None
     assert (it.ids, it.stop) == (None, 0)
+    it = read_chunk(frame([{"text": "x", "matched_stop": 7}]))
+    assert it is not None
+    assert it.stop == 7
     for wrong in ({}, frame([{"token_ids": ["x"]}]), {"choices": 5}):
         with pytest.raises((KeyError, TypeError, ValueError)):
             read_chunk(wrong)

@@ -117,6 +117,14 @@ def test_nor_where_there_is_no_text_at_all(opened: Opened, chat: Chat) -> None:
     assert told(drain(engine))[0] == LETTERS
 
 
+def test_nor_where_bytes_that_are_no_character_are_left_out(opened: Opened, chat: Chat) -> None:
+    for ids in ([HALVES[0], *LETTERS], [*LETTERS[:9], HALVES[1], *LETTERS[9:]]):
+        text = chat.decode(LETTERS)
+        engine, _ = opened(lambda body, ids=ids, text=text: said(words(ids, text, "length")))
+        engine.submit(request("a", (1, 2), max_tokens=999))
+        assert told(drain(engine))[0] == ids
+
+
 def test_text_that_comes_by_itself_belongs_to_the_ids_before(opened: Opened, chat: Chat) -> None:
     first, rest = LETTERS[:20], LETTERS[20:]
     engine, _ = opened(
