@@ -259,7 +259,9 @@ def test_requests_that_cannot_run(there: EndpointEngine) -> None:
             there.extend(name, [1], max_tokens=1)
     there.cancel("b")
     there.cancel("a")
+    assert there.has_work, "its end is still to be reported"
     assert [it.request_id for it in there.step()] == ["a"]
+    assert not there.has_work
     assert run_all(there, [request("b", (1,), max_tokens=2)])[1] == {"b": FinishReason.LENGTH}
 
 
