@@ -49,6 +49,8 @@ class Started(Generic[Handle]):
     """The backend's name for it; None while it rests."""
     parts: int = 0
     """How often it was extended."""
+    losses: int = 0
+    """How often the backend has let go of it before its end."""
     iterations: int = 0
     """Decode steps of the current part, where the backend counts them."""
 

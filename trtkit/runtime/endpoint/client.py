@@ -146,7 +146,7 @@ class Client(Closing):
         try:
             async with self._gate, self._session.post(f"{self.url}/completions", json=body) as response:
                 event = await self._listen(handle, response)
-        except (self._aiohttp.ClientError, OSError, KeyError, TypeError, ValueError) as problem:
+        except Exception as problem:  # servers may say anything, and a sample of which nothing is told never ends
             event = Lost(handle=handle, why=_words(problem))
         if event is not None:
             self._events.put(event)
@@ -196,4 +196,5 @@ def _words(problem: BaseException) -> str:
     """What went wrong, also of errors without words of their own."""
     if isinstance(problem, TimeoutError):
         return "no answer in time"
-    return f"{type(problem).__name__}: {problem}" if not isinstance(problem, OSError) else str(problem)
+    words = str(problem) if isinstance(problem, OSError) else f"{type(problem).__name__}: {problem}"
+    return " ".join(words.split())

@@ -49,7 +49,7 @@ OTHER = Dialect(name="other", ids=False, stop_ids=False, runs_on=False)
 DIALECTS: Mapping[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
-        Dialect(name="trtkit", fields={"return_token_ids": True}, no_top_k=0, seed_bits=63, exact=True),
+        Dialect(name="trtkit", fields={"return_token_ids": True}, no_top_k=0, seed_bits=64, exact=True),
         Dialect(name="vllm", fields={**_PLAIN, "return_token_ids": True}, no_top_k=-1),
         Dialect(name="sglang", fields={**_PLAIN, "return_token_ids": True}, no_top_k=-1),
         # It refuses fields that it does not know.
@@ -120,7 +120,7 @@ def body_of(
 def read_chunk(document: Mapping[str, Any]) -> Said | None:
     """One event of a stream; None for one that is about no choice, such as the token counts.
 
-    Raises :class:`KeyError`, :class:`TypeError` or :class:`ValueError` for what is no completion.
+    Raises whatever comes of reading what is no completion.
     """
     if not document["choices"]:
         return None

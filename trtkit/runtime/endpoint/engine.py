@@ -124,10 +124,7 @@ class EndpointEngine(RestartingEngine[int]):
 
     def _seed(self, started: Started[int]) -> int:
         """A server's stream of random numbers starts anew with each of its requests, and must not repeat itself."""
-        if self._server.dialect.exact:
-            return started.request.seed
-        trouble = self._trouble.get(started.request.id)
-        return started.seed + len(started.generated) + (trouble.tries if trouble else 0)
+        return started.request.seed if self._server.dialect.exact else started.seed + started.losses
 
     def _stop(self, handle: int) -> None:
         self._client.stop(handle)
@@ -173,7 +170,7 @@ class EndpointEngine(RestartingEngine[int]):
         said, request = event.said, started.request
         if said.finish is not None and said.finish not in _ENDINGS:  # abort, error, cancelled, timeout
             return self._lost(started, f"the server ended it: {said.finish}", 0.0)
-        self._prove(event)
+        self._prove(started, event)
         tokens = list(self._chat.encode(said.text) if said.ids is None else said.ids)
         logprobs = list(said.logprobs)
         finish = None if said.finish is None else _ENDINGS[said.finish]
@@ -207,19 +204,19 @@ class EndpointEngine(RestartingEngine[int]):
             named = []
         return [*named, *(token for token in stops if token in ends)][:1]
 
-    def _prove(self, event: Chunk) -> None:
+    def _prove(self, started: Started[int], event: Chunk) -> None:
         """Hold what the first stream says in ids against what it says in text."""
         said = event.said
-        if self._proven or not said.ids:
+        if self._proven:
             return
-        if self._proof is None:
-            self._proof = _Proof(handle=event.handle)
+        if self._proof is None or self._proof.handle not in self._by_handle:  # it ended before it had said enough
+            # From the first words of a whole character on: text lags behind ids, and some servers put halves together.
+            fresh = not started.generated and not self._chat.decode(started.prompt[-4:]).endswith("\ufffd")
+            self._proof = _Proof(handle=event.handle) if fresh else None
         proof = self._proof
-        if proof.handle != event.handle:
-            if proof.handle not in self._by_handle:  # it ended before it had said enough
-                self._proof = None
+        if proof is None or proof.handle != event.handle:
             return
-        proof.ids += said.ids
+        proof.ids += said.ids or ()
         proof.text += said.text
         if len(proof.ids) < _PROOF_TOKENS:
             return
@@ -252,6 +249,7 @@ class EndpointEngine(RestartingEngine[int]):
             self._said_lost = True
         backoff = min(_FIRST_DELAY_SECONDS * 2**trouble.tries, _LONGEST_DELAY_SECONDS)
         trouble.tries += 1
+        started.losses += 1
         started.handle = self._send(started, delay=max(backoff, min(after, _LONGEST_DELAY_SECONDS)))
         self._by_handle[started.handle] = name
         return None

@@ -54,11 +54,11 @@ def endpoint_named(
     url: str, *, model: str | None = None, rows: int | None = None, seeds: bool = True
 ) -> Endpoint:  # fmt: skip
     """``http://host:8000`` or ``http://host:8000/v1``; the key is the environment's. Raises :class:`UsageError`."""
-    parts = urlsplit(url.strip())
     try:
+        parts = urlsplit(url.strip())
         wrong = parts.scheme not in ("http", "https") or not parts.hostname or bool(parts.query or parts.fragment)
         _ = parts.port
-    except ValueError:
+    except ValueError:  # of a bracket or a port
         wrong = True
     if wrong:
         raise UsageError("is not the address of a server", where=f"--endpoint {url}", hint="http://HOST:PORT/v1")
