@@ -120,6 +120,7 @@ def test_what_a_user_sees_of_a_run_on_a_server(
 ) -> None:
     """The default directory, the summary, the document, the next lines, and what other verbs say of it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
     made = ["-n", "2", "--max-tokens", "120", "--full-vote", "--save-text", "--json"]
     assert run(["solve", "p.jsonl", "--endpoint", f"{url}/v1/", *made]) == 0
     said = capsys.readouterr()

@@ -8,8 +8,8 @@ import json
 import random
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +30,6 @@ from tests.runtime.endpoint.scripted_server import (
 )
 from tests.serve.serving import wait_for
 from trtkit.errors import MissingDependency
-from trtkit.runtime.endpoint import client as endpoint_client
 from trtkit.runtime.endpoint.client import Chunk, Client, Event, Lost, Refused
 
 
@@ -287,22 +286,32 @@ def test_closing_hangs_up_and_leaves_nothing() -> None:
     gc.collect()  # what is left open would warn now
 
 
-def test_the_other_rows_events_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that come right behind the first: a step of the solver costs more than they do."""
+def test_a_wait_lasts_until_each_of_the_rows_has_spoken() -> None:
+    """So that a step of the solver has a word of every row, as a step of an engine has."""
     gate = threading.Event()
-    replies = [said(words("a", "stop")), *[said(gate, words("a", "stop"))] * 7]
+    replies = [said(words("a", "stop")), said(gate, words("b", "stop"))]
     with speaking(in_turn(*replies)) as (client, server):
+        first = client.start({"prompt": [1]})
+        wait_for(lambda: len(server.asked) == 1)
+        second = client.start({"prompt": [1]})
+        wait_for(lambda: len(server.asked) == 2 and client._events.qsize() == 1)
+        opening = threading.Timer(0.2, gate.set)
+        opening.start()
+        assert [event.handle for event in client.events(5.0, [first, second])] == [first, second]
+        opening.join()
 
-        def wait(seconds: float) -> None:
-            assert 0 < seconds < 0.05
-            gate.set()
-            wait_for(lambda: client._events.qsize() == 7)
 
-        for _ in range(8):
-            client.start({"prompt": [1]})
-        wait_for(lambda: len(server.asked) == 8)
-        monkeypatch.setattr(endpoint_client, "time", SimpleNamespace(sleep=wait))
-        assert len(client.events(5.0)) == 8
+def test_a_wait_for_nobody_ends_with_the_first_word_and_any_wait_with_its_time() -> None:
+    gate = threading.Event()
+    with speaking(in_turn(said(words("a", "stop")), said(gate, words("b", "stop")))) as (client, server):
+        first = client.start({"prompt": [1]})
+        wait_for(lambda: len(server.asked) == 1)
+        silent = client.start({"prompt": [1]})
+        assert [event.handle for event in client.events(5.0)] == [first]
+        began = time.monotonic()
+        assert client.events(0.1, [silent]) == []
+        assert 0.09 < time.monotonic() - began < 3
+        gate.set()
 
 
 def test_aiohttp_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,14 @@ CASES: dict[str, Case] = {
 }
 
 
+@pytest.mark.parametrize("kind", [*STREAMS])
+def test_a_request_that_does_not_end_with_the_turn_goes_on_behind_it(opened: Opened, chat: Chat, kind: str) -> None:
+    """Where the server can be told; without a stop at the end of a turn an engine goes on."""
+    assert "ignore_eos" not in body_sent(opened, chat, kind, asked(stop_ids=(260, 258)))
+    for stops in ((), (260,)):
+        assert body_sent(opened, chat, kind, asked(stop_ids=stops)).get("ignore_eos", False) == (kind != "other")
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", WITH_IDS)
 def test_ids_are_taken_as_the_server_says_them(opened: Opened, chat: Chat, kind: str, case: str) -> None:

@@ -221,6 +221,34 @@ def test_a_refusal_ends_the_run_with_the_servers_words(opened: Opened, reply: Re
     assert not engine.has_work
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_server_that_takes_others_may_refuse_one(opened: Opened, status: int) -> None:
+    """It ends alone: a prompt may be too long for a server that does not say how long they may be."""
+    long = [9] * 50
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return refusal(status, "too long") if body["prompt"] == long else said(part(5), part(6, finish="length"))
+
+    engine, _ = opened(reply)
+    engine.submit(asked())
+    assert told(drain(engine)) == ([5, 6], FinishReason.LENGTH)
+    engine.submit(replace(asked(), id="long", prompt=tuple(long)))
+    engine.submit(replace(asked(), id="other"))
+    outputs = drain(engine)
+    assert told(it for it in outputs if it.request_id == "long") == ([], FinishReason.LENGTH)
+    assert told(it for it in outputs if it.request_id == "other") == ([5, 6], FinishReason.LENGTH)
+
+
+def test_a_key_that_is_not_taken_any_more_ends_the_run(opened: Opened) -> None:
+    replies = iter([said(part(5, finish="length")), refusal(401, "expired")])
+    engine, _ = opened(lambda body: next(replies))
+    engine.submit(asked())
+    drain(engine)
+    engine.submit(asked())
+    with pytest.raises(EngineError, match="expired"):
+        drain(engine)
+
+
 def test_a_sample_that_is_lost_at_its_limit_has_ended(opened: Opened) -> None:
     """The server had only not said so yet."""
     for hold in (False, True):

@@ -32,6 +32,8 @@ _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 15.0
 _UNKNOWN_TOTAL = 1 << 24
 """Where neither the server nor the user says how long a request may be, the server decides."""
 _PROOF_TOKENS = 48
+_ABOUT_ONE = (400, 413, 422)
+"""Statuses that are about one request, where others were taken: it may be too long for a server that does not say."""
 _ENDINGS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
@@ -137,9 +139,9 @@ class EndpointEngine(RestartingEngine[int]):
     def step(self) -> Sequence[StepOutput]:
         """Wait until every row that has begun has said something, a tenth of a second at most.
 
-        So it takes about as long as the server's own, by which a solver measures what time a token takes. Raises
-        :class:`EngineError` when the server refuses a request, or cannot be reached for longer than a sample may wait,
-        or has another tokenizer.
+        So it takes about as long as the server's own, by which a solver measures what time a token takes. A request
+        that the server refuses after it has taken others ends there. Raises :class:`EngineError` when it takes none,
+        or cannot be reached for longer than a sample may wait, or has another tokenizer.
         """
         outputs = self._report_cancelled()
         if not self._by_handle:
@@ -159,6 +161,9 @@ class EndpointEngine(RestartingEngine[int]):
             return self._take(started, event)
         if isinstance(event, Lost):
             return self._lost(started, event.why, event.after)
+        if self._new_tokens and event.status in _ABOUT_ONE:
+            logger.warning("the server refuses %s, which ends there (%d): %s", name, event.status, event.why)
+            return self._report(started, (), FinishReason.LENGTH)
         self._forget(name)
         raise _refusal(event, self._where)
 
