@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.examples import slow
 from tests.fakes import FakeEngine
 from tests.on_server import (
     attempts,
@@ -86,7 +87,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+ALIKE = ("first box", "to the end of the turn", "no rule", "full vote", "greedy")
+
+
+@pytest.mark.parametrize("case", [slow(case) if case in ALIKE else case for case in CASES])
 def test_a_server_gives_the_journal_of_its_engine(
     engine: Path, url: str, problems: Path, tmp_path: Path, case: str
 ) -> None:
