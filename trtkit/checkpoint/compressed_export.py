@@ -29,14 +29,13 @@ import torch
 from torch import Tensor
 
 import trtkit
-from trtkit.checkpoint.folding import BEHIND_NORM, check_folding, copy_companions, folded_norm
+from trtkit.checkpoint.export_files import check_elsewhere, write_export
+from trtkit.checkpoint.folding import BEHIND_NORM, check_folding, folded_norm
 from trtkit.checkpoint.hf import MODEL_DTYPES, layer_of, layer_prefix, narrow, read_config
-from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import Layout
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified, unified_config, unified_layout
-from trtkit.errors import UnsupportedError, UsageError
-from trtkit.files import JsonObject, digest_file, staged_dir, write_json
-from trtkit.log import Progress
+from trtkit.errors import UnsupportedError
+from trtkit.files import JsonObject, write_json
 from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import LinearWeights, QuantTensor, dequantize, quantize_int8
 from trtkit.scheme import SCHEMES, QuantScheme
@@ -78,29 +77,18 @@ def write_compressed(engine_dir: Path, out: Path, *, replace: bool = False) -> d
     """
     source = open_unified(engine_dir)
     check_compressed(source.scheme)
-    if out.resolve() == engine_dir.resolve() or out.resolve() in engine_dir.resolve().parents:
-        raise UsageError("the output would replace the checkpoint it is made from", where=str(out))
+    check_elsewhere(engine_dir, out)
     check_folding(source)
     layout = _layout(source)
-    with staged_dir(out, replace=replace) as stage:
-        writer = ShardWriter(stage, layout)
-        try:
-            with Progress("export", total=len(layout), unit="tensors") as progress:
-                for name, pieces in _tensors(source, layout):
-                    writer.write(name, pieces)
-                    progress.advance()
-            digests = writer.close()
-        finally:
-            writer.abandon()
+
+    def configure(stage: Path) -> None:
         config = read_config(source.directory)
         config.pop("quantization_config", None)
         config = unified_config(config, source.spec, None)
         config |= {"quantization_config": _quantization(source), EXPORTED_BY: f"trtkit {trtkit.__version__}"}
         write_json(stage / "config.json", config)
-        copy_companions(source.directory, stage)
-        names = sorted(path.name for path in stage.iterdir() if path.name not in digests)
-        digests |= {name: digest_file(stage / name) for name in names}
-    return digests
+
+    return write_export(engine_dir, out, layout, _tensors(source, layout), configure, replace=replace)
 
 
 def _scaled(source: UnifiedCheckpoint) -> bool:

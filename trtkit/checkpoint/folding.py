@@ -6,18 +6,13 @@ W (s * norm(x)) is W norm'(x) with norm' = s * norm. The linears behind one norm
 
 from __future__ import annotations
 
-import fnmatch
-import shutil
-from pathlib import Path
-
 from torch import Tensor
 
-from trtkit.checkpoint.convert import COMPANIONS
 from trtkit.checkpoint.hf import MODEL_DTYPES, narrow
 from trtkit.checkpoint.unified import UnifiedCheckpoint
 from trtkit.errors import CheckpointError
 
-__all__ = ["BEHIND_NORM", "check_folding", "copy_companions", "folded_norm"]
+__all__ = ["BEHIND_NORM", "check_folding", "folded_norm"]
 
 BEHIND_NORM = {
     "self_attn.q_proj": "input_layernorm",
@@ -54,10 +49,3 @@ def check_folding(source: UnifiedCheckpoint) -> None:
             "scales that no kernel can use", where=str(source.directory), offenders=wrong[:20],
             hint="build the checkpoint again",
         )  # fmt: skip
-
-
-def copy_companions(source: Path, stage: Path) -> None:
-    """The tokenizer and the generation config: nothing of trtkit's own."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
-            shutil.copyfile(path, stage / path.name)

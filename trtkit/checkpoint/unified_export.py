@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trtkit.checkpoint.folding import BEHIND_NORM, check_folding, copy_companions, folded_norm
+from trtkit.checkpoint.export_files import check_elsewhere, write_export
+from trtkit.checkpoint.folding import BEHIND_NORM, check_folding, folded_norm
 from trtkit.checkpoint.hf import MODEL_DTYPES, narrow, read_config
-from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import Layout
 from trtkit.checkpoint.unified import (
     QUANT_FILE,
@@ -34,9 +34,8 @@ from trtkit.checkpoint.unified import (
     unified_config,
     unified_layout,
 )
-from trtkit.errors import UnsupportedError, UsageError
-from trtkit.files import digest_file, staged_dir, write_json
-from trtkit.log import Progress
+from trtkit.errors import UnsupportedError
+from trtkit.files import write_json
 from trtkit.model_spec import ModelSpec
 from trtkit.scheme import SCHEMES, QuantScheme
 
@@ -81,26 +80,13 @@ def write_unified_hf(engine_dir: Path, out: Path, *, replace: bool = False) -> d
     """
     source = open_unified(engine_dir)
     check_unified_hf(source.spec, source.scheme)
-    if out.resolve() == engine_dir.resolve() or out.resolve() in engine_dir.resolve().parents:
-        raise UsageError("the output would replace the checkpoint it is made from", where=str(out))
+    check_elsewhere(engine_dir, out)
     if source.scheme.quant_algo is None:
         source = dataclasses.replace(source, scheme=SCHEMES["bf16"])
     check_folding(source)
     layout = _layout(source)
-    with staged_dir(out, replace=replace) as stage:
-        writer = ShardWriter(stage, layout)
-        try:
-            with Progress("export", total=len(layout), unit="tensors") as progress:
-                for name in layout:
-                    writer.write(name, _pieces(source, name))
-                    progress.advance()
-            digests = writer.close()
-        finally:
-            writer.abandon()
-        _companions(source, stage)
-        names = sorted(path.name for path in stage.iterdir() if path.name not in digests)
-        digests |= {name: digest_file(stage / name) for name in names}
-    return digests
+    tensors = ((name, _pieces(source, name)) for name in layout)
+    return write_export(engine_dir, out, layout, tensors, lambda stage: _configure(source, stage), replace=replace)
 
 
 def _layout(source: UnifiedCheckpoint) -> Layout:
@@ -133,8 +119,8 @@ def _pieces(source: UnifiedCheckpoint, name: str) -> Iterator[Tensor]:
         yield from (narrow(block, wanted, name) if floating else block for block in shards.blocks(name))
 
 
-def _companions(source: UnifiedCheckpoint, stage: Path) -> None:
-    """config.json, the quantization file, the tokenizer: nothing of trtkit's own."""
+def _configure(source: UnifiedCheckpoint, stage: Path) -> None:
+    """config.json and the quantization file."""
     quant = None
     if source.scheme.quant_algo is not None:
         quant = quant_config(source.scheme, pre_scale=True)
@@ -142,4 +128,3 @@ def _companions(source: UnifiedCheckpoint, stage: Path) -> None:
     config = read_config(source.directory)
     config.pop("quantization_config", None)
     write_json(stage / "config.json", unified_config(config, source.spec, quant))
-    copy_companions(source.directory, stage)
