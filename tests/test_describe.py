@@ -118,6 +118,9 @@ def test_a_checkpoint_that_is_quantized_for_other_servers(tmp_path: Path) -> Non
     assert found.data["weights"]["tensors"] > 0
     with pytest.raises(UsageError, match="--verify"):
         describe(directory, verify=True)
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    write_json(directory / "config.json", config)
+    assert describe(directory).kind == CHECKPOINT, "ModelOpt's is the unified layout, which trtkit reads"
 
 
 def test_a_bundles_weights_are_those_of_its_checkpoint(tmp_path: Path) -> None:

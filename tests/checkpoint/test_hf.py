@@ -221,6 +221,21 @@ def test_hub_failures_say_what_to_pass_instead(
     assert "practice" in str(caught.value)
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_weights_are_downloaded_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch, weights: bool) -> None:
+    """A tokenizer of a 14B is some megabytes, the rest are thirty gigabytes."""
+    asked: list[list[str]] = []
+
+    def noted(_model: str, *, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return "there"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
+    assert resolve_source("owner/name", weights=weights) == Path("there")
+    assert ("*.safetensors" in asked[0]) == weights
+    assert {"*.json", "*.jinja"} <= set(asked[0])
+
+
 def test_writer_makes_files_that_safetensors_reads(tmp_path: Path) -> None:
     tensors = {
         "a": torch.randn(7, 3), "b": torch.tensor(2.5), "c": torch.randint(0, 255, (5,), dtype=torch.uint8),

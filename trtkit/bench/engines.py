@@ -34,7 +34,17 @@ from trtkit.runtime.load import OpenOptions, compute_dtype, device_named, open_e
 from trtkit.scheme import OutputLayer, scheme_named
 from trtkit.solve.problems import read_problems
 
-__all__ = ["BenchOptions", "BenchResult", "Point", "can_draft", "check_sources", "measure", "prompts_of", "time_once"]
+__all__ = [
+    "BenchOptions",
+    "BenchResult",
+    "Point",
+    "Timing",
+    "can_draft",
+    "check_sources",
+    "measure",
+    "prompts_of",
+    "time_once",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from tests.runtime.endpoint.scripted_server import (
     said,
     scripted,
 )
+from tests.serve.serving import wait_for
 from trtkit.chat import Chat
 from trtkit.errors import EngineError
 from trtkit.runtime.api import FinishReason, Request
@@ -342,3 +343,24 @@ def test_what_is_lost_is_hung_up_on(opened: Opened) -> None:
     engine.submit(asked())
     assert told(drain(engine))[0] == [7]
     assert (server.hung_up, server.most_open) == (1, 1)
+
+
+def test_a_step_has_a_word_of_every_row_that_has_begun(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is a little later than the others is waited for; a row that has not begun, or has ended, is not."""
+    monkeypatch.setattr(endpoint_engine, "_WAIT_SECONDS", 20.0)
+    gate = threading.Event()
+    replies = {1: said(part(5), part(6, finish="length")), 2: said(part(7), gate, part(8, finish="length"))}
+    engine, server = opened(lambda body: replies[body["prompt"][0]])
+    engine.submit(replace(asked(), id="late", prompt=(2,)))
+    heard: list[str] = []
+    while not heard:
+        heard += [it.request_id for it in engine.step()]
+    assert heard == ["late"]
+    engine.submit(replace(asked(), id="quick", prompt=(1,)))
+    wait_for(lambda: len(server.bodies) == 2)
+    opening = threading.Timer(0.03, gate.set)
+    opening.start()
+    outputs = list(engine.step())
+    opening.join()
+    assert {it.request_id for it in outputs} == {"late", "quick"}
+    assert {it.finish for it in outputs} == {FinishReason.LENGTH}
