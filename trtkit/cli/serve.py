@@ -138,10 +138,11 @@ def command(
         finish(_example(serving, keyed=options.key is not None), _document(serving, source) if as_json else None)
 
     stats = run_serve(source, opening, options, on_ready=tell)
-    logger.info(
-        "stopped: %s tokens generated, %.2f per row and step, %s of %s prompt tokens computed",
-        f"{stats.new_tokens:,}", stats.tokens_per_step, f"{stats.prefill_tokens:,}", f"{stats.prompt_tokens:,}",
-    )  # fmt: skip
+    words = f"stopped: {stats.new_tokens:,} tokens generated"
+    if stats.row_steps:  # a server's steps are its own
+        words += f", {stats.tokens_per_step:.2f} per row and step"
+        words += f", {stats.prefill_tokens:,} of {stats.prompt_tokens:,} prompt tokens computed"
+    logger.info("%s", words)
 
 
 def _document(serving: Serving, source: Source) -> dict[str, Any]:
