@@ -104,7 +104,10 @@ def test_an_interrupted_run_goes_on_with_the_same_model_wherever_it_is(url: str,
     with pytest.raises(KeyboardInterrupt):
         solve(remote(url), places, options, observer=Interrupted(9))
     head = json.loads((places.out / "run.json").read_text())
-    assert head["engine"] == {"path": f"{url}/v1", "model": "tiny", "template": "abc"}
+    place = dict(remote(url).place)
+    assert head["engine"] == place
+    assert len(place.pop("tokenizer")) == 64
+    assert place == {"path": f"{url}/v1", "model": "tiny", "template": "abc"}
     kept = attempts(places.out)
     with serving(engine, CHAT) as (other, _):
         solve(remote(other), places, options)
@@ -130,14 +133,29 @@ def test_another_model_is_another_run(url: str, tmp_path: Path) -> None:
             'engine.model: "tiny" in that run, "large" now', 'engine.template: "abc" in that run, "def" now',
         ]  # fmt: skip
     here = refused()
-    assert [one.partition(":")[0] for one in here] == ["engine.model", "engine.template", "engine.sha256"]
+    told = ["engine.model", "engine.template", "engine.tokenizer", "engine.sha256"]
+    assert [one.partition(":")[0] for one in here] == told
     assert here[0] == 'engine.model: "tiny" in that run, not there now'
     again = solve(remote(url), places, options)
     assert again.summary.tokens == made.summary.tokens
 
     run_solve(dataclasses.replace(places, out=tmp_path / "local"), engine, CHAT, options)
     there = refused(engine=remote(url).place, out=tmp_path / "local")
-    assert {one.partition(":")[0] for one in there} == {"engine.sha256", "engine.model", "engine.template"}
+    assert sorted(one.partition(":")[0] for one in there) == sorted(told)
+
+
+def test_another_tokenizer_is_another_run(url: str, tmp_path: Path) -> None:
+    """Though its chat template is the same."""
+    places, options = places_in(tmp_path, 1), SolveOptions(samples=2)
+    solve(remote(url), places, options)
+
+    class Spelled(Known):
+        def encode(self, text: str) -> tuple[int, ...]:
+            return super().encode(text.replace("x", "y"))
+
+    with pytest.raises(UsageError, match="a different run") as told:
+        solve(remote(url, cast(Chat, Spelled())), places, options)
+    assert [one.partition(":")[0] for one in told.value.offenders] == ["engine.tokenizer"]
 
 
 class Slow(FakeEngine):
@@ -245,7 +263,7 @@ def test_a_session_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert journal(tmp_path / "run")[0]["lanes"] == 2, "the rows that it was opened with"
         submitted = len(opened[-1].submitted)
         head = json.loads((tmp_path / "run" / "run.json").read_text())
-        assert head["engine"] == {"path": f"{url}/v1", "model": "tiny", "template": "abc"}
+        assert head["engine"] == there.place
         with open_session(there, **settings) as session:
             assert [session.answer(name, text) for name, text in (("a", "What is 3 + 4?"), ("b", "break it"))] == [
                 "7", "3",

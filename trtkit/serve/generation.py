@@ -142,9 +142,11 @@ class Generation:
             text += row.stream.finish()
         scored = None
         if self.asked.logprobs:
+            # One for each of the ids that are told; else for those that are text.
+            shown = tokens if self.asked.token_ids else said[: len(tokens)]
             scored = tuple(
                 Scored(text=self._chat.decode([token]), logprob=logprob)
-                for token, logprob in zip(said[: len(tokens)], output.logprobs, strict=False)
+                for token, logprob in zip(shown, output.logprobs, strict=False)
             )
         row.counted += len(tokens)
         offset, thought = row.offset, None

@@ -82,7 +82,9 @@ def test_a_user_names_the_tokenizer_before_the_server_does(
 def test_what_is_told_of_it(running: ScriptedServer, tokenizer_dir: Path, chat: Chat) -> None:
     it = connected(running, str(tokenizer_dir), **vllm_card("m"))
     url = f"{running.root}/v1"
-    assert it.place == {"path": url, "model": "m", "template": chat.template_digest}
+    place = dict(it.place)
+    assert len(place.pop("tokenizer")) == 64
+    assert place == {"path": url, "model": "m", "template": chat.template_digest}
     assert (it.model, it.told, it.card, it.greedy) == ("m", f"m at {url} (vllm)", {"root": "org/m"}, False)
     plain = connected(running, str(tokenizer_dir), id="m")
     assert plain.told == f"m at {url}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Remote", "connect"]
 
+_PROBE = "Let $x_1 = 12345$.\n\nThen \\frac{x}{y} is \\boxed{678}, but \u03c0 \u2248 3.14159</think>\n"
+"""What is put into tokens to tell one tokenizer from another."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remote:
@@ -35,7 +39,12 @@ class Remote:
     @property
     def place(self) -> Mapping[str, str]:
         """What a run that goes on must find again, and where it was."""
-        return {"path": self.endpoint.url, "model": self.server.model, "template": self.chat.template_digest}
+        chat = self.chat
+        said = f"{chat.size} {chat.encode(_PROBE)}"
+        return {
+            "path": self.endpoint.url, "model": self.server.model, "template": chat.template_digest,
+            "tokenizer": hashlib.sha256(said.encode()).hexdigest(),
+        }  # fmt: skip
 
     @property
     def model(self) -> str:
