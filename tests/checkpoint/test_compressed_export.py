@@ -1,4 +1,4 @@
-"""The export that vLLM, SGLang and transformers read, held against compressed-tensors' own code and a plain model."""
+"""The export that vLLM and transformers read, held against compressed-tensors' own code and a plain model."""
 
 from __future__ import annotations
 

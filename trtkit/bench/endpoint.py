@@ -35,10 +35,10 @@ def measure_server(remote: Remote, options: BenchOptions) -> Iterator[ServerPoin
     for more tokens than it takes, and what a run on it raises.
     """
     prompts = prompts_of(remote.chat, remote.chat.size, options)
+    asked = max(map(len, prompts))
     for batch in options.batches:
         logger.info("measuring %s at batch %d", remote.told, batch)
         with remote.open(OpenOptions(rows=batch)) as engine:
-            asked = max(map(len, prompts))
             if asked + options.new_tokens + 1 > engine.max_total_tokens:
                 raise UsageError(
                     f"{asked} prompt and {options.new_tokens} new tokens exceed the server's {engine.max_total_tokens}",

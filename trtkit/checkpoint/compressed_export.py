@@ -1,4 +1,4 @@
-"""Export in the format of compressed-tensors, which vLLM, SGLang and transformers read: int8, int8-sq and int4.
+"""Export in the format of compressed-tensors, which vLLM and transformers read: int8, int8-sq and int4.
 
     config.json             the model's own, with ``quantization_config`` (``quant_method: compressed-tensors``)
     model*.safetensors      Hugging Face names; beside what stays as it is (norms, embeddings, biases, ``lm_head``):
@@ -51,7 +51,7 @@ def check_compressed(scheme: QuantScheme) -> None:
     """Refuse what needs no export or has no form there. Raises :class:`UnsupportedError`."""
     if scheme.weight_format in ("bf16", "fp8"):
         raise UnsupportedError(
-            f"{scheme.name} weights need no such export", hint="vLLM and SGLang read the engine directory as it is"
+            f"{scheme.name} weights need no such export", hint="vLLM reads the engine directory as it is"
         )
 
 

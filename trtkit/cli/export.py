@@ -28,7 +28,7 @@ def command(
         typer.Option(
             "--format",
             help="trtllm (rank files for TensorRT-LLM 1.0 to 1.2), unified-hf (its PyTorch backend), or "
-            "compressed-tensors (vLLM, SGLang).",
+            "compressed-tensors (vLLM).",
         ),
     ],
     tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="trtllm: GPUs that share each layer.")] = 1,

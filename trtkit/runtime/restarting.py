@@ -90,7 +90,7 @@ class RestartingEngine(Closing, Generic[Handle]):
 
     @abstractmethod
     def _start(self, started: Started[Handle]) -> Handle:
-        """Run it: its prompt and, after a loss, what it has generated since."""
+        """Run a part from its prompt on; what the backend calls it."""
 
     @abstractmethod
     def _stop(self, handle: Handle) -> None:
@@ -129,11 +129,11 @@ class RestartingEngine(Closing, Generic[Handle]):
         started.limit = min(max_tokens, self.max_total_tokens - len(started.prompt))
         started.iterations = 0
         self._prompt_tokens += len(started.prompt)
-        self._run(started)
+        self._runs_as(started, self._start(started))
 
-    def _run(self, started: Started[Handle]) -> None:
-        started.handle = self._start(started)
-        self._by_handle[started.handle] = started.request.id
+    def _runs_as(self, started: Started[Handle], handle: Handle) -> None:
+        started.handle = handle
+        self._by_handle[handle] = started.request.id
 
     def _report(
         self, started: Started[Handle], tokens: Sequence[int], finish: FinishReason | None,
@@ -185,7 +185,7 @@ class RestartingEngine(Closing, Generic[Handle]):
     def extend(self, request_id: str, tokens: Sequence[int], *, max_tokens: int, drop: int = 0) -> None:
         """Let a resting request go on, as a new request of the backend whose prompt is everything so far.
 
-        Unlike in the torch runtime the draws that follow are fresh ones.
+        The draws that follow are fresh ones where the backend's noise hangs on more than seed and position.
         """
         started = self._requests.get(request_id)
         wrong = []

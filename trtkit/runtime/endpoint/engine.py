@@ -255,8 +255,7 @@ class EndpointEngine(RestartingEngine[int]):
         backoff = min(_FIRST_DELAY_SECONDS * 2**trouble.tries, _LONGEST_DELAY_SECONDS)
         trouble.tries += 1
         started.losses += 1
-        started.handle = self._send(started, delay=max(backoff, min(after, _LONGEST_DELAY_SECONDS)))
-        self._by_handle[started.handle] = name
+        self._runs_as(started, self._send(started, delay=max(backoff, min(after, _LONGEST_DELAY_SECONDS))))
         return None
 
     def stats(self) -> EngineStats:
