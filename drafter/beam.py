@@ -44,7 +44,7 @@ def beam_search(
 
 def _chain(drafter: Drafter, embed: Callable[[Tensor], Tensor], context: Tensor, token: Tensor, length: int) -> Tensor:
     """One beam needs no scores: the most likely token each time, int64 (R, L)."""
-    if drafter.chain is not None and token.shape[0] <= drafter.chain_rows:
+    if drafter.chain is not None:
         return drafter.chain(context, token, length)
     state = torch.zeros_like(context)
     drafted = []

@@ -39,8 +39,6 @@ class Drafter(nn.Module):
         """int64 (V',): which token each line of the output layer stands for; None: line i is token i."""
         self.chain: Callable[[Tensor, Tensor, int], Tensor] | None = None
         """A faster one-beam search, where the runtime has one: (context, token, length) -> drafted (R, L)."""
-        self.chain_rows = 0
-        """Most rows for which ``chain`` is the faster one."""
 
     def step(self, context: Tensor, state: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """One draft position: context, state and embedding (..., H) -> logits (..., V) and the next state (..., H)."""

@@ -28,7 +28,7 @@ from trtkit.quant.tensor import LinearWeights, dense
 from trtkit.recipe import TOKEN_ORDER_FILE, TRAINING_FILE
 from trtkit.runtime.cuda.linear import prepare_linears
 from trtkit.runtime.linear import Kernel, runtime_linear
-from trtkit.runtime.native.kernels import DRAFT_ROWS, draft_chain
+from trtkit.runtime.native.draft import Chain, open_chain
 from trtkit.runtime.ranks.group import Ranks, gather_columns
 
 __all__ = [
@@ -91,9 +91,10 @@ def open_head(
         )
     if options.vocabulary is not None and options.vocabulary < spec.vocab:
         head.trim(_most_frequent(directory, options.vocabulary, spec.vocab).to(head.output.weight.device))
-    if embedding is not None and options.precision == "model" and device.type == "cpu" and alone:
-        head.chain, head.chain_rows = draft_chain(head, embedding), DRAFT_ROWS
-    return with_kernels(head, options.precision, device=device, dtype=dtype, ranks=ranks)
+    head = with_kernels(head, options.precision, device=device, dtype=dtype, ranks=ranks)
+    if embedding is not None and alone:
+        head.chain = _chain(head, embedding)
+    return head
 
 
 def measured_acceptance(directory: Path) -> dict[TreeShape, tuple[float, ...]]:
@@ -147,6 +148,12 @@ class _KernelLinear(nn.Module):
 def prepare_head(head: Drafter, tokens: int) -> None:
     """As ``DecoderModel.prepare``: ``tokens`` is rows x beams."""
     prepare_linears([layer.kernel for layer in head.modules() if isinstance(layer, _KernelLinear)], tokens)
+
+
+def _chain(head: Drafter, embedding: Tensor) -> Chain | None:
+    layers = [head.rnn_w, head.rnn_u, head.input_proj, *head.blocks, head.output]
+    kernels = [layer.kernel for layer in layers if isinstance(layer, _KernelLinear)]
+    return open_chain(head.config, kernels, embedding, head.token_ids)
 
 
 def with_kernels(

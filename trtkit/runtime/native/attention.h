@@ -12,24 +12,6 @@ namespace {
 constexpr int64_t SPAN = 256;   // slots between two updates of the running maximum
 constexpr int64_t WHOLE = 32;   // weights are written for a multiple of so many slots
 
-// exp for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (the Cephes coefficients), within 2 units in the last place;
-// 0 below -87.
-inline vec exp_below_zero(vec x) {
-  const auto dead = x < all(-87.0f);
-  x = dead ? all(0.0f) : x;
-  const ivec n = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);  // truncation towards 0: x <= 0 rounds to nearest
-  const vec f = __builtin_convertvector(n, vec);
-  const vec r = (x - f * 0.693359375f) - f * -2.12194440e-4f;
-  vec p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return dead ? all(0.0f) : p * (vec)((n + 127) << 23);
-}
-
 struct Shape {
   int64_t nodes, group, dim, block, blocks_per_row;
 };

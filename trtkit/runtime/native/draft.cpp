@@ -1,105 +1,133 @@
-// The chain of a recurrent draft head.
-#include "vectors.h"
+// One beam of a recurrent draft head in one call: the most likely token, ``length`` times. Between two products lie
+// microseconds of work, as in layers.cpp, and here the products are small as well.
+//
+// The definition is ``Drafter.step`` with packed products (drafter/model.py), rounded where it rounds.
+// Letters: R rows, H hidden, V vocab, V' lines of the output layer.
+#include <ATen/ops/zeros.h>
+#include <torch/custom_class.h>
 
-#include <cmath>
-#include <optional>
+#include <algorithm>
 #include <vector>
+
+#include "products.h"
+#include "vectors.h"
 
 namespace {
 
-constexpr int64_t PACK = 4;  // rows that share one pass over a weight
+// What torch gives for an operation on bf16: a float, rounded.
+inline vec rounded_vec(vec x) {
+  bf16 line[W];
+  store(line, x);
+  return load(line);
+}
 
-// SPAN lines of M at once: their sums are independent, so that no addition waits for the one before.
-template <int64_t SPAN, typename E>
-inline void lines_of(const E* m, const E* bias, const float* x, int64_t rows, int64_t in, int64_t out, int64_t i, float* y) {
-  vec total[SPAN][PACK] = {};
-  for (int64_t k = 0; k < in; k += W) {
-    vec weight[SPAN];
-    for (int64_t j = 0; j < SPAN; j++) weight[j] = load(m + (i + j) * in + k);
-    for (int64_t r = 0; r < rows; r++) {
-      const vec value = load(x + r * in + k);
-      for (int64_t j = 0; j < SPAN; j++) total[j][r] += weight[j] * value;
+inline int64_t best_of(const bf16* line, int64_t count) {  // the first of equals
+  vec top = all(LOWEST);
+  int64_t i = 0;
+  for (; i + W <= count; i += W) top = larger(load(line + i), top);
+  float best = largest(top);
+  for (; i < count; i++) best = std::max(best, wide(line[i]));
+  return std::find_if(line, line + count, [best](bf16 x) { return wide(x) == best; }) - line;
+}
+
+struct DraftChain : torch::CustomClassHolder {
+  // table (V, H): the target's embeddings. ids (V',): the tokens behind the lines of the output layer. ``projected``: an
+  // input projection comes before the blocks.
+  DraftChain(const std::string& product, Tensor table, Maybe ids, bool projected)
+      : times_(product), table_(std::move(table)), ids_(std::move(ids)), projected_(projected) {
+    TORCH_CHECK(table_.is_contiguous() && table_.scalar_type() == at::kBFloat16 && table_.size(1) % W == 0);
+  }
+
+  // W and U of the recurrence, the projection if there is one, the blocks, the output layer: in this order.
+  void linear(Tensor codes, Tensor scale, Maybe bias, Maybe pre_scale, int64_t kind, int64_t out, int64_t rounding,
+              double inverse) {
+    linears_.push_back({std::move(codes), std::move(scale), std::move(bias), std::move(pre_scale), kind, out, rounding, inverse});
+  }
+
+  // context (R, H), tokens int64 (R,) -> drafted int64 (R, length)
+  Tensor run(const Tensor& context, const Tensor& tokens, int64_t length) const {
+    const int64_t rows = context.size(0), hidden = context.size(1);
+    TORCH_CHECK(context.is_contiguous() && context.scalar_type() == at::kBFloat16 && hidden == table_.size(1));
+    Tensor drafted = at::empty({rows, length}, tokens.options()), read = at::empty({rows, hidden}, context.options());
+    Tensor state = at::zeros({rows, hidden}, context.options()), both = at::empty({rows, 2 * hidden}, context.options());
+    for (int64_t step = 0; step < length; step++) {
+      const int64_t* from = step ? drafted.const_data_ptr<int64_t>() + step - 1 : tokens.const_data_ptr<int64_t>();
+      gather(from, step ? length : tokens.stride(0), read);
+      recur(times_(linears_[0], read), times_(linears_[1], state), state);
+      join(context, state, both);
+      size_t next = 2;
+      Tensor z = projected_ ? times_(linears_[next++], both) : both;
+      for (; next + 1 < linears_.size(); next++) z = add_silu(z, times_(linears_[next], z));
+      take_best(times_(linears_.back(), z), drafted, step);
+    }
+    return drafted;
+  }
+
+ private:
+  void gather(const int64_t* token, int64_t apart, const Tensor& out) const {
+    const bf16* table = table_.const_data_ptr<bf16>();
+    const int64_t width = table_.size(1);
+    for (int64_t r = 0; r < out.size(0); r++)
+      std::copy_n(table + token[r * apart] * width, width, out.data_ptr<bf16>() + r * width);
+  }
+
+  template <typename F>
+  static void each(int64_t count, F run) {  // ``count`` is a multiple of W
+    at::parallel_for(0, count / W, 16384 / W, [&](int64_t from, int64_t to) {
+      for (int64_t i = from * W; i < to * W; i += W) run(i);
+    });
+  }
+
+  // state = silu(a + b)
+  static void recur(const Tensor& a, const Tensor& b, const Tensor& state) {
+    const bf16 *x = a.const_data_ptr<bf16>(), *y = b.const_data_ptr<bf16>();
+    bf16* out = state.data_ptr<bf16>();
+    each(state.numel(), [&](int64_t i) { store(out + i, silu(rounded_vec(load(x + i) + load(y + i)))); });
+  }
+
+  // z + silu(y)
+  static Tensor add_silu(const Tensor& z, const Tensor& y) {
+    Tensor sum = at::empty(z.sizes(), z.options());
+    const bf16 *x = z.const_data_ptr<bf16>(), *more = y.const_data_ptr<bf16>();
+    bf16* out = sum.data_ptr<bf16>();
+    each(z.numel(), [&](int64_t i) { store(out + i, load(x + i) + rounded_vec(silu(load(more + i)))); });
+    return sum;
+  }
+
+  static void join(const Tensor& context, const Tensor& state, const Tensor& both) {
+    const int64_t width = state.size(1);
+    const bf16 *h = context.const_data_ptr<bf16>(), *s = state.const_data_ptr<bf16>();
+    for (int64_t r = 0; r < state.size(0); r++) {
+      bf16* out = both.data_ptr<bf16>() + r * 2 * width;
+      std::copy_n(h + r * width, width, out), std::copy_n(s + r * width, width, out + width);
     }
   }
-  for (int64_t j = 0; j < SPAN; j++)
-    for (int64_t r = 0; r < rows; r++) y[r * out + i + j] = sum(total[j][r]) + (bias ? wide(bias[i + j]) : 0.0f);
-}
 
-// y[r] = M x[r] (+ bias) for up to PACK rows: M (out, in) in E, x and y in float.
-template <typename E>
-void product(const Tensor& matrix, const Tensor* bias, const float* x, int64_t rows, float* y) {
-  const int64_t out = matrix.size(0), in = matrix.size(1);
-  const E* m = matrix.data_ptr<E>();
-  const E* b = bias ? bias->data_ptr<E>() : nullptr;
-  int64_t i = 0;
-  for (; rows == 1 && i + 8 <= out; i += 8) lines_of<8>(m, b, x, 1, in, out, i, y);
-  for (; i + 4 <= out; i += 4) lines_of<4>(m, b, x, rows, in, out, i, y);
-  for (; i < out; i++) lines_of<1>(m, b, x, rows, in, out, i, y);
-}
-
-inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
-
-// The chain of ``length`` most likely tokens of a recurrent ReDrafter head: see drafter/model.py for the mathematics.
-// context (R, H), tokens (R,); table (V, H) the target's embeddings; ids (V',) the tokens behind the lines of output.
-Tensor draft_chain(
-    const Tensor& context, const Tensor& tokens, const Tensor& table, const Tensor& w, const Tensor& u, const Tensor& ub,
-    const std::optional<Tensor>& projection, const std::optional<Tensor>& projection_bias,
-    const std::vector<Tensor>& blocks, const std::vector<Tensor>& biases, const Tensor& output,
-    const std::optional<Tensor>& ids, int64_t length) {
-  const int64_t rows = context.size(0), hidden = context.size(1), width = output.size(1), lines = output.size(0);
-  TORCH_CHECK(hidden % W == 0 && width % W == 0 && context.is_contiguous() && table.is_contiguous());
-  Tensor out = at::empty({rows, length}, tokens.options());
-  const int64_t* root = tokens.data_ptr<int64_t>();
-  const int64_t* names = ids ? ids->data_ptr<int64_t>() : nullptr;
-  int64_t* drafted = out.data_ptr<int64_t>();
-  for_type(context, [&](auto tag) {
-    using E = decltype(tag);
-    const E* h = context.data_ptr<E>();
-    const E* embeddings = table.data_ptr<E>();
-    at::parallel_for(0, (rows + PACK - 1) / PACK, 1, [&](int64_t from, int64_t to) {
-      std::vector<float> e(PACK * hidden), s(PACK * hidden), a(PACK * hidden), z(PACK * 2 * hidden);
-      std::vector<float> x(PACK * width), y(PACK * width), logits(PACK * lines);
-      for (int64_t pack = from; pack < to; pack++) {
-        const int64_t first = pack * PACK, count = std::min(PACK, rows - first);
-        std::fill(s.begin(), s.end(), 0.0f);
-        for (int64_t step = 0; step < length; step++) {
-          for (int64_t r = 0; r < count; r++) {
-            const int64_t token = step ? drafted[(first + r) * length + step - 1] : root[first + r];
-            for (int64_t k = 0; k < hidden; k++) e[r * hidden + k] = wide(embeddings[token * hidden + k]);
-          }
-          product<E>(w, nullptr, e.data(), count, a.data());
-          if (step) product<E>(u, &ub, s.data(), count, e.data());
-          else for (int64_t k = 0; k < count * hidden; k++) e[k] = wide(ub.data_ptr<E>()[k % hidden]);
-          for (int64_t k = 0; k < count * hidden; k++) s[k] = silu(a[k] + e[k]);
-          for (int64_t r = 0; r < count; r++)
-            for (int64_t k = 0; k < hidden; k++) {
-              z[r * 2 * hidden + k] = wide(h[(first + r) * hidden + k]);
-              z[r * 2 * hidden + hidden + k] = s[r * hidden + k];
-            }
-          if (projection) product<E>(*projection, &*projection_bias, z.data(), count, x.data());
-          else std::copy(z.begin(), z.begin() + count * width, x.begin());
-          for (size_t block = 0; block < blocks.size(); block++) {
-            product<E>(blocks[block], &biases[block], x.data(), count, y.data());
-            for (int64_t k = 0; k < count * width; k++) x[k] += silu(y[k]);
-          }
-          product<E>(output, nullptr, x.data(), count, logits.data());
-          for (int64_t r = 0; r < count; r++) {
-            const float* line = logits.data() + r * lines;
-            const int64_t best = std::max_element(line, line + lines) - line;
-            drafted[(first + r) * length + step] = names ? names[best] : best;
-          }
-        }
+  void take_best(const Tensor& logits, const Tensor& drafted, int64_t step) const {
+    const int64_t lines = logits.size(1), length = drafted.size(1);
+    const bf16* from = logits.const_data_ptr<bf16>();
+    const int64_t* names = ids_ ? ids_->const_data_ptr<int64_t>() : nullptr;
+    int64_t* out = drafted.data_ptr<int64_t>();
+    at::parallel_for(0, logits.size(0), grain(lines), [&](int64_t first, int64_t end) {
+      for (int64_t r = first; r < end; r++) {
+        const int64_t best = best_of(from + r * lines, lines);
+        out[r * length + step] = names ? names[best] : best;
       }
     });
-  });
-  return out;
-}
+  }
+
+  Multiply times_;
+  Tensor table_;
+  Maybe ids_;
+  bool projected_;
+  std::vector<Linear> linears_;
+};
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(trtkit_cpu, m) {
-  m.def(
-      "draft_chain(Tensor context, Tensor tokens, Tensor table, Tensor w, Tensor u, Tensor ub, Tensor? projection,"
-      " Tensor? projection_bias, Tensor[] blocks, Tensor[] biases, Tensor output, Tensor? ids, int length) -> Tensor",
-      draft_chain);
+  m.class_<DraftChain>("DraftChain")
+      .def(torch::init<const std::string&, Tensor, Maybe, bool>())
+      .def("linear", &DraftChain::linear)
+      .def("run", &DraftChain::run);
 }

@@ -6,22 +6,17 @@ Letters: T tokens, R rows, N nodes, S slots, H hidden, D head_dim, V vocab, I in
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from drafter.model import Drafter
 from trtkit.decoder import Norms, PlainPointwise, Rope
 from trtkit.model_spec import ModelSpec
 from trtkit.runtime.native import loader
 
 __all__ = [
-    "DRAFT_ROWS",
     "NativePointwise",
     "attend",
     "attend_fits",
-    "draft_chain",
     "draw_tokens",
     "loaded",
     "open_kernels",
@@ -90,35 +85,3 @@ def draw_tokens(
     """int64 (M,): the tokens of ``pick_plain``, bit for bit; logits (M, V) in bfloat16 or float32."""
     out: Tensor = torch.ops.trtkit_cpu.pick(logits.contiguous(), temperature, cold, uniform, top_k, top_p, min_p)
     return out
-
-
-DRAFT_ROWS = 8
-"""Up to here one pass per few rows beats the kernels of whole products in a small draft head."""
-DRAFT_WEIGHTS = 2_000_000
-"""Up to here a head is small: one thread reads its weights sooner than two find together seven times per position."""
-
-
-def draft_chain(head: Drafter, table: Tensor) -> Callable[[Tensor, Tensor, int], Tensor] | None:
-    """One-beam search of a recurrent head in one call: (context (R, H), tokens (R,), length) -> int64 (R, L).
-
-    ``table`` (V, H) holds the target's embeddings. None where the kernel does not fit or the head is large. It sums in
-    float32 throughout, so a near-tie may be drafted differently, which the emitted tokens do not notice.
-    """
-    config = head.config
-    fits = config.hidden_size % 16 == 0 and config.exit_dim % 16 == 0
-    fits &= sum(weight.numel() for weight in head.parameters()) <= DRAFT_WEIGHTS
-    if not loaded() or head.rnn_w is None or head.rnn_u is None or not fits:
-        return None
-    blocks = [block for block in head.blocks if isinstance(block, nn.Linear)]
-    projection = head.input_proj
-    arguments = (
-        head.rnn_w.weight, head.rnn_u.weight, head.rnn_u.bias,
-        None if projection is None else projection.weight, None if projection is None else projection.bias,
-        [block.weight for block in blocks], [block.bias for block in blocks], head.output.weight, head.token_ids,
-    )  # fmt: skip
-
-    def run(context: Tensor, tokens: Tensor, length: int) -> Tensor:
-        out: Tensor = torch.ops.trtkit_cpu.draft_chain(context.contiguous(), tokens, table, *arguments, length)
-        return out
-
-    return run

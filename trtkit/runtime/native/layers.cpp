@@ -2,32 +2,18 @@
 // Python they cost several times that, and most at one row, when the interpreter's own memory has left the caches
 // while the weights passed through them.
 //
-// The pieces are the operators of this library, called as Python calls them: the same bits, and a profiler sees them.
-#include <ATen/core/dispatch/Dispatcher.h>
+// The pieces are the operators of this library.
 #include <ATen/ops/silu.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
-#include <array>
-#include <optional>
 #include <vector>
+
+#include "products.h"
 
 namespace {
 
 using at::Tensor;
-using Maybe = std::optional<Tensor>;
-
-template <typename F>
-auto operation(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
-}
-
-struct Linear {
-  Tensor codes, scale;
-  Maybe bias, pre_scale;
-  int64_t kind, out, rounding;
-  double inverse;
-};
 
 struct Layer {
   Tensor input_norm, post_norm;
@@ -38,8 +24,7 @@ struct Layer {
 // ``product``: the operator that all linears have.
 struct Layers : torch::CustomClassHolder {
   Layers(const std::string& product, Tensor final_norm, int64_t heads, int64_t kv_heads, double eps)
-      : multiply_(operation<Product>(product.c_str())), final_norm_(std::move(final_norm)), heads_(heads),
-        kv_heads_(kv_heads), eps_(eps) {}
+      : times_(product), final_norm_(std::move(final_norm)), heads_(heads), kv_heads_(kv_heads), eps_(eps) {}
 
   void layer(Tensor input_norm, Tensor post_norm, Maybe q_norm, Maybe k_norm) {
     layers_.push_back({std::move(input_norm), std::move(post_norm), std::move(q_norm), std::move(k_norm), {}});
@@ -64,7 +49,7 @@ struct Layers : torch::CustomClassHolder {
       const Layer& layer = layers_[index];
       TORCH_CHECK(layer.linears.size() == 4, "trtkit_cpu: a layer has four products");
       const int64_t at = static_cast<int64_t>(index);
-      const Tensor qkv = times(layer.linears[0], add_norm_.call(hidden, delta, layer.input_norm, eps_));
+      const Tensor qkv = times_(layer.linears[0], add_norm_.call(hidden, delta, layer.input_norm, eps_));
       rotate_.call(qkv, cos, sin, heads_, kv_heads_, layer.q_norm, layer.k_norm, eps_);
       const auto part = [&](int64_t from, int64_t count) {
         return qkv.narrow(1, from, count).view({tokens, count / dim, dim});
@@ -72,28 +57,21 @@ struct Layers : torch::CustomClassHolder {
       const Tensor seen = attend_.call(
           part(0, q_width), part(q_width, kv_width), part(q_width + kv_width, kv_width), keys.select(0, at),
           values.select(0, at), table, slots, dark);
-      const Tensor normed = add_norm_.call(hidden, times(layer.linears[1], seen), layer.post_norm, eps_);
-      const Tensor gate_up = times(layer.linears[2], normed);
+      const Tensor normed = add_norm_.call(hidden, times_(layer.linears[1], seen), layer.post_norm, eps_);
+      const Tensor gate_up = times_(layer.linears[2], normed);
       const int64_t half = gate_up.size(1) / 2;
-      delta = times(layer.linears[3], at::silu(gate_up.narrow(1, 0, half)).mul_(gate_up.narrow(1, half, half)));
+      delta = times_(layer.linears[3], at::silu(gate_up.narrow(1, 0, half)).mul_(gate_up.narrow(1, half, half)));
     }
     return add_norm_.call(hidden, delta, final_norm_, eps_);
   }
 
  private:
-  using Product = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, int64_t, int64_t,
-                         int64_t, double);
   using AddNorm = Tensor(const Tensor&, const Maybe&, const Tensor&, double);
   using Rotate = void(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, const Maybe&, const Maybe&, double);
   using Attend = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         const Tensor&, const Tensor&);
 
-  Tensor times(const Linear& linear, const Tensor& x) const {
-    return multiply_.call(x, linear.codes, linear.scale, linear.bias, linear.pre_scale, linear.kind, linear.out,
-                          linear.rounding, linear.inverse);
-  }
-
-  c10::TypedOperatorHandle<Product> multiply_;
+  Multiply times_;
   c10::TypedOperatorHandle<AddNorm> add_norm_ = operation<AddNorm>("trtkit_cpu::add_norm");
   c10::TypedOperatorHandle<Rotate> rotate_ = operation<Rotate>("trtkit_cpu::rotate");
   c10::TypedOperatorHandle<Attend> attend_ = operation<Attend>("trtkit_cpu::attend");
