@@ -13,6 +13,7 @@ that nobody can reach: those of the batch's largest tree, or all 1 + B * L where
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -71,16 +72,30 @@ def build_tree(root: Tensor, beams: Tensor, *, fixed: bool = False) -> TokenTree
 
 def _chain(root: Tensor, beam: Tensor) -> TokenTree:
     rows, length = beam.shape
-    line = torch.arange(length + 1, device=beam.device)
-    seen = torch.ones(length + 1, length + 1, dtype=torch.bool, device=beam.device).tril()
+    # On a GPU they may be made while a graph is captured, whose memory is its own.
+    shape = _kept_chain_shape if beam.device.type == "cpu" else _chain_shape
+    parent, depth, mask = shape(length, beam.device)
     return TokenTree(
         tokens=torch.cat([root[:, None], beam], dim=1),
-        parent=(line - 1).expand(rows, -1),
-        depth=line.expand(rows, -1),
-        mask=seen.expand(rows, -1, -1),
+        parent=parent.expand(rows, -1),
+        depth=depth.expand(rows, -1),
+        mask=mask.expand(rows, -1, -1),
         levels=length,
         chain=True,
     )
+
+
+def _chain_shape(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Parent and depth (N,) and mask (N, N) of every chain of that length."""
+    line = torch.arange(length + 1, device=device)
+    seen = torch.ones(length + 1, length + 1, dtype=torch.bool, device=device).tril()
+    return line - 1, line, seen
+
+
+@functools.cache
+def _kept_chain_shape(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return _chain_shape(length, device)
 
 
 def _ancestors(parent: Tensor, length: int) -> Tensor:

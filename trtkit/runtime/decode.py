@@ -36,6 +36,7 @@ from trtkit.runtime.cuda.kernels import attend_fits
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.native.kernels import attend_fits as native_fits
+from trtkit.runtime.node_places import place_nodes, slots_of
 from trtkit.runtime.processors import SwitchRows, penalise
 from trtkit.runtime.sampling import SamplingRows, pick
 from trtkit.runtime.scheduler import Row
@@ -171,43 +172,46 @@ class Verified:
 
 
 def verify(model: DecoderModel, cache: KvCache, at: Pending, tree: TokenTree) -> Verified:
-    """Run all nodes; node n of row r goes to the n-th slot after what the row has in the cache."""
-    size, (count, nodes) = cache.block_size, tree.tokens.shape
-    places = at.cached[:, None] + torch.arange(nodes, device=model.device)
-    slots = at.blocks.gather(1, places // size) * size + places % size
-    hidden = _forward(model, cache, at, tree, slots, places)
+    """Run all nodes, and leave their keys and values in the cache."""
+    count, nodes = tree.tokens.shape
+    tokens, size = tree.tokens.flatten(), cache.block_size
+    if model.triton and attend_fits(model.device, cache.kv_dtype):
+        slots = slots_of(at.blocks, at.cached, nodes, size)
+        hidden = _forward_triton(model, cache, at, tree, slots.flatten())
+    else:
+        slots, positions, dark = place_nodes(at.blocks, at.cached, tree, size, native=model.native)
+        batch = VerifyBatch(
+            rows=count, nodes=nodes, blocks=at.blocks.flatten(), slots=slots.flatten(), hidden_slots=dark,
+            native=model.native and native_fits(cache.stored[0], model.spec.head_dim, size, model.dtype),
+        )  # fmt: skip
+        hidden = _forward(model, cache, batch, tokens, positions.flatten())
     return Verified(
         logits=model.logits(hidden).view(count, nodes, -1), hidden=hidden.view(count, nodes, -1), slots=slots
     )
 
 
-def _forward(
-    model: DecoderModel, cache: KvCache, at: Pending, tree: TokenTree, slots: Tensor, places: Tensor
-) -> Tensor:
-    """Hidden states (R * N, H) of the nodes; ``slots`` and ``places`` (R, N): theirs in the cache and in their row."""
-    count, nodes = slots.shape
-    tokens, positions = tree.tokens.flatten(), (at.cached[:, None] + tree.depth).flatten()
-    if model.triton and attend_fits(model.device, cache.kv_dtype):
-        from trtkit.runtime.cuda.attention import attend_verify_triton
-
-        on_device = CudaVerifyBatch(
-            rows=count, nodes=nodes, blocks=at.blocks, cached=at.cached, mask=tree.mask.int(), slots=slots.flatten()
-        )
-        return model.forward(
-            tokens, positions, lambda layer: lambda q, k, v: attend_verify_triton(cache, layer, on_device, q, k, v)
-        )
-    seen = torch.arange(at.blocks.shape[1] * cache.block_size, device=model.device)
-    hidden_slots = (seen >= at.cached[:, None])[:, None, :].repeat(1, nodes, 1)
-    hidden_slots.scatter_(2, places[:, None, :].expand(-1, nodes, -1), ~tree.mask)
-    batch = VerifyBatch(
-        rows=count, nodes=nodes, blocks=at.blocks.flatten(), slots=slots.flatten(), hidden_slots=hidden_slots,
-        native=model.native and native_fits(cache.stored[0], model.spec.head_dim, cache.block_size, model.dtype),
-    )  # fmt: skip
+def _forward(model: DecoderModel, cache: KvCache, batch: VerifyBatch, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Hidden states (R * N, H) of tokens at positions (R * N,)."""
     if batch.native and model.native_layers is not None:
         return model.native_layers.run(
             model.embed(tokens), model.rope(positions), cache.stored, batch.blocks, batch.slots, batch.hidden_slots
         )
     return model.forward(tokens, positions, lambda layer: lambda q, k, v: attend_verify(cache, layer, batch, q, k, v))
+
+
+def _forward_triton(model: DecoderModel, cache: KvCache, at: Pending, tree: TokenTree, slots: Tensor) -> Tensor:
+    """The same of a tree's nodes, which attend by themselves; ``slots`` (R * N,)."""
+    from trtkit.runtime.cuda.attention import attend_verify_triton
+
+    count, nodes = tree.tokens.shape
+    batch = CudaVerifyBatch(
+        rows=count, nodes=nodes, blocks=at.blocks, cached=at.cached, mask=tree.mask.int(), slots=slots
+    )
+    positions = (at.cached[:, None] + tree.depth).flatten()
+    return model.forward(
+        tree.tokens.flatten(), positions,
+        lambda layer: lambda q, k, v: attend_verify_triton(cache, layer, batch, q, k, v),
+    )  # fmt: skip
 
 
 def accept(
@@ -227,7 +231,7 @@ def accept(
     if switch:
         penalise(verified.logits, tree, switch)
     positions = at.cached[:, None] + 1 + tree.depth
-    picks = pick(verified.logits.flatten(0, 1), sampling.repeat(nodes), positions.flatten()).view(count, nodes)
+    picks = pick(verified.logits.flatten(0, 1), sampling, positions.flatten()).view(count, nodes)
     if redraw is not None:
         picks = redraw(tree, at, picks)
     path = follow(tree, picks)

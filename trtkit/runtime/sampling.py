@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trtkit.runtime.api import SamplingParams
 from trtkit.runtime.cuda.kernels import triton_runs
-from trtkit.runtime.native.kernels import draw_tokens, loaded
+from trtkit.runtime.native.kernels import draw_tokens, loaded, noise
 
 __all__ = [
     "LARGEST_WEIGHT",
@@ -220,15 +220,17 @@ def _most_likely(logits: Tensor) -> Tensor:
 
 
 def pick(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
-    """Draw one token for each row of logits (M, V) at its position (M,): int64 (M,).
+    """Draw one token for each row of logits (M, V) at its position (M,): int64 (M,). Each of ``rows`` is that of as
+    many picks in a row as their numbers say.
 
     Whatever runs it, the token is that of ``pick_plain``, and on a GPU nothing waits for the device. A row with a NaN,
     and a sampled one whose largest logit is infinite, gives token 0.
     """
     if loaded() and logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
         return draw_tokens(
-            logits, rows.temperature, rows.cold, uniforms(rows.seeds, positions), rows.top_k, rows.top_p, rows.min_p
+            logits, rows.temperature, rows.cold, noise(rows.seeds, positions), rows.top_k, rows.top_p, rows.min_p
         )
+    rows = rows.repeat(logits.shape[0] // rows.seeds.shape[0])
     if _triton_runs(logits.device, logits.dtype):
         from trtkit.runtime.cuda import sampling as cuda
 

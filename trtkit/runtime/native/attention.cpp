@@ -171,9 +171,38 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
   return out;
 }
 
+// Where nodes go that follow what each row has in the cache: blocks (R, B), cached (R,), depth (R, N), mask (R, N, N) ->
+// slots (R * N,), positions (R * N,), and hidden (R, N, S): what each must not look at.
+std::tuple<Tensor, Tensor, Tensor> place_nodes(
+    const Tensor& blocks, const Tensor& cached, const Tensor& depth, const Tensor& mask, int64_t block) {
+  const int64_t rows = depth.size(0), nodes = depth.size(1), width = blocks.size(1) * block;
+  Tensor slots = at::empty({rows * nodes}, cached.options()), positions = at::empty({rows * nodes}, cached.options());
+  Tensor hidden = at::empty({rows, nodes, width}, mask.options());
+  const auto table = blocks.accessor<int64_t, 2>(), deep = depth.accessor<int64_t, 2>();
+  const auto have = cached.accessor<int64_t, 1>();
+  const auto seen = mask.accessor<bool, 3>();
+  int64_t *slot = slots.data_ptr<int64_t>(), *position = positions.data_ptr<int64_t>();
+  bool* dark = hidden.data_ptr<bool>();
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t first = have[r];
+    TORCH_CHECK(first >= 0 && first + nodes <= width, "trtkit_cpu: nodes beyond the block table");
+    for (int64_t n = 0; n < nodes; n++, dark += width) {
+      const int64_t place = first + n;
+      *slot++ = table[r][place / block] * block + place % block;
+      *position++ = first + deep[r][n];
+      std::fill(dark, dark + first, false), std::fill(dark + first, dark + width, true);
+      for (int64_t j = 0; j < nodes; j++) dark[first + j] = !seen[r][n][j];
+    }
+  }
+  return {slots, positions, hidden};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(trtkit_cpu, m) {
+  m.def(
+      "place_nodes(Tensor blocks, Tensor cached, Tensor depth, Tensor mask, int block) -> (Tensor, Tensor, Tensor)",
+      place_nodes);
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor slots, Tensor hidden)"
       " -> Tensor",

@@ -208,7 +208,7 @@ void take_panel(const Job& job, int64_t panel, uint8_t* room, __m512i* part, __m
 
 template <class F>
 void run(const Job& job) {
-  const int64_t work = PANEL * job.in * job.rows, grain = std::max<int64_t>(1, 262144 / work);
+  const int64_t work = PANEL * job.in * job.rows, grain = std::max<int64_t>(1, 524288 / work);
   at::parallel_for(0, job.panels, grain, [&](int64_t from, int64_t to) {
     static thread_local std::vector<uint8_t> memory;
     const int64_t wide = F::WIDENED ? PIECE<F> * PANEL * 2 : 0, sums = job.rows * 2 * LINE;

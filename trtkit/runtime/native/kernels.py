@@ -19,7 +19,9 @@ __all__ = [
     "attend_fits",
     "draw_tokens",
     "loaded",
+    "noise",
     "open_kernels",
+    "place_nodes",
 ]
 
 _loaded = False
@@ -40,10 +42,7 @@ def loaded() -> bool:
 
 
 class NativePointwise(PlainPointwise):
-    """:class:`trtkit.decoder.Pointwise` in one pass each; ``add_norm`` and ``heads`` work in place.
-
-    silu(gate) * up stays with torch: one pass of ours was no faster than its two.
-    """
+    """:class:`trtkit.decoder.Pointwise` in one pass each; ``add_norm`` and ``heads`` work in place."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As ``rms_norm``."""
@@ -60,6 +59,11 @@ class NativePointwise(PlainPointwise):
         parts = qkv.view(qkv.shape[0], -1, spec.head_dim)
         q, k, v = torch.split(parts, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
         return q, k, v
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """(T, 2 I) -> (T, I); an exponential may differ from torch's in its last place."""
+        out: Tensor = torch.ops.trtkit_cpu.gated(gate_up)
+        return out
 
 
 def attend_fits(pool: Tensor, head_dim: int, block_size: int, dtype: torch.dtype) -> bool:
@@ -79,9 +83,26 @@ def attend(
     return out
 
 
+def place_nodes(
+    blocks: Tensor, cached: Tensor, depth: Tensor, mask: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``node_places.place_nodes``: blocks (R, B), cached (R,), depth (R, N), mask (R, N, N)."""
+    slots, positions, hidden = torch.ops.trtkit_cpu.place_nodes(blocks, cached, depth, mask, block_size)
+    return slots.view(depth.shape), positions.view(depth.shape), hidden
+
+
+def noise(seeds: Tensor, positions: Tensor) -> Tensor:
+    """float64 (M,): ``sampling.uniforms`` at positions (M,), bit for bit; seeds (R,), each of M / R picks in a row."""
+    out: Tensor = torch.ops.trtkit_cpu.uniforms(seeds, positions)
+    return out
+
+
 def draw_tokens(
     logits: Tensor, temperature: Tensor, cold: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
-    """int64 (M,): the tokens of ``pick_plain``, bit for bit; logits (M, V) in bfloat16 or float32."""
+    """int64 (M,): the tokens of ``pick_plain``, bit for bit; logits (M, V) in bfloat16 or float32, uniform (M,).
+
+    The parameters are (R,): each is that of M / R picks in a row.
+    """
     out: Tensor = torch.ops.trtkit_cpu.pick(logits.contiguous(), temperature, cold, uniform, top_k, top_p, min_p)
     return out

@@ -3,7 +3,6 @@
 // while the weights passed through them.
 //
 // The pieces are the operators of this library.
-#include <ATen/ops/silu.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -58,9 +57,7 @@ struct Layers : torch::CustomClassHolder {
           part(0, q_width), part(q_width, kv_width), part(q_width + kv_width, kv_width), keys.select(0, at),
           values.select(0, at), table, slots, dark);
       const Tensor normed = add_norm_.call(hidden, times_(layer.linears[1], seen), layer.post_norm, eps_);
-      const Tensor gate_up = times_(layer.linears[2], normed);
-      const int64_t half = gate_up.size(1) / 2;
-      delta = times_(layer.linears[3], at::silu(gate_up.narrow(1, 0, half)).mul_(gate_up.narrow(1, half, half)));
+      delta = times_(layer.linears[3], gated_.call(times_(layer.linears[2], normed)));
     }
     return add_norm_.call(hidden, delta, final_norm_, eps_);
   }
@@ -68,12 +65,14 @@ struct Layers : torch::CustomClassHolder {
  private:
   using AddNorm = Tensor(const Tensor&, const Maybe&, const Tensor&, double);
   using Rotate = void(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, const Maybe&, const Maybe&, double);
+  using Gated = Tensor(const Tensor&);
   using Attend = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         const Tensor&, const Tensor&);
 
   Multiply times_;
   c10::TypedOperatorHandle<AddNorm> add_norm_ = operation<AddNorm>("trtkit_cpu::add_norm");
   c10::TypedOperatorHandle<Rotate> rotate_ = operation<Rotate>("trtkit_cpu::rotate");
+  c10::TypedOperatorHandle<Gated> gated_ = operation<Gated>("trtkit_cpu::gated");
   c10::TypedOperatorHandle<Attend> attend_ = operation<Attend>("trtkit_cpu::attend");
   Tensor final_norm_;
   int64_t heads_, kv_heads_;

@@ -1,4 +1,4 @@
-// Norms and rotation, in one pass over their data each.
+// Norms, rotation and gates, in one pass over their data each.
 #include "vectors.h"
 
 #include <cmath>
@@ -90,9 +90,38 @@ void rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t hea
   });
 }
 
+// silu(gate) * up of gate_up (T, 2 I) -> (T, I); the first factor is rounded, as it is between two operations of torch.
+Tensor gated(const Tensor& gate_up) {
+  const int64_t width = gate_up.size(1) / 2, rows = gate_up.size(0);
+  TORCH_CHECK(gate_up.is_contiguous());
+  Tensor out = at::empty({rows, width}, gate_up.options());
+  for_type(gate_up, [&](auto tag) {
+    using E = decltype(tag);
+    const E* x = gate_up.const_data_ptr<E>();
+    E* y = out.data_ptr<E>();
+    at::parallel_for(0, rows, grain(width), [&](int64_t from, int64_t to) {
+      for (int64_t row = from; row < to; row++) {
+        const E *gate = x + 2 * row * width, *up = gate + width;
+        E* line = y + row * width;
+        int64_t i = 0;
+        for (; i + W <= width; i += W) {
+          store(line + i, silu(load(gate + i)));
+          store(line + i, load(line + i) * load(up + i));
+        }
+        for (; i < width; i++) {
+          const E open = narrow<E>(silu(all(wide(gate[i])))[0]);
+          line[i] = narrow<E>(wide(open) * wide(up[i]));
+        }
+      }
+    });
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(trtkit_cpu, m) {
+  m.def("gated(Tensor gate_up) -> Tensor", gated);
   m.def("add_norm(Tensor(a!) hidden, Tensor? delta, Tensor weight, float eps) -> Tensor", add_norm);
   m.def(
       "rotate(Tensor(a!) qkv, Tensor cos, Tensor sin, int heads, int kv_heads, Tensor? q_norm, Tensor? k_norm, float eps)"

@@ -248,14 +248,37 @@ class Row {
   std::vector<int32_t> ids_;
 };
 
+// The finalizer of SplitMix64.
+inline uint64_t mixed(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
+// float64 (M,) in [0, 1) from seeds (R,) and positions (M,): each seed is that of M / R positions in a row.
+Tensor uniforms(const Tensor& seeds, const Tensor& positions) {
+  constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
+  const int64_t count = positions.numel(), each = count / std::max<int64_t>(1, seeds.numel());
+  TORCH_CHECK(seeds.is_contiguous() && positions.is_contiguous() && each * seeds.numel() == count);
+  Tensor out = at::empty({count}, positions.options().dtype(at::kDouble));
+  const int64_t *seed = seeds.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
+  double* y = out.data_ptr<double>();
+  for (int64_t i = 0; i < count; i++) {
+    const uint64_t own = mixed(static_cast<uint64_t>(seed[i / each]) + GOLDEN);
+    y[i] = static_cast<double>(mixed(own + static_cast<uint64_t>(position[i]) * GOLDEN) >> 11) * 0x1p-53;
+  }
+  return out;
+}
+
 // One token for each row of logits (M, V): the most likely where ``cold``, else the draw by ``uniform`` (M,) in [0, 1)
-// inside the cuts. 0 for a row that has no distribution.
+// inside the cuts. 0 for a row that has no distribution. The parameters are (R,): those of M / R rows in a row.
 Tensor pick(const Tensor& logits, const Tensor& temperature, const Tensor& cold, const Tensor& uniform,
             const Tensor& top_k, const Tensor& top_p, const Tensor& min_p) {
   const int64_t rows = logits.size(0), width = logits.size(1);
-  TORCH_CHECK(logits.is_contiguous() && width > 0);
-  for (const Tensor* x : {&temperature, &cold, &uniform, &top_k, &top_p, &min_p}) {
-    TORCH_CHECK(x->is_contiguous() && x->numel() == rows);
+  const int64_t each = rows / std::max<int64_t>(1, temperature.numel());
+  TORCH_CHECK(logits.is_contiguous() && width > 0 && uniform.is_contiguous() && uniform.numel() == rows);
+  for (const Tensor* x : {&temperature, &cold, &top_k, &top_p, &min_p}) {
+    TORCH_CHECK(x->is_contiguous() && x->numel() * each == rows);
   }
   Tensor out = at::empty({rows}, logits.options().dtype(at::kLong));
   const float *heat = temperature.data_ptr<float>(), *mass = top_p.data_ptr<float>(), *least = min_p.data_ptr<float>();
@@ -266,13 +289,14 @@ Tensor pick(const Tensor& logits, const Tensor& temperature, const Tensor& cold,
   for_type(logits, [&](auto tag) {
     using E = decltype(tag);
     const E* x = logits.data_ptr<E>();
-    at::parallel_for(0, rows, 1, [&](int64_t from, int64_t to) {
+    at::parallel_for(0, rows, grain(8 * width), [&](int64_t from, int64_t to) {
       Row<E> row(width);
       for (int64_t r = from; r < to; r++) {
-        const double floor = std::ceil(static_cast<double>(least[r]) * static_cast<double>(LARGEST));
-        const Cuts cuts{count[r], mass[r], std::max<int64_t>(1, static_cast<int64_t>(floor))};
+        const int64_t of = r / each;
+        const double floor = std::ceil(static_cast<double>(least[of]) * static_cast<double>(LARGEST));
+        const Cuts cuts{count[of], mass[of], std::max<int64_t>(1, static_cast<int64_t>(floor))};
         if (!row.open(x + r * width)) y[r] = 0;
-        else y[r] = still[r] ? row.most_likely() : row.draw(heat[r], number[r], cuts);
+        else y[r] = still[of] ? row.most_likely() : row.draw(heat[of], number[r], cuts);
       }
     });
   });
@@ -282,6 +306,7 @@ Tensor pick(const Tensor& logits, const Tensor& temperature, const Tensor& cold,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(trtkit_cpu, m) {
+  m.def("uniforms(Tensor seeds, Tensor positions) -> Tensor", uniforms);
   m.def(
       "pick(Tensor logits, Tensor temperature, Tensor cold, Tensor uniform, Tensor top_k, Tensor top_p, Tensor min_p)"
       " -> Tensor",
