@@ -15,9 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from drafter.beam import beam_search
-from drafter.config import DrafterConfig, TreeShape
-from drafter.model import Drafter
 from tests.engines import random_prompts, request, run_all, tiny_engine_dir
 from tests.examples import slow
 from tests.runtime.logits import KINDS, adversarial_logits
@@ -139,6 +136,11 @@ def test_pointwise_is_that_of_torch(dtype: torch.dtype, tokens: int) -> None:
             fast.heads(SPEC, norms, qkv.clone(), rope), plain.heads(SPEC, norms, qkv, rope), strict=True
         ):
             torch.testing.assert_close(ours, theirs, **close)
+    gate_up = torch.randn(tokens, 2 * SPEC.intermediate).mul(5).to(dtype)
+    gate_up[0, :4], gate_up[0, 4] = torch.tensor([-200.0, -90.0, 90.0, 0.0]), torch.nan
+    ours, theirs = fast.gated(gate_up), plain.gated(gate_up)
+    torch.testing.assert_close(ours, theirs, equal_nan=True, **close)
+    assert not ours[0, :4].isnan().any()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,6 +272,8 @@ def test_picks_are_those_of_torch(
     rows = sampling_rows([cut if i % 3 else SamplingParams() for i in range(40)], range(seed, seed + 40), CPU)
     positions = torch.arange(40)
     assert torch.equal(sampling.pick(logits, rows, positions), pick_plain(logits, rows, positions))
+    few, nodes = sampling_rows([cut, SamplingParams()] * 5, range(seed, seed + 10), CPU), positions + seed
+    assert torch.equal(sampling.pick(logits, few, nodes), pick_plain(logits, few.repeat(4), nodes)), "nodes of a row"
     uniform = uniforms(rows.seeds, positions)
     uniform[::4], uniform[1::4] = 0.0, 1 - 2.0**-53
     expected = sampling.invert_cdf(sampling.sampling_weights(logits, rows), uniform)
@@ -340,28 +344,3 @@ def test_tokens_do_not_depend_on_the_batch(alone: Alone, rows: int, blocks: int,
         assert _tokens(model, rows=rows, kv_blocks=blocks) == expected
     finally:
         torch.set_num_threads(1)
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("exit_dim", [256, 48], ids=["as published", "projected"])
-@pytest.mark.parametrize("rows", [1, 4, 7])
-@pytest.mark.parametrize("kept", [None, 45])
-def test_a_chain_is_drafted_as_the_head_says(exit_dim: int, rows: int, kept: int | None) -> None:
-    """In float32 and with random weights there are no near-ties: the same tokens as one step after the other."""
-    torch.manual_seed(rows)
-    head = Drafter(DrafterConfig(hidden_size=128, vocab_size=90, exit_dim=exit_dim)).requires_grad_(False)
-    if kept is not None:
-        head.trim(torch.randperm(90)[:kept])
-    table = torch.randn(90, 128)
-    context, token = torch.randn(rows, 128), torch.arange(rows)
-    shape = TreeShape(beams=1, length=5)
-    expected = beam_search(head, lambda ids: table[ids], context, token, shape)[:, 0]
-    chain = kernels.draft_chain(head, table)
-    assert chain is not None
-    assert chain(context, token, 5).tolist() == expected.tolist()
-
-
-@pytest.mark.usefixtures("native")
-def test_a_head_without_recurrence_stays_with_torch() -> None:
-    head = Drafter(DrafterConfig(hidden_size=128, vocab_size=90, exit_dim=256, rnn=False))
-    assert kernels.draft_chain(head, torch.randn(90, 128)) is None

@@ -71,8 +71,8 @@ def open_head(
     directory: Path, spec: ModelSpec, options: HeadOptions, *, device: torch.device, dtype: torch.dtype,
     embedding: Tensor | None = None, ranks: Ranks | None = None, hint: str = REBUILD,
 ) -> Drafter:  # fmt: skip
-    """The head in ``directory``, ready to draft for a model of ``spec``. With its ``embedding`` (V, H) chains may be
-    drawn in one kernel. ``hint``: what to do where it cannot be read.
+    """The head in ``directory``, ready to draft for a model of ``spec``; ``embedding`` as in :func:`with_kernels`.
+    ``hint``: what to do where it cannot be read.
 
     Raises :class:`EngineError` when it cannot be read or belongs to another model, :class:`UsageError` when the
     vocabulary cannot be trimmed.
@@ -91,10 +91,7 @@ def open_head(
         )
     if options.vocabulary is not None and options.vocabulary < spec.vocab:
         head.trim(_most_frequent(directory, options.vocabulary, spec.vocab).to(head.output.weight.device))
-    head = with_kernels(head, options.precision, device=device, dtype=dtype, ranks=ranks)
-    if embedding is not None and alone:
-        head.chain = _chain(head, embedding)
-    return head
+    return with_kernels(head, options.precision, device=device, dtype=dtype, ranks=ranks, embedding=embedding)
 
 
 def measured_acceptance(directory: Path) -> dict[TreeShape, tuple[float, ...]]:
@@ -158,9 +155,10 @@ def _chain(head: Drafter, embedding: Tensor) -> Chain | None:
 
 def with_kernels(
     head: Drafter, precision: DraftPrecision = "model", *, device: torch.device, dtype: torch.dtype,
-    ranks: Ranks | None = None,
+    ranks: Ranks | None = None, embedding: Tensor | None = None,
 ) -> Drafter:  # fmt: skip
-    """``head`` with every linear layer behind the runtime's kernel for this device. The head itself is changed.
+    """``head`` with every linear layer behind the runtime's kernel for this device, and with the target's ``embedding``
+    (V, H) one call for a whole chain, where there is one. The head itself is changed.
 
     Of several ``ranks`` each reads its share of every layer's rows: at 14B the head has an eighth of all weights, and a
     step reads it once for every drafted token.
@@ -177,4 +175,6 @@ def with_kernels(
                 kernel = runtime_linear(LinearWeights(weight=weight, bias=bias), device=device, dtype=dtype)
                 setattr(parent, name, _KernelLinear(kernel, layer.out_features, ranks))
     head.token_ids = None if head.token_ids is None else head.token_ids.to(device)
+    if embedding is not None and ranks is None:
+        head.chain = _chain(head, embedding)
     return head

@@ -212,7 +212,9 @@ def _head(directory: Path, model: DecoderModel, options: OpenOptions) -> Drafter
         )  # fmt: skip
     if wanted.vocabulary is not None:
         raise UsageError("a head in rank files does not say which tokens are frequent", where=str(directory))
-    return with_kernels(merged, wanted.precision, device=device, dtype=dtype, ranks=model.ranks)
+    return with_kernels(
+        merged, wanted.precision, device=device, dtype=dtype, ranks=model.ranks, embedding=model.embedding
+    )
 
 
 def _manifest(directory: Path) -> EngineManifest:
