@@ -82,6 +82,17 @@ def test_a_short_run_gains_from_what_training_measured(rows: int) -> None:
     assert rates[1] >= 0.95 * rates[0]
 
 
+@pytest.mark.parametrize("rows", [4, 8, 16, 32])
+def test_a_short_run_spends_little_on_looks(rows: int) -> None:
+    """Trees that cannot win are not tried: their nodes cost what those of smaller ones did."""
+    chooser = TreeChooser()
+    for beams, share in NEXT.items():
+        chooser.expect(str(beams), [share**depth for depth in range(1, 5)])
+    chosen, rate = _run(chooser, rows, 250)
+    assert rate > 0.965 * _best_rate(rows)
+    assert chosen[WIDE] == 0
+
+
 def test_a_bad_head_is_never_slower_than_none() -> None:
     useless = dict.fromkeys(NEXT, 0.02)
     for rows in (1, 8, 32):

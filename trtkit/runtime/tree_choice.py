@@ -34,11 +34,14 @@ DEFAULT_TREES: tuple[TreeShape | None, ...] = (
 _TRIALS = 3
 """Looks at each option before any is preferred; the first one at a batch size also pays for warming up."""
 _HOPE = 1.15
-"""How much better than expected an untried option may turn out."""
+"""How much better than expected an option may turn out of which little was seen."""
+_STEADY = 0.5
+"""An untried option's nodes cost at least this share of what those of smaller ones do, each."""
 _LOOK_EVERY = 128
 """Steps between looks at an option that is not the best one."""
 _EARLY_LOOKS = 12
-"""An option that is worth it is looked at oftener until it has so many times: a median of three is mostly noise."""
+"""An option whose fastest look would make it the best is looked at oftener until it has so many times: a median of three
+is mostly noise."""
 _EARLY_EVERY = 6
 _WORTH_A_LOOK = 0.75
 """Options below this share of the best rate are looked at only an eighth as often."""
@@ -61,15 +64,28 @@ class _Acceptance:
     def __init__(self) -> None:
         self.accepted: list[float] = []
         self.rows: list[float] = []
+        self._expected: dict[int, float] = {}
 
     def add(self, rows: float, accepted: Sequence[float], keep: float) -> None:
         """``accepted[d]`` of ``rows`` rows reached depth d + 1; what was seen before is multiplied by ``keep``."""
+        self._expected.clear()
         for depth, count in enumerate(accepted):
             if depth == len(self.rows):
                 self.accepted.append(0.0)
                 self.rows.append(0.0)
             self.accepted[depth] = keep * self.accepted[depth] + count
             self.rows[depth] = keep * self.rows[depth] + rows
+
+    @property
+    def known(self) -> bool:
+        """Whether enough was seen to speak of shares."""
+        return bool(self.rows) and self.rows[0] >= _TRUSTED
+
+    def tokens(self, length: int) -> float:
+        """Expected tokens of a step that drafts ``length`` of them."""
+        if length not in self._expected:
+            self._expected[length] = 1.0 + sum(self.shares(length))
+        return self._expected[length]
 
     def shares(self, length: int) -> list[float]:
         """Expected shares for depths 1 .. length, falling."""
@@ -94,8 +110,11 @@ class TreeChooser:
         self.options = tuple(options)
         self._kind = kind
         self._seconds: dict[tuple[int, TreeShape | None], deque[float]] = {}
+        self._medians: dict[tuple[int, TreeShape | None], float] = {}
         self._acceptance = {kind(option): _Acceptance() for option in self.options if option is not None}
         self._steps: dict[int, int] = {}
+        self._tried: set[int] = set()
+        """Batch sizes at which every option has had its looks, or is hopeless."""
         self._warm: set[tuple[int, TreeShape | None]] = set()
 
     def expect(self, kind: str, shares: Sequence[float]) -> None:
@@ -119,12 +138,16 @@ class TreeChooser:
         step = self._steps[size] = self._steps.get(size, -1) + 1
         rates = {option: self.rate(rows, option) for option in self.options}
         best = max(self.options, key=lambda option: rates[option])
-        for option in self.options:
-            trials = _TRIALS if rates[option] >= _WORTH_A_LOOK * rates[best] else _TRIALS - 1
-            if len(self._times(size, option)) < trials and not self._hopeless(rows, option, rates[best]):
-                return option
-        if step % _EARLY_EVERY == 0:
-            rare = [o for o in self.options if rates[o] >= _WORTH_A_LOOK * rates[best] and o != best]
+        early = step % _EARLY_EVERY == 0
+        if early or size not in self._tried:
+            for option in self.options:
+                trials = _TRIALS if rates[option] >= _WORTH_A_LOOK * rates[best] else _TRIALS - 1
+                if len(self._times(size, option)) < trials and not self._hopeless(rows, option, rates[best]):
+                    self._tried.discard(size)
+                    return option
+            self._tried.add(size)
+        if early:
+            rare = [o for o in self.options if o != best and self._at_its_best(rows, o) >= rates[best]]
             fewest = min(rare, key=lambda option: len(self._times(size, option)), default=best)
             if len(self._times(size, fewest)) < _EARLY_LOOKS:
                 return fewest
@@ -141,9 +164,21 @@ class TreeChooser:
         """
         if option is None or self._times(_bucket(rows), option):
             return False
-        smaller = [o for o in self.options if o is not None and o.max_nodes < option.max_nodes]
-        least = max((median(times) for o in smaller if (times := self._times(_bucket(rows), o))), default=0.0)
-        return least > 0 and _HOPE * self.tokens(option) / least < best
+        nodes = _nodes(option)
+        found = ((_nodes(o), self._median(_bucket(rows), o)) for o in self.options if _nodes(o) < nodes)
+        smaller = sorted((count, seconds) for count, seconds in found if seconds)
+        if len(smaller) < 2:
+            return False
+        (few, least), (many, most) = smaller[0], smaller[-1]
+        more = _STEADY * max(0.0, most - least) / (many - few) * (nodes - many)
+        return _HOPE * self.tokens(option) / (most + more) < best
+
+    def _at_its_best(self, rows: int, option: TreeShape | None) -> float:
+        """The rate of an option if its fastest look was the true one, and its drafts are better than they seemed while
+        few of them were seen."""
+        times = self._times(_bucket(rows), option)
+        known = option is None or self._acceptance[self._kind(option)].known
+        return (1.0 if known else _HOPE) * self.tokens(option) / min(times) if times else 0.0
 
     def observe(self, rows: int, option: TreeShape | None, *, seconds: float, accepted: Sequence[int]) -> None:
         """A step of ``rows`` rows took ``seconds``; ``accepted[d]`` of them accepted more than d drafted tokens.
@@ -152,6 +187,7 @@ class TreeChooser:
         """
         if (rows, option) in self._warm:
             self._times(_bucket(rows), option).append(seconds / rows)
+            self._medians.pop((_bucket(rows), option), None)
         self._warm.add((rows, option))
         if option is not None:
             self._acceptance[self._kind(option)].add(rows, accepted, keep=math.exp(-rows / _MEMORY_ROWS))
@@ -169,12 +205,12 @@ class TreeChooser:
 
     def tokens(self, option: TreeShape | None) -> float:
         """Expected tokens per row and step."""
-        return 1.0 if option is None else 1.0 + sum(self._acceptance[self._kind(option)].shares(option.length))
+        return 1.0 if option is None else self._acceptance[self._kind(option)].tokens(option.length)
 
     def rate(self, rows: int, option: TreeShape | None) -> float:
         """Estimated tokens per second, of all rows; 0 before the first measurement."""
-        times = self._times(_bucket(rows), option)
-        return self.tokens(option) / median(times) if times else 0.0
+        seconds = self._median(_bucket(rows), option)
+        return self.tokens(option) / seconds if seconds else 0.0
 
     def learned(self) -> dict[str, Any]:
         """Everything measured so far, as plain data for :meth:`recall`."""
@@ -192,12 +228,23 @@ class TreeChooser:
         for size, name, times in learned["seconds"]:
             if name in named:
                 self._times(int(size), named[name]).extend(float(seconds) for seconds in times)
+                self._medians.pop((int(size), named[name]), None)
         for kind, shares in learned["acceptance"]:
             if shares:
                 self.expect(str(kind), [float(share) for share in shares])
 
+    def _median(self, size: int, option: TreeShape | None) -> float:
+        """Seconds of a step and row; 0 before the first measurement."""
+        if (size, option) not in self._medians:
+            self._medians[size, option] = median(times) if (times := self._times(size, option)) else 0.0
+        return self._medians[size, option]
+
     def _times(self, size: int, option: TreeShape | None) -> deque[float]:
         return self._seconds.setdefault((size, option), deque(maxlen=_REMEMBERED))
+
+
+def _nodes(option: TreeShape | None) -> int:
+    return 1 if option is None else option.max_nodes
 
 
 def _bucket(rows: int) -> int:
