@@ -118,6 +118,16 @@ def test_an_option_that_becomes_faster_is_noticed() -> None:
     assert after[CHAIN] > 1000
 
 
+@pytest.mark.parametrize(("rows", "busy"), [(1, 9), (4, 5)])
+def test_a_busy_moment_is_not_held_against_what_was_tried_in_it(rows: int, busy: int) -> None:
+    """A neighbour took the cores during the first trials: they are looked at again, and oftener the better they are."""
+    chooser = TreeChooser()
+    for beams, share in NEXT.items():
+        chooser.expect(str(beams), [share**depth for depth in range(1, 5)])
+    _run(chooser, rows, busy, cost=lambda rows, option: 2.5 * _cost(rows, option))
+    assert _run(chooser, rows, 2000)[1] > 0.95 * _best_rate(rows)
+
+
 def test_what_was_learned_serves_a_run_with_fewer_options() -> None:
     first, again = TreeChooser(), TreeChooser((None, CHAIN))
     _run(first, 4, 500)
@@ -147,6 +157,10 @@ def test_what_was_learned_spares_the_next_run_its_trials(tmp_path: Path) -> None
     recall(path, TreeChooser())  # a damaged file is passed over
     path.write_text('{"seconds": [[Infinity, "1x4", [1.0]]]}')
     recall(path, TreeChooser())
+    path.write_text('{"seconds": [[6, "None", [0.0, -1.0]], [6, "1x2", [0.0]]], "acceptance": []}')
+    damaged = TreeChooser()
+    recall(path, damaged)
+    assert _run(damaged, 64, 100)[0][None] > 90
 
 
 def test_a_home_of_somebody_else_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +176,13 @@ def test_a_home_of_somebody_else_is_no_reason_to_fail(monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", refused)
         recall(path, TreeChooser())
+
+
+def test_trees_of_one_size_and_no_plain_steps() -> None:
+    """As where some beams are looked up and others drawn."""
+    chooser = TreeChooser((CHAIN, TreeShape(beams=2, length=2), WIDE))
+    chosen, _ = _run(chooser, 4, 300)
+    assert chosen[CHAIN] > 200
 
 
 def test_batch_sizes_learn_apart() -> None:

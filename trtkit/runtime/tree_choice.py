@@ -37,14 +37,13 @@ _HOPE = 1.15
 """How much better than expected an option may turn out of which little was seen."""
 _STEADY = 0.5
 """An untried option's nodes cost at least this share of what those of smaller ones do, each."""
-_LOOK_EVERY = 128
-"""Steps between looks at an option that is not the best one."""
+_LOOK_EVERY = 8
+"""Steps between two looks at options that are not the best one."""
 _EARLY_LOOKS = 12
-"""An option whose fastest look would make it the best is looked at oftener until it has so many times: a median of three
-is mostly noise."""
-_EARLY_EVERY = 6
-_WORTH_A_LOOK = 0.75
-"""Options below this share of the best rate are looked at only an eighth as often."""
+"""An option whose fastest look would make it the best is looked at whenever one is due until it has so many times: a
+median of three is mostly noise."""
+_LOOKS_SHARE = 0.002
+"""Of the time, lost on later looks at any one option: nearly as good ones are looked at often, bad ones rarely."""
 _REMEMBERED = 15
 """Step times kept for each option and batch size. Their median is the estimate: a busy neighbour is not a slow tree."""
 _MEMORY_ROWS = 400
@@ -114,7 +113,10 @@ class TreeChooser:
         self._acceptance = {kind(option): _Acceptance() for option in self.options if option is not None}
         self._steps: dict[int, int] = {}
         self._tried: set[int] = set()
-        """Batch sizes at which every option has had its looks, or is hopeless."""
+        """Batch sizes at which every option has had its trials, or is hopeless."""
+        self._spent: dict[int, float] = {}
+        """Seconds at each batch size, and in ``_looked`` when an option ran last."""
+        self._looked: dict[tuple[int, TreeShape | None], float] = {}
         self._warm: set[tuple[int, TreeShape | None]] = set()
 
     def expect(self, kind: str, shares: Sequence[float]) -> None:
@@ -138,24 +140,29 @@ class TreeChooser:
         step = self._steps[size] = self._steps.get(size, -1) + 1
         rates = {option: self.rate(rows, option) for option in self.options}
         best = max(self.options, key=lambda option: rates[option])
-        early = step % _EARLY_EVERY == 0
-        if early or size not in self._tried:
+        look = step % _LOOK_EVERY == 0
+        if look or size not in self._tried:
             for option in self.options:
-                trials = _TRIALS if rates[option] >= _WORTH_A_LOOK * rates[best] else _TRIALS - 1
-                if len(self._times(size, option)) < trials and not self._hopeless(rows, option, rates[best]):
+                if len(self._times(size, option)) < _TRIALS and not self._hopeless(rows, option, rates[best]):
                     self._tried.discard(size)
                     return option
             self._tried.add(size)
-        if early:
-            rare = [o for o in self.options if o != best and self._at_its_best(rows, o) >= rates[best]]
-            fewest = min(rare, key=lambda option: len(self._times(size, option)), default=best)
-            if len(self._times(size, fewest)) < _EARLY_LOOKS:
-                return fewest
-        if step == 0 or step % _LOOK_EVERY:
+        if not look:
             return best
-        looks = step // _LOOK_EVERY
-        close = [o for o in self.options if o != best and (rates[o] >= _WORTH_A_LOOK * rates[best] or looks % 8 == 0)]
-        return close[looks % len(close)] if close else best
+        others = [option for option in self.options if option != best and self._times(size, option)]
+        few = [option for option in others if len(self._times(size, option)) < _EARLY_LOOKS]
+        close = [option for option in few if self._at_its_best(rows, option) >= rates[best]]
+        if close:
+            return min(close, key=lambda option: len(self._times(size, option)))
+        waits = {option: self._wait(rows, option, rates[option] / rates[best]) for option in others}
+        due = min(others, key=lambda option: waits[option], default=best)
+        return due if waits.get(due, 0.0) <= 0 else best
+
+    def _wait(self, rows: int, option: TreeShape | None, share: float) -> float:
+        """Seconds before another look at an option that has this share of the best one's rate."""
+        key = (_bucket(rows), option)
+        lost = max(0.0, 1.0 - share) * rows * self._median(*key)
+        return self._looked.get(key, 0.0) + lost / _LOOKS_SHARE - self._spent.get(key[0], 0.0)
 
     def _hopeless(self, rows: int, option: TreeShape | None, best: float) -> bool:
         """Whether an option need not be tried: it costs at least what smaller ones do, and that is too much already.
@@ -167,7 +174,7 @@ class TreeChooser:
         nodes = _nodes(option)
         found = ((_nodes(o), self._median(_bucket(rows), o)) for o in self.options if _nodes(o) < nodes)
         smaller = sorted((count, seconds) for count, seconds in found if seconds)
-        if len(smaller) < 2:
+        if not smaller or smaller[0][0] == smaller[-1][0]:
             return False
         (few, least), (many, most) = smaller[0], smaller[-1]
         more = _STEADY * max(0.0, most - least) / (many - few) * (nodes - many)
@@ -176,18 +183,19 @@ class TreeChooser:
     def _at_its_best(self, rows: int, option: TreeShape | None) -> float:
         """The rate of an option if its fastest look was the true one, and its drafts are better than they seemed while
         few of them were seen."""
-        times = self._times(_bucket(rows), option)
         known = option is None or self._acceptance[self._kind(option)].known
-        return (1.0 if known else _HOPE) * self.tokens(option) / min(times) if times else 0.0
+        return (1.0 if known else _HOPE) * self.tokens(option) / min(self._times(_bucket(rows), option))
 
     def observe(self, rows: int, option: TreeShape | None, *, seconds: float, accepted: Sequence[int]) -> None:
         """A step of ``rows`` rows took ``seconds``; ``accepted[d]`` of them accepted more than d drafted tokens.
 
         The first step of a shape does not count: libraries choose and build their kernels in it.
         """
+        size = _bucket(rows)
+        self._spent[size] = self._looked[size, option] = self._spent.get(size, 0.0) + seconds
         if (rows, option) in self._warm:
-            self._times(_bucket(rows), option).append(seconds / rows)
-            self._medians.pop((_bucket(rows), option), None)
+            self._times(size, option).append(seconds / rows)
+            self._medians.pop((size, option), None)
         self._warm.add((rows, option))
         if option is not None:
             self._acceptance[self._kind(option)].add(rows, accepted, keep=math.exp(-rows / _MEMORY_ROWS))
@@ -227,7 +235,7 @@ class TreeChooser:
         named = {str(option): option for option in self.options}
         for size, name, times in learned["seconds"]:
             if name in named:
-                self._times(int(size), named[name]).extend(float(seconds) for seconds in times)
+                self._times(int(size), named[name]).extend(s for s in map(float, times) if s > 0)
                 self._medians.pop((int(size), named[name]), None)
         for kind, shares in learned["acceptance"]:
             if shares:
