@@ -134,6 +134,21 @@ def test_figures_are_of_decoding_alone_and_without_the_warm_up(tmp_path: Path, m
     assert longer.step_bytes - plain.step_bytes == rows * 5 * cached
 
 
+def test_a_count_ends_with_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that draft well end early: the smaller batch that goes on is another batch's business."""
+
+    class Counting(FakeEngine):
+        def stats(self) -> EngineStats:
+            return EngineStats(steps=self.steps, new_tokens=sum(self._emitted.values()))
+
+    engine = Counting(lambda request: [7] * (5 if request.seed == 1 else 20), rows=3)
+    monkeypatch.setattr(engines, "time", SimpleNamespace(perf_counter=lambda: float(engine.steps)))
+    timing = engines.time_once(engine, [(1, 2, 3)], 3, BenchOptions(new_tokens=19), 0)
+    assert timing.tokens_per_second == 3
+    assert engine.steps == 6, "five, and one in which the others are told that they are cancelled"
+    assert not engine.has_work
+
+
 def test_a_profile_accounts_for_the_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     engine = tiny_engine_dir(tmp_path)
     options = BenchOptions(prompt_tokens=8, new_tokens=6, device="cpu", tree=TreeShape(beams=1, length=3))

@@ -289,13 +289,16 @@ def prompts_of(tokenizer: Path | Chat, vocab: int, options: BenchOptions) -> lis
 def time_once(
     engine: Engine, prompts: Sequence[tuple[int, ...]], batch: int, options: BenchOptions, repeat: int
 ) -> Timing:
-    """Prefill ``batch`` prompts, then decode them all to the end without stop ids."""
+    """Prefill ``batch`` prompts, then decode them without stop ids until the first is done: a count of full batches.
+
+    Rows that draft well end before the others, and what runs then is a smaller batch.
+    """
     sampling = SamplingParams(temperature=options.temperature)
     for row in range(batch):
         prompt = prompts[(repeat * batch + row) % len(prompts)]
         engine.submit(
             Request(
-                id=f"bench-{repeat}-{row}", prompt=prompt, sampling=sampling, max_tokens=options.new_tokens + 1,
+                id=_name(repeat, row), prompt=prompt, sampling=sampling, max_tokens=options.new_tokens + 1,
                 seed=row,
             )
         )  # fmt: skip
@@ -307,10 +310,22 @@ def time_once(
     first_seconds = time.perf_counter() - begin
     filled = engine.stats()
     begin = time.perf_counter()
-    while engine.has_work:
-        if any(output.finish is None and not output.tokens for output in engine.step()):
+    ended = False
+    while engine.has_work and not ended:
+        outputs = engine.step()
+        if any(output.finish is None and not output.tokens for output in outputs):
             raise RequestError("the engine made a step without a token")
-    return _timing(before, filled, engine.stats(), first_seconds, time.perf_counter() - begin)
+        ended = any(output.finish is not None for output in outputs)
+    found = _timing(before, filled, engine.stats(), first_seconds, time.perf_counter() - begin)
+    for row in range(batch):
+        engine.cancel(_name(repeat, row))
+    while engine.has_work:
+        engine.step()
+    return found
+
+
+def _name(repeat: int, row: int) -> str:
+    return f"bench-{repeat}-{row}"
 
 
 def _timing(
