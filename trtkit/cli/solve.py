@@ -113,6 +113,12 @@ def command(
             "--force-close/--no-force-close", help="Make samples answer whose budget or time is spent; default: yes."
         ),
     ] = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            "--probe", help="EVERY,TIMES: ask samples every so many tokens; equal answers in a row end one, e.g. 512,3."
+        ),
+    ] = None,
     weights: Annotated[
         str,
         typer.Option("--weights", help="Votes weigh by: majority, finish, length, confidence; '+damped' for guesses."),
@@ -168,6 +174,7 @@ def command(
     from trtkit.solve.difficulty import predict_tokens
     from trtkit.solve.options import SolveOptions
     from trtkit.solve.policy import policy_named
+    from trtkit.solve.probe_options import read_probe
     from trtkit.solve.problems import read_problems, refuse_directory
 
     drafting = drafting_named(context, tree=tree, drafter=drafter, lookup=lookup)
@@ -191,7 +198,7 @@ def command(
     variants = tuple(prompt) if prompt else fitting if code else defaults.variants
     given: dict[str, Any] = {"order": order, "together": together, "stop": tuple(stop or ()) or None}
     given |= {"kill_loops": kill_loops, "force_close": force_close}
-    given["default_answer"] = default_answer
+    given |= {"default_answer": default_answer, "probe": None if probe is None else read_probe(probe)}
     chosen |= {name: value for name, value in given.items() if value is not None}
 
     def options(sampling: SamplingParams) -> SolveOptions:
@@ -322,6 +329,8 @@ def _shown(outcome: Outcome, options: SolveOptions, target: Path) -> dict[str, s
         f"{summary.answers_per_problem:.1f} answers per problem; {summary.forced} made to answer, "
         f"{summary.looped} ended in a loop, {summary.cancelled} cancelled"
     )
+    if options.probe is not None:
+        shown["samples"] += f"; {summary.settled} said the same answer {options.probe.times} times"
     shown["tokens"] = f"{summary.tokens:,} in {summary.seconds:.1f} s: {summary.tokens_per_second:,.0f} tok/s"
     if options.tools is not None:
         calls = [attempt.tool_calls for verdict in outcome.verdicts for attempt in verdict.solution.attempts]

@@ -184,8 +184,8 @@ class Engine(Protocol):
         """
 
     def extend(self, request_id: str, tokens: Sequence[int], *, max_tokens: int, drop: int = 0) -> None:
-        """Let a resting request go on: take back its last ``drop`` generated tokens, append ``tokens``, then generate
-        up to ``max_tokens`` more under the same id.
+        """Let a resting request go on: take back its last ``drop`` tokens, generated or appended, append ``tokens``,
+        then generate up to ``max_tokens`` more under the same id.
 
         The appended tokens are not reported. The noise at a position is what it would have been anyway. Raises
         :class:`RequestError` when the request is not resting, or too long with these tokens.

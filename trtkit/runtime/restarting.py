@@ -193,10 +193,12 @@ class RestartingEngine(Closing, Generic[Handle]):
             raise RequestError("only a resting request can be extended", where=f"request {request_id}")
         if max_tokens < 1:
             wrong.append(f"max_tokens {max_tokens}: must be at least 1")
-        if not 0 <= drop <= len(started.generated):
-            wrong.append(f"drop {drop}: {len(started.generated)} tokens were generated")
+        written = [*started.prompt, *started.generated]
+        most = len(written) - len(started.request.prompt)
+        if not 0 <= drop <= most:
+            wrong.append(f"drop {drop}: {most} tokens were generated")
             drop = 0
-        prompt = [*started.prompt, *started.generated[: len(started.generated) - drop], *tokens]
+        prompt = [*written[: len(written) - drop], *tokens]
         self._check_prompt(request_id, prompt, wrong)
         started.prompt, started.generated = prompt, []
         started.parts += 1

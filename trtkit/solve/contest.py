@@ -57,7 +57,7 @@ class Sample:
             seconds=contest.seconds(now),
             text=text if keep_text else None,
             ending=ending,
-            forced=self.stream.forced,
+            forced=self.stream.forced and ending is not Ending.SETTLED,
             tool_calls=self.tool_calls,
             confidence=self.stream.confidence,
         )
@@ -156,7 +156,7 @@ class Contest:
                 # Without room to be made to answer, it gets all that there is.
                 max_tokens=min(options.max_tokens, room) if room > 0 else options.max_tokens,
                 seed=sample_seed(options.seed, problem.id, index),
-                hold=options.forces or options.tools is not None,
+                hold=options.forces or options.tools is not None or options.probe is not None,
                 logprobs=options.wants_logprobs,
             )
             try:

@@ -47,6 +47,8 @@ class Ending(StrEnum):
     """Its token budget, or the engine's."""
     DEADLINE = "deadline"
     """Its problem's time was up."""
+    SETTLED = "settled"
+    """Asked on its way, it gave the same answer several times (``--probe``)."""
 
 
 def is_looping(text: str, *, characters: int = _LOOP_CHARACTERS, times: int = _LOOP_TIMES) -> bool:
@@ -144,13 +146,29 @@ class EndRules:
         return read_answer(extract_box(self.text(stream)), self._mode)
 
     def close(self, stream: Stream, ending: Ending) -> tuple[int, ...]:
-        """Make the sample answer: the tokens that end its thought and open a box, now part of ``stream``."""
+        """Make the sample answer: its :meth:`closing`, now part of ``stream``."""
+        tokens = self.closing(stream)
+        self.close_with(stream, tokens, ending)
+        return tokens
+
+    def closing(self, stream: Stream) -> tuple[int, ...]:
+        """The tokens that end its thought and open a box."""
         opened = THINK_END in self.text(stream)
-        tokens = tuple(self._encode(ANSWER_OPENING if opened else f"\n{THINK_END}{ANSWER_OPENING}"))
+        return tuple(self._encode(ANSWER_OPENING if opened else f"\n{THINK_END}{ANSWER_OPENING}"))
+
+    def close_with(self, stream: Stream, tokens: Sequence[int], ending: Ending) -> None:
+        """Make a closing part of ``stream``: what follows is its answer."""
         stream.closing_at, stream.closing_for = len(stream.tokens), ending
         stream.tokens.extend(tokens)
         stream.inserted += len(tokens)
-        return tokens
+
+    def boxed(self, opening: Sequence[int], said: Sequence[int], seen: int) -> tuple[int | None, Answer | None]:
+        """Where in ``said`` the box is complete that a closing has opened, after ``seen`` tokens, and what is in it."""
+        for length in range(seen + 1, len(said) + 1):
+            box = extract_box(self._decode([*opening, *said[:length]]))
+            if box is not None:
+                return length, read_answer(box, self._mode)
+        return None, None
 
     def replace(self, stream: Stream, length: int, tokens: Sequence[int]) -> None:
         """Take back what the sample said after ``length`` tokens, and have it read ``tokens`` instead."""
@@ -189,10 +207,11 @@ class EndRules:
     def _by_forced_box(self, stream: Stream, seen: int) -> End | None:
         assert stream.closing_at is not None
         assert stream.closing_for is not None
-        for length in range(seen + 1, len(stream.tokens) + 1):
-            if extract_box(self._decode(stream.tokens[stream.closing_at : length])) is not None:
-                return End(ending=stream.closing_for, finish=FinishReason.LENGTH, length=length)
-        return None
+        at = stream.closing_at
+        length, _ = self.boxed((), stream.tokens[at:], seen - at)
+        if length is None:
+            return None
+        return End(ending=stream.closing_for, finish=FinishReason.LENGTH, length=at + length)
 
     def _by_box(self, stream: Stream, seen: int) -> End | None:
         if not self._at_box:

@@ -12,6 +12,7 @@ from trtkit.runtime.api import SamplingParams
 from trtkit.scheme import OutputLayer
 from trtkit.solve.answers import Answer, AnswerMode, read_answer
 from trtkit.solve.clock import TimeBudget
+from trtkit.solve.probe_options import ProbeOptions
 from trtkit.solve.sandbox import SandboxOptions
 from trtkit.solve.stopping import UNASSAILABLE, StopRule, parse_rules
 from trtkit.solve.vote import Weighting, parse_weighting
@@ -53,6 +54,8 @@ class SolveOptions:
     """End samples that go in circles (:func:`trtkit.solve.ends.is_looping`)."""
     force_close: bool = True
     """Make a sample whose budget or time is spent write an answer: its thought is ended and a box opened."""
+    probe: ProbeOptions | None = None
+    """Ask samples on their way, and end those that give the same answer several times; None: do not ask."""
     weighting: str = "majority"
     """How votes weigh; see :func:`trtkit.solve.vote.parse_weighting`."""
     order: Order = "pooled"
@@ -97,6 +100,8 @@ class SolveOptions:
             wrong.append(f"stop {' '.join(self.stop)}: a full vote uses no stop rule")
         if self.full_vote and self.time_limit is not None:
             wrong.append("time limit: a full vote runs every sample to its end")
+        if self.probe is not None and (not self.forces or self.tools is not None):
+            wrong.append("probe: not with a full vote, without forced answers, or with tools")
         if not self.variants:
             wrong.append("variants: name at least one prompt variant")
         wrong += self._unreadable()

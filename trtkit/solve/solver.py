@@ -26,6 +26,7 @@ from trtkit.solve.grading import Grader
 from trtkit.solve.journal import Journal
 from trtkit.solve.observer import Observer
 from trtkit.solve.options import SolveOptions
+from trtkit.solve.probes import Probes
 from trtkit.solve.problems import Problem
 from trtkit.solve.records import DEADLINE, TIME_LIMIT, Attempt, Solution
 from trtkit.solve.sandbox import Sandbox
@@ -75,6 +76,9 @@ class Solver:
         )
         self._rules = options.rules
         self._code: CodeRows | None = None
+        self._probes = (
+            Probes(engine, self._ends, options.probe, options.max_tokens, self._same) if options.probe else None
+        )
         self._bank: Clock | None = None
         self._stepped_at = 0.0
         self._pace = Pace()
@@ -144,8 +148,7 @@ class Solver:
         for sample in contest.samples.values():
             contest.dropped_tokens += sample.stream.generated
             contest.cancelled += 1
-            if self._code is not None:
-                self._code.forget(sample.request_id)
+            self._forget(sample)
         contest.samples.clear()
         self._samples.clear()
         self._contests[problem.id] = contest
@@ -156,8 +159,9 @@ class Solver:
         """Use another engine from now on; nothing may be under way."""
         assert not self._samples
         self._engine = engine
-        if self._code is not None:
-            self._code.go_on_with(engine)
+        for rows in (self._code, self._probes):
+            if rows is not None:
+                rows.go_on_with(engine)
 
     def end(self) -> None:
         """Write the engine's figures down."""
@@ -280,9 +284,12 @@ class Solver:
 
     def _extend(self, sample: Sample, output: StepOutput) -> Attempt | None:
         """Add new tokens to a sample; the finished attempt if that ended it."""
-        end = self._ends.add(sample.stream, output.tokens, output.finish, output.logprobs)
-        if self._code is not None and self._code.take(sample, output, end):
-            return None
+        if self._probes is not None and self._probes.asks(sample):
+            end = self._probes.hear(sample, output)
+        else:
+            end = self._ends.add(sample.stream, output.tokens, output.finish, output.logprobs)
+            if any(rows is not None and rows.take(sample, output, end) for rows in (self._code, self._probes)):
+                return None
         return None if end is None else self._finish(sample, end)
 
     def _finish(self, sample: Sample, end: End) -> Attempt | None:
@@ -355,7 +362,7 @@ class Solver:
         contest.closing = True
         ended: list[Attempt] = []
         for sample in list(contest.samples.values()):
-            if sample.stream.forced:
+            if sample.stream.forced or (self._probes is not None and self._probes.adopt(sample, Ending.DEADLINE)):
                 continue
             if self._ends.answer(sample.stream) is not None:
                 ended.append(self._end(sample, Ending.DEADLINE, FinishReason.CANCELLED))
@@ -379,9 +386,13 @@ class Solver:
     def _let_go(self, sample: Sample) -> None:
         """Nobody works for this sample any more."""
         self._engine.cancel(sample.request_id)
-        if self._code is not None:
-            self._code.forget(sample.request_id)
+        self._forget(sample)
         del self._samples[sample.request_id], sample.contest.samples[sample.request_id]
+
+    def _forget(self, sample: Sample) -> None:
+        for rows in (self._code, self._probes):
+            if rows is not None:
+                rows.forget(sample.request_id)
 
     def _settle(self, contest: Contest, stopped: str | None, error: str | None) -> None:
         for sample in list(contest.samples.values()):

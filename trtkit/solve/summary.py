@@ -64,6 +64,8 @@ class Summary:
     """Finished samples that were made to answer because their budget or time was spent."""
     looped: int = 0
     """Finished samples that were ended because they went in circles."""
+    settled: int = 0
+    """Finished samples that, asked on their way, gave the same answer several times."""
     cancelled: int = 0
     """Samples that were not run to their end."""
     out_of_time: int = 0
@@ -148,6 +150,7 @@ def summarise(
         answers_per_problem=_mean([len(solution.tally.ballots) for solution in solutions]) or 0.0,
         forced=sum(attempt.forced for attempt in attempts),
         looped=sum(attempt.ending is Ending.LOOP for attempt in attempts),
+        settled=sum(attempt.ending is Ending.SETTLED for attempt in attempts),
         cancelled=sum(solution.cancelled for solution in solutions),
         out_of_time=sum(solution.stopped_early in (DEADLINE, TIME_LIMIT) for solution in solutions),
         share_seconds=_mean([solution.share_seconds for solution in solutions if solution.share_seconds is not None]),
@@ -177,6 +180,7 @@ def solution_row(verdict: Verdict) -> dict[str, Any]:
         "tokens": solution.tokens,
         "forced": sum(attempt.forced for attempt in solution.attempts),
         "looped": sum(attempt.ending is Ending.LOOP for attempt in solution.attempts),
+        "settled": sum(attempt.ending is Ending.SETTLED for attempt in solution.attempts),
         "cancelled": solution.cancelled,
         "seconds": round(solution.seconds, 3),
         "share_seconds": None if solution.share_seconds is None else round(solution.share_seconds, 3),
