@@ -37,6 +37,7 @@ def test_a_run_from_end_to_end(places: Places) -> None:
         "answers_per_problem",
         "forced",
         "looped",
+        "settled",
         "cancelled",
         "out_of_time",
         "loading_seconds",

@@ -94,6 +94,7 @@ def test_figures(verdicts: list[Verdict]) -> None:
         "answers_per_problem": 1.4,
         "forced": 0,
         "looped": 0,
+        "settled": 0,
         "cancelled": 0,
         "out_of_time": 0,
         "loading_seconds": 0.0,
@@ -110,8 +111,9 @@ def test_weighted_votes_and_default_answers(grader: Grader) -> None:
     tally = count_attempts(sure, MODE, lambda one, other: False, empty)
     blank = replace(solved("blank", [None]), fallback=read_answer("0", MODE))
     looped = tuple(replace(one, ending=Ending.LOOP, forced=True) for one in blank.attempts)
+    settled = replace(weighed.attempts[0], ending=Ending.SETTLED)
     solutions = [
-        replace(weighed, tally=tally, attempts=tuple(sure), share_seconds=4.0, stopped_early=TIME_LIMIT),
+        replace(weighed, tally=tally, attempts=(settled, *sure[1:]), share_seconds=4.0, stopped_early=TIME_LIMIT),
         replace(blank, attempts=looped, share_seconds=2.0, used_seconds=1.25, cancelled=3, stopped_early=DEADLINE),
         replace(solved("tied", ["1", "2"]), cancelled=2, stopped_early="agree(1)"),
     ]
@@ -121,7 +123,7 @@ def test_weighted_votes_and_default_answers(grader: Grader) -> None:
     assert (summary.accuracy, summary.maj_at_k) == (1.0, 2 / 3)
     assert (summary.answered, summary.defaulted, summary.answers_per_problem) == (2, 1, 5 / 3)
     assert (summary.stopped_early, summary.out_of_time, summary.cancelled) == (3, 2, 5)
-    assert (summary.looped, summary.forced) == (1, 1)
+    assert (summary.looped, summary.forced, summary.settled) == (1, 1, 1)
     assert (summary.share_seconds, summary.loading_seconds, summary.time_limit) == (3.0, 2.5, 9.0)
     rows = [solution_row(verdict) for verdict in verdicts]
     assert [(vote["answer"], vote["count"], vote["weight"]) for vote in rows[0]["votes"]] == [
@@ -170,6 +172,7 @@ def test_a_row_of_the_solutions_file(verdicts: list[Verdict]) -> None:
         "tokens": 45,
         "forced": 0,
         "looped": 0,
+        "settled": 0,
         "cancelled": 0,
         "seconds": 2.0,
         "share_seconds": None,

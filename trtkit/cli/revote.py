@@ -35,7 +35,10 @@ def command(
     ],
     rules: Annotated[
         list[str] | None,
-        typer.Option("--rules", help="full, or stop rules joined by '+': 'beta(0.95)+stragglers(2)'. Repeatable."),
+        typer.Option(
+            "--rules",
+            help="full, or stop rules joined by '+', and probe(EVERY,TIMES): 'beta(0.95)+stragglers(2)'. Repeatable.",
+        ),
     ] = None,
     samples: Annotated[
         str | None, typer.Option("--samples", "-n", help="Samples per problem, e.g. 8,16,32; default: what is there.")
@@ -81,6 +84,7 @@ def command(
     A run made with `trtkit solve --full-vote --save-text` is the best thing to replay.
     """
     from trtkit.solve.grading import Grader
+    from trtkit.solve.probe_replay import check_probes
     from trtkit.solve.replay import parse_policy
     from trtkit.solve.traces import looks_like_journal
     from trtkit.solve.tradeoff import ReplayOptions, sample_counts, saved_order, trade_offs
@@ -99,6 +103,7 @@ def command(
         need_matplotlib()
     weighting = parse_weighting(weights)
     traces = _read(paths, fields or [], stop_at, problems)
+    check_probes(traces, [policy.probe for policy in policies if policy.probe is not None])
     options = ReplayOptions(
         samples=counts or sample_counts(traces),
         order=finish_order,  # type: ignore[arg-type]  # checked there
@@ -226,7 +231,8 @@ def _advice(paths: Sequence[Path], fields: Sequence[str], options: ReplayOptions
     best = max(fit, key=lambda row: row.tokens_saved.value + row.wall_saved.value, default=None)
     line = ["trtkit", "solve", *_solved(paths), "--samples", str(most)]
     for rule in best.rule.split("+") if best else ["none"]:
-        line += ["--stop", rule]
+        asking = rule.startswith("probe(")
+        line += ["--probe", rule[len("probe(") : -1]] if asking else ["--stop", "none" if rule == "full" else rule]
     if options.weighting.text != "majority":
         line += ["--weights", options.weighting.text]
     if options.mode.kind != "auto":

@@ -60,6 +60,7 @@ class Sample:
             forced=self.stream.forced and ending is not Ending.SETTLED,
             tool_calls=self.tool_calls,
             confidence=self.stream.confidence,
+            probes=tuple(self.stream.probes),
         )
 
 
@@ -147,7 +148,8 @@ class Contest:
             if variant.name not in prompts:
                 prompts[variant.name] = chat.prompt(problem.text, variant)
             prompt = prompts[variant.name]
-            room = engine.max_total_tokens - len(prompt) - (rules.closing_room if options.forces else 0)
+            closes = options.forces or options.probe is not None
+            room = engine.max_total_tokens - len(prompt) - (rules.closing_room if closes else 0)
             request = Request(
                 id=f"{problem.id}/{index}",
                 prompt=prompt,
@@ -156,7 +158,7 @@ class Contest:
                 # Without room to be made to answer, it gets all that there is.
                 max_tokens=min(options.max_tokens, room) if room > 0 else options.max_tokens,
                 seed=sample_seed(options.seed, problem.id, index),
-                hold=options.forces or options.tools is not None or options.probe is not None,
+                hold=closes or options.tools is not None,
                 logprobs=options.wants_logprobs,
             )
             try:

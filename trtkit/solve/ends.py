@@ -10,13 +10,24 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from trtkit.chat import THINK_END, Chat
 from trtkit.runtime.api import FinishReason
 from trtkit.solve.answers import Answer, AnswerMode, extract_box, read_answer
 from trtkit.solve.stop_text import end_of_text
 
-__all__ = ["ANSWER_OPENING", "CLOSING_TOKENS", "CONFIDENCE_TOKENS", "End", "EndRules", "Ending", "Stream", "is_looping"]
+__all__ = [
+    "ANSWER_OPENING",
+    "CLOSING_TOKENS",
+    "CONFIDENCE_TOKENS",
+    "End",
+    "EndRules",
+    "Ending",
+    "Probe",
+    "Stream",
+    "is_looping",
+]
 
 ANSWER_OPENING = "\n\nThe answer is \\boxed{"
 CLOSING_TOKENS = 48
@@ -59,6 +70,17 @@ def is_looping(text: str, *, characters: int = _LOOP_CHARACTERS, times: int = _L
     return len(text) >= characters * times and text.count(text[-characters:]) >= times
 
 
+class Probe(NamedTuple):
+    """A sample was asked for its answer on the way."""
+
+    at: int
+    """After so many of its tokens."""
+    tokens: int
+    """It answered with so many."""
+    box: str | None
+    """As written; None where it gave none."""
+
+
 @dataclass(slots=True)
 class Stream:
     """The tokens of one sample so far."""
@@ -72,6 +94,8 @@ class Stream:
     """Tokens that we wrote, not the model."""
     logprobs: list[float] = field(default_factory=list)
     """Of the tokens that the model wrote, where they were asked for."""
+    probes: list[Probe] = field(default_factory=list)
+    """What it said when it was asked on its way."""
     chunks: list[str] = field(default_factory=list)
     """Its text by stretches of ``_LOOP_EVERY`` tokens, as far as it was needed."""
 
@@ -143,7 +167,7 @@ class EndRules:
 
     def answer(self, stream: Stream) -> Answer | None:
         """What it would vote for as it stands."""
-        return read_answer(extract_box(self.text(stream)), self._mode)
+        return self.read(extract_box(self.text(stream)))
 
     def close(self, stream: Stream, ending: Ending) -> tuple[int, ...]:
         """Make the sample answer: its :meth:`closing`, now part of ``stream``."""
@@ -162,13 +186,17 @@ class EndRules:
         stream.tokens.extend(tokens)
         stream.inserted += len(tokens)
 
-    def boxed(self, opening: Sequence[int], said: Sequence[int], seen: int) -> tuple[int | None, Answer | None]:
+    def boxed(self, opening: Sequence[int], said: Sequence[int], seen: int) -> tuple[int | None, str | None]:
         """Where in ``said`` the box is complete that a closing has opened, after ``seen`` tokens, and what is in it."""
         for length in range(seen + 1, len(said) + 1):
             box = extract_box(self._decode([*opening, *said[:length]]))
             if box is not None:
-                return length, read_answer(box, self._mode)
+                return length, box
         return None, None
+
+    def read(self, box: str | None) -> Answer | None:
+        """What a box votes for."""
+        return read_answer(box, self._mode)
 
     def replace(self, stream: Stream, length: int, tokens: Sequence[int]) -> None:
         """Take back what the sample said after ``length`` tokens, and have it read ``tokens`` instead."""
@@ -219,7 +247,7 @@ class EndRules:
         for length in _positions(seen, len(stream.tokens), _BOX_EVERY):
             window = self._decode(stream.tokens[max(0, length - _BOX_EVERY - _BOX_WINDOW) : length])
             # "\boxed 5" may go on with more digits, so what stands at the very end does not count yet.
-            if read_answer(extract_box(window.rstrip("0123456789.,/")), self._mode) is not None:
+            if self.read(extract_box(window.rstrip("0123456789.,/"))) is not None:
                 return End(ending=Ending.BOX, finish=FinishReason.STOP, length=length)
         return None
 

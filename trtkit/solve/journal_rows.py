@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trtkit.runtime.api import EngineStats, FinishReason
-from trtkit.solve.ends import Ending
+from trtkit.solve.ends import Ending, Probe
 from trtkit.solve.records import Attempt, Solution
 
 __all__ = [
@@ -60,6 +60,7 @@ def attempt_row(attempt: Attempt) -> dict[str, Any]:
         "forced": attempt.forced or None,
         "confidence": attempt.confidence,
         "tool_calls": attempt.tool_calls or None,
+        "probes": list(map(list, attempt.probes)) or None,
         "used": _rounded(attempt.used_seconds),
         "text": attempt.text,
     }
@@ -81,8 +82,14 @@ def read_attempt(row: dict[str, Any]) -> Attempt:
         forced=bool(row.get("forced", False)),
         confidence=None if row.get("confidence") is None else number(row["confidence"], "confidence"),
         tool_calls=count(row, "tool_calls", 0),
+        probes=tuple(_probe(probe) for probe in row.get("probes") or ()),
         used_seconds=optional_amount(row, "used"),
     )
+
+
+def _probe(row: Any) -> Probe:
+    at, tokens, box = row
+    return Probe(int(at), int(tokens), None if box is None else str(box))
 
 
 def solution_row(solution: Solution) -> dict[str, Any]:

@@ -100,8 +100,10 @@ class SolveOptions:
             wrong.append(f"stop {' '.join(self.stop)}: a full vote uses no stop rule")
         if self.full_vote and self.time_limit is not None:
             wrong.append("time limit: a full vote runs every sample to its end")
-        if self.probe is not None and (not self.forces or self.tools is not None):
-            wrong.append("probe: not with a full vote, without forced answers, or with tools")
+        if self.probe is not None and self.tools is not None:
+            wrong.append("probe: not with tools")
+        if self.probe is not None and self.probe.times and not self.forces:
+            wrong.append("probe: ends samples, so not with a full vote or without forced answers; 0 times ends none")
         if not self.variants:
             wrong.append("variants: name at least one prompt variant")
         wrong += self._unreadable()

@@ -14,7 +14,7 @@ from trtkit.errors import RequestError
 from trtkit.runtime.api import Engine, FinishReason, StepOutput
 from trtkit.solve.answers import Answer
 from trtkit.solve.contest import Sample
-from trtkit.solve.ends import CLOSING_TOKENS, End, Ending, EndRules
+from trtkit.solve.ends import CLOSING_TOKENS, End, Ending, EndRules, Probe
 from trtkit.solve.probe_options import ProbeOptions
 from trtkit.solve.vote import Same
 
@@ -91,13 +91,15 @@ class Probes:
         row, stream = self._rows[sample.request_id], sample.stream
         before = len(row.said)
         row.said.extend(output.tokens)
-        length, answer = self._ends.boxed(row.opening, row.said, before)
+        length, box = self._ends.boxed(row.opening, row.said, before)
         if length is None and output.finish is None:
             return None
+        stream.probes.append(Probe(len(stream.tokens), length or len(row.said), box))
+        answer = self._ends.read(box)
         again = answer is not None and row.latest is not None and self._same(answer, row.latest)
         row.times = row.times + 1 if again else int(answer is not None)
         row.latest = answer
-        if row.times >= self._options.times:
+        if self._options.times and row.times >= self._options.times:
             del row.said[length:]
             self.adopt(sample, Ending.SETTLED)
             return End(ending=Ending.SETTLED, finish=FinishReason.STOP, length=len(stream.tokens))

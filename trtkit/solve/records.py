@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from trtkit.runtime.api import FinishReason
 from trtkit.solve.answers import Answer, AnswerMode, read_answer
-from trtkit.solve.ends import Ending
+from trtkit.solve.ends import Ending, Probe
 from trtkit.solve.vote import Same, Tally
 
 __all__ = ["DEADLINE", "TIME_LIMIT", "Attempt", "Solution", "count_attempts"]
@@ -41,6 +41,8 @@ class Attempt:
     """Mean log-probability of its last tokens, where it was asked for (``ends.CONFIDENCE_TOKENS``)."""
     tool_calls: int = 0
     """Code blocks that were run for it."""
+    probes: tuple[Probe, ...] = ()
+    """What it said when it was asked on its way."""
     used_seconds: float | None = None
     """What its problem had used of a time limit by then: less than ``seconds`` where problems share the batch."""
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from trtkit.errors import UsageError
 from trtkit.solve.answers import Answer, AnswerMode, read_answer
+from trtkit.solve.probe_options import ProbeOptions, read_probe
 from trtkit.solve.stopping import UNASSAILABLE, StopRule, first_to_hold, parse_rules
 from trtkit.solve.traces import Trace
 from trtkit.solve.vote import Same, Tally, Weighting
@@ -23,6 +26,7 @@ __all__ = ["FULL", "Arrival", "FinishOrder", "Policy", "Replayed", "arrivals", "
 
 FinishOrder: TypeAlias = Literal["length", "recorded"]
 
+_PROBE = re.compile(r"probe\(([^()]*)\)")
 FULL = "full"
 """The policy without any rule: every sample runs to its end."""
 
@@ -33,6 +37,8 @@ class Policy:
 
     text: str
     rules: tuple[StopRule, ...]
+    probe: ProbeOptions | None = None
+    """Samples are asked on their way, and end when they have settled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,15 +71,25 @@ class Replayed:
 
 
 def parse_policy(text: str) -> Policy:
-    """``full``, or rules joined by ``+``; as in ``trtkit solve``, ``unassailable`` then goes along.
+    """``full``, or rules joined by ``+``; as in ``trtkit solve``, ``unassailable`` then goes along. ``probe(EVERY,TIMES)``
+    may be joined to either.
 
     Raises :class:`UsageError`.
     """
-    if text.strip() == FULL:
-        return Policy(text=FULL, rules=())
-    rules = parse_rules([text])
-    merged = {rule.text: rule for rule in (*rules, UNASSAILABLE)}
-    return Policy(text="+".join(rule.text for rule in rules), rules=tuple(merged.values()))
+    parts = [part.strip() for part in text.split("+")]
+    probes = [read_probe(found[1]) for part in parts if (found := _PROBE.fullmatch(part))]
+    others = "+".join(part for part in parts if not _PROBE.fullmatch(part))
+    if len(probes) > 1:
+        raise UsageError(f"rule {text!r} asks its samples twice", hint="one probe(EVERY,TIMES)")
+    rules: tuple[StopRule, ...] = ()
+    if others == FULL:
+        name = FULL
+    else:
+        chosen = parse_rules([others or UNASSAILABLE.text])
+        name = "+".join(rule.text for rule in chosen)
+        rules = tuple({rule.text: rule for rule in (*chosen, UNASSAILABLE)}.values())
+    asking = "".join(f"+probe({probe})" for probe in probes)
+    return Policy(text=name + asking, rules=rules, probe=probes[0] if probes else None)
 
 
 def one_spelling(traces: Sequence[Trace], mode: AnswerMode, same: Same) -> dict[int, Answer | None]:

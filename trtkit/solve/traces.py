@@ -17,7 +17,7 @@ from trtkit.files import check_lasting, digest_file
 from trtkit.log import logger
 from trtkit.runtime.api import FinishReason
 from trtkit.solve.answers import AnswerMode, extract_box
-from trtkit.solve.ends import Ending, is_looping
+from trtkit.solve.ends import Ending, Probe, is_looping
 from trtkit.solve.journal import read_history
 from trtkit.solve.problems import read_problems
 from trtkit.solve.records import Attempt
@@ -53,6 +53,8 @@ class Trace:
     """From submitting the problem to its end, where that was recorded."""
     confidence: float | None = None
     """Mean log-probability of its tail, where that was recorded."""
+    probes: tuple[Probe, ...] = ()
+    """What it said when it was asked on its way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +206,7 @@ def _of_attempt(attempt: Attempt, stop_at: StopAt) -> Trace:
             looped=attempt.ending is Ending.LOOP,
             seconds=attempt.seconds,
             confidence=attempt.confidence,
+            probes=attempt.probes,
         )
     trace = trace_of_text(attempt.text, attempt.index, tokens=attempt.tokens, seconds=attempt.seconds, stop_at=stop_at)
     return replace(
@@ -211,6 +214,7 @@ def _of_attempt(attempt: Attempt, stop_at: StopAt) -> Trace:
         closed=trace.closed or stopped,
         looped=trace.looped or attempt.ending is Ending.LOOP,
         confidence=attempt.confidence,
+        probes=attempt.probes,
     )
 
 

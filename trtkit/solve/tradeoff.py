@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from trtkit.errors import InputError, UsageError
 from trtkit.solve.answers import Answer, AnswerMode, read_answer
 from trtkit.solve.grading import Grader
+from trtkit.solve.probe_replay import asked
 from trtkit.solve.replay import FULL, FinishOrder, Policy, Replayed, arrivals, one_spelling, parse_policy, replay
-from trtkit.solve.traces import TracedProblem, Traces
+from trtkit.solve.traces import Trace, TracedProblem, Traces
 from trtkit.solve.vote import Weighting
 
 __all__ = ["Interval", "ReplayOptions", "Saved", "Tradeoff", "sample_counts", "saved_order", "trade_offs"]
@@ -128,13 +129,13 @@ def trade_offs(
         figures = np.zeros((len(together), 3, len(enough), options.draws))
         graded = np.zeros(len(enough), dtype=bool)
         for place, problem in enumerate(enough):
-            answers = one_spelling(problem.traces, options.mode, grader.same)
-            right = _right(problem, answers, options.mode, grader)
-            graded[place] = right is not None
+            cases = _cases(problem, together, options, grader)
+            graded[place] = cases[0].right is not None
             for draw in range(options.draws):
-                outcomes = _replayed(problem, answers, together, options, count, draw)
-                for number, outcome in enumerate(outcomes):
-                    figures[number, :, place, draw] = (_voted_right(outcome, right), outcome.tokens, outcome.wall)
+                for case in cases:
+                    for number, outcome in case.replayed(options, count, draw):
+                        won = _voted_right(outcome, case.right)
+                        figures[number, :, place, draw] = (won, outcome.tokens, outcome.wall)
             advance()
         rows += _estimates(policies, together, figures, graded, count, options.seed)
     return rows
@@ -145,16 +146,19 @@ def saved_order(traces: Traces, policies: Sequence[Policy], options: ReplayOptio
     rows = []
     for count in options.samples:
         for problem in _filled(traces, count, options):
-            answers = one_spelling(problem.traces, options.mode, grader.same)
-            right = _right(problem, answers, options.mode, grader)
-            outcomes = _replayed(problem, answers, policies, options, count, draw=0)
-            for policy, outcome in zip(policies, outcomes, strict=True):
+            cases = _cases(problem, policies, options, grader)
+            found = [
+                (number, case.right, outcome)
+                for case in cases
+                for number, outcome in case.replayed(options, count, draw=0)
+            ]
+            for number, right, outcome in sorted(found, key=lambda each: each[0]):
                 correct = None if right is None else bool(_voted_right(outcome, right))
                 rows.append(
                     Saved(
                         problem=problem.id,
                         gold=problem.gold,
-                        rule=policy.text,
+                        rule=policies[number].text,
                         samples=count,
                         correct=correct,
                         outcome=outcome,
@@ -184,20 +188,37 @@ def _filled(traces: Traces, count: int, options: ReplayOptions) -> list[TracedPr
     return enough
 
 
-def _replayed(
-    problem: TracedProblem,
-    answers: dict[int, Answer | None],
-    policies: Sequence[Policy],
-    options: ReplayOptions,
-    count: int,
-    draw: int,
-) -> tuple[Replayed, ...]:
-    """Draw 0 is the saved order; the others are random subsets, the same for every policy."""
-    chosen = list(problem.traces)
-    if draw:
-        random.Random(f"{options.seed}/{draw}/{count}/{problem.id}").shuffle(chosen)
-    samples = arrivals(chosen[:count], answers, options.order, options.batch)
-    return replay(samples, policies, options.weighting)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """A problem's samples as they end under some of the policies: all of those that ask them alike on their way."""
+
+    problem: str
+    traces: tuple[Trace, ...]
+    answers: dict[int, Answer | None]
+    right: dict[str, bool] | None
+    policies: tuple[tuple[int, Policy], ...]
+    """With their numbers."""
+
+    def replayed(self, options: ReplayOptions, count: int, draw: int) -> list[tuple[int, Replayed]]:
+        """Draw 0 is the saved order; the others are random subsets, the same for every policy."""
+        chosen = list(self.traces)
+        if draw:
+            random.Random(f"{options.seed}/{draw}/{count}/{self.problem}").shuffle(chosen)
+        samples = arrivals(chosen[:count], self.answers, options.order, options.batch)
+        outcomes = replay(samples, [policy for _, policy in self.policies], options.weighting)
+        return [(number, outcome) for (number, _), outcome in zip(self.policies, outcomes, strict=True)]
+
+
+def _cases(problem: TracedProblem, policies: Sequence[Policy], options: ReplayOptions, grader: Grader) -> list[_Case]:
+    cases = []
+    for probe in dict.fromkeys(policy.probe for policy in policies):
+        mode, same = options.mode, grader.same
+        traces = problem.traces if probe is None else tuple(asked(each, probe, mode, same) for each in problem.traces)
+        answers = one_spelling(traces, mode, same)
+        right = _right(problem, answers, mode, grader)
+        sharing = tuple((number, policy) for number, policy in enumerate(policies) if policy.probe == probe)
+        cases.append(_Case(problem=problem.id, traces=traces, answers=answers, right=right, policies=sharing))
+    return cases
 
 
 def _right(
