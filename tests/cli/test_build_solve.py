@@ -124,8 +124,8 @@ def test_solve_json_and_resume(engine: Path, tmp_path: Path, capsys: pytest.Capt
     document = json.loads(lines[-1])
     assert list(document) == [
         "problems", "answered", "accuracy", "pass_at_1", "maj_at_k", "samples", "tokens", "tokens_per_second",
-        "seconds", "stopped_early", "run_dir", "defaulted", "answers_per_problem", "forced", "looped", "settled", "cancelled",
-        "out_of_time", "loading_seconds", "share_seconds", "time_limit", "engine",
+        "seconds", "stopped_early", "run_dir", "defaulted", "answers_per_problem", "forced", "looped", "settled",
+        "cancelled", "out_of_time", "loading_seconds", "share_seconds", "time_limit", "engine",
     ]  # fmt: skip
     assert lines[-2] == f"next: trtkit report {out}"
     assert {"run.json", "journal.jsonl", "solutions.jsonl", "summary.json"} <= {path.name for path in out.iterdir()}

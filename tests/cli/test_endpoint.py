@@ -132,8 +132,8 @@ def test_what_a_user_sees_of_a_run_on_a_server(
     document = json.loads(last)
     assert list(document) == [
         "problems", "answered", "accuracy", "pass_at_1", "maj_at_k", "samples", "tokens", "tokens_per_second",
-        "seconds", "stopped_early", "run_dir", "defaulted", "answers_per_problem", "forced", "looped", "settled", "cancelled",
-        "out_of_time", "loading_seconds", "share_seconds", "time_limit", "engine",
+        "seconds", "stopped_early", "run_dir", "defaulted", "answers_per_problem", "forced", "looped", "settled",
+        "cancelled", "out_of_time", "loading_seconds", "share_seconds", "time_limit", "engine",
     ]  # fmt: skip
     out = Path("runs") / "p-tiny"  # as the server calls the model
     assert document["run_dir"] == str(out)

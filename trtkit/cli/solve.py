@@ -329,7 +329,7 @@ def _shown(outcome: Outcome, options: SolveOptions, target: Path) -> dict[str, s
         f"{summary.answers_per_problem:.1f} answers per problem; {summary.forced} made to answer, "
         f"{summary.looped} ended in a loop, {summary.cancelled} cancelled"
     )
-    if options.probe is not None:
+    if options.probe is not None and options.probe.times:
         shown["samples"] += f"; {summary.settled} said the same answer {options.probe.times} times"
     shown["tokens"] = f"{summary.tokens:,} in {summary.seconds:.1f} s: {summary.tokens_per_second:,.0f} tok/s"
     if options.tools is not None:

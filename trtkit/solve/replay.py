@@ -71,8 +71,8 @@ class Replayed:
 
 
 def parse_policy(text: str) -> Policy:
-    """``full``, or rules joined by ``+``; as in ``trtkit solve``, ``unassailable`` then goes along. ``probe(EVERY,TIMES)``
-    may be joined to either.
+    """``full``, or rules joined by ``+``; as in ``trtkit solve``, ``unassailable`` then goes along. To either
+    ``probe(EVERY,TIMES)`` may be joined.
 
     Raises :class:`UsageError`.
     """
