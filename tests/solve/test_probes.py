@@ -100,7 +100,7 @@ def test_a_sample_that_was_asked_writes_what_it_would_have_written(
 def test_what_was_saved_says_what_asking_would_do(
     directory: Path, problems: list[Problem], grader: Grader, saved: dict[tuple[str, int], Attempt]
 ) -> None:
-    """Sample for sample: a run that ends settled ones, and the same worked out from the answers of one that does not."""
+    """Sample for sample: a run that ends settled ones, and that worked out from the answers of one that does not."""
     wanted = ProbeOptions(every=16, times=2)
     with open_engine(directory, PLAIN) as engine:
         found = attempts(solve(engine, load_chat(directory), problems, grader, options(str(wanted))))
@@ -123,7 +123,7 @@ def _last(attempt: Attempt) -> int:
 
 
 def test_revote_on_saved_answers_is_the_run(directory: Path, tmp_path: Path, grader: Grader) -> None:
-    """Accuracy with ``probe(16,2)``, replayed from what was said every 8 tokens, against a run with ``--probe 16,2``."""
+    """Accuracy with ``probe(16,2)``, from what was said every 8 tokens, against a run with ``--probe 16,2``."""
     file = practice_problems(tmp_path / "problems.jsonl", (0, 1, 9))
 
     def run(name: str, wanted: SolveOptions) -> Outcome:
