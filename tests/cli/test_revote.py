@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 
 from trtkit.cli.app import run
+from trtkit.runtime.api import FinishReason
+from trtkit.solve.ends import Ending, Probe
+from trtkit.solve.journal import Journal
+from trtkit.solve.records import Attempt, Solution
+from trtkit.solve.vote import Tally
 
 RULES = ["--rules", "full", "--rules", "agree(2)", "--rules", "beta(0.9)+stragglers(2)"]
 
@@ -154,3 +159,29 @@ def test_the_next_line_never_names_a_rule_that_is_none(traces: Path, capsys: pyt
     traces.write_text(traces.read_text("utf-8").replace('"target": 7, ', ""), "utf-8")
     assert revote(str(traces), "--fields", "text=outs,problem=question,tokens=n", "--rules", "agree(2)") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("next: name the gold answers")
+
+
+def test_the_next_line_asks_samples_where_that_pays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Samples that know their answer after a quarter of their tokens; and others that never settle."""
+    for name, early in (("sure", "7"), ("unsure", None)):
+        said = tuple(Probe(at, 3, early) for at in (100, 200, 300))
+        with Journal(tmp_path / name / "journal.jsonl") as journal:
+            journal.begin(0.0, None)
+            for number in range(3):
+                attempts = [
+                    Attempt(
+                        problem_id=f"p{number}", index=index, variant="solve", tokens=1000 + index, box="7",
+                        seconds=1.0, finish=FinishReason.STOP, ending=Ending.THINK, probes=said,
+                    )
+                    for index in range(4)
+                ]  # fmt: skip
+                solution = Solution(problem_id=f"p{number}", tally=Tally(), attempts=(), tokens=4006, seconds=1.0)
+                journal.record(attempts, [solution])
+        golds = tmp_path / "problems.jsonl"
+        golds.write_text("".join(json.dumps({"id": f"p{n}", "problem": "x", "answer": "7"}) + "\n" for n in range(3)))
+        rules = ["--rules", "full", "--rules", "full+probe(100,2)"]
+        assert revote(str(tmp_path / name), "--problems", str(golds), *rules) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert ("--stop none --probe 100,2 " in last) == (early is not None)
+        assert revote(str(tmp_path / name), "--rules", "probe(150,2)") == 1
+        assert "asked every 100 tokens" in capsys.readouterr().err

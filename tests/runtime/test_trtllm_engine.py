@@ -215,9 +215,12 @@ def continued(engine: Engine) -> list[int]:
     assert not engine.has_work
     engine.extend("a", [11], max_tokens=4, drop=len(tokens) - 15)
     run()
+    tail = tokens[-4:]
+    engine.extend("a", [], max_tokens=6, drop=5)  # what was appended, too
+    run()
     engine.cancel("a")
     assert not list(engine.step())
-    return tokens[:15] + tokens[-4:]
+    return tokens[:15] + tail + tokens[-6:]
 
 
 @pytest.mark.parametrize("name", ["plain", "greedy"])

@@ -1,4 +1,4 @@
-"""Samples that are asked on their way: what they write does not change, and saved answers say what asking would save."""
+"""Samples that are asked on their way: what they write stays the same, and saved answers say what asking would save."""
 
 from __future__ import annotations
 

@@ -228,6 +228,7 @@ def _advice(paths: Sequence[Path], fields: Sequence[str], options: ReplayOptions
     if all(row.accuracy_change is None for row in judged):
         return "name the gold answers, with --problems FILE or --fields gold=..., to see what each rule costs"
     fit = [row for row in judged if row.accuracy_change and row.accuracy_change.value >= -_WORTH]
+    fit = [row for row in fit if row.tokens_saved.value + row.wall_saved.value > 0]  # asking samples costs something
     best = max(fit, key=lambda row: row.tokens_saved.value + row.wall_saved.value, default=None)
     line = ["trtkit", "solve", *_solved(paths), "--samples", str(most)]
     for rule in best.rule.split("+") if best else ["none"]:

@@ -145,6 +145,11 @@ def continued(engine: Engine) -> list[int]:
     run()
     engine.extend("a", [11], max_tokens=4)
     run()
+    engine.extend("a", [], max_tokens=6, drop=5)  # what was appended, too
+    del tokens[-4:]
+    run()
+    with pytest.raises(RequestError, match=r"drop 1000: \d+ tokens"):
+        engine.extend("a", [], max_tokens=6, drop=1000)
     engine.cancel("a")
     assert not engine.step()
     return tokens
