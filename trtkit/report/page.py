@@ -36,7 +36,7 @@ _PIECE = re.compile(r"\([^)]{,30}\)|[a-z]+ [0-9]+%|% ± [0-9.]+|[0-9.]+ (?:s|min
 _LONGEST_BOX = 200
 _ENDINGS = {
     "stop": "finished", "think": "finished", "eos": "end of turn", "box": "first box", "loop": "looped",
-    "length": "token budget", "deadline": "deadline", "settled": "same answer again and again",
+    "length": "token budget", "deadline": "deadline", "settled": "settled on its answer",
 }  # fmt: skip
 _STATES = {
     "wrong": "wrong", "none": "without an answer", "right": "right", "unknown": "answered", "open": "not settled",
