@@ -280,6 +280,21 @@ def test_a_session_that_died_within_a_problem_asks_it_again(world: World, tmp_pa
         assert session.answer("b", "problem b") == "7"
 
 
+def test_ids_and_texts_that_no_file_can_hold(world: World, tmp_path: Path) -> None:
+    """Half of a surrogate pair made every later problem fail; blank ones kept the session from being opened again."""
+    out = tmp_path / "run"
+    odd: list[tuple[Any, str]] = [("half", "is \ud83d 7?"), (5, "five"), ("blank", " \n"), ("", "no id"), ("z", "z")]
+    with world.session(9, out=out) as session:
+        assert [session.answer(name, text) for name, text in odd] == ["7"] * 5
+        assert {solution.error for solution in session.solutions.values()} == {None}
+    with world.session(9, out=out) as session:
+        steps = world.engines[-1].steps
+        assert [session.answer(name, text) for name, text in odd] == ["7"] * 5
+        assert world.engines[-1].steps == steps, "all were answered before"
+    (run,) = read_runs([out])
+    assert len(run.results) == 5
+
+
 def test_a_session_is_opened_on_an_engine_directory(tmp_path: Path) -> None:
     directory = tiny_engine_dir(tmp_path, "qwen2")
     save_chat_files(directory)

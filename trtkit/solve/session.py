@@ -50,6 +50,8 @@ __all__ = ["PROBLEMS_FILE", "Session", "open_session"]
 
 PROBLEMS_FILE = "problems.jsonl"
 """In the run directory: what was asked, in that order."""
+_BLANK = "(blank)"
+"""For an id or a text of spaces alone, which no reader of problems takes."""
 
 
 class Session(Closing):
@@ -97,6 +99,7 @@ class Session(Closing):
         Never fails because of the engine: then the solution has an ``error``. Raises :class:`UsageError` when the name
         stands for another text.
         """
+        name, text = _as_written(name), _as_written(text)
         with self._turn:
             problem = Problem(id=name, text=text)
             if self._asked.setdefault(name, problem).text != text:
@@ -213,3 +216,9 @@ def open_session(
 def _asked_before(out: Path) -> dict[str, Problem]:
     path = out / PROBLEMS_FILE
     return {problem.id: problem for problem in read_problems(path)} if path.exists() else {}
+
+
+def _as_written(said: object) -> str:
+    """An id or a text as a file of problems holds it: ids may come as numbers, texts with half of a surrogate pair."""
+    text = str(said).encode(errors="replace").decode()
+    return text if text.strip() else _BLANK
