@@ -61,8 +61,10 @@ from trtkit.solve.summary import Summary, Verdict, judge, solution_row, summaris
 
 __all__ = ["Outcome", "Places", "claim", "identity_of", "run_solve", "write_results"]
 
-_FREE = ("problems.path", "engine.path", "arguments.outstanding")
-"""What a resumed run may have different: where things lie, and how full the batch is kept (memory may be scarcer)."""
+_SEEDS = "engine.seeds"
+_FREE = ("problems.path", "engine.path", _SEEDS, "arguments.outstanding")
+"""What a resumed run may have different: where things lie, whether a server is given seeds (it may die of one, and its
+samples are as good without), and how full the batch is kept (memory may be scarcer)."""
 _ADDED = {
     "arguments.kill_loops": "false",
     "arguments.force_close": "false",
@@ -228,6 +230,8 @@ def claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
         changed = {k: v for k, v in versions.items() if (found.get("versions") or {}).get(k) != v}
         if changed:
             logger.warning("resuming a run that began with other versions; now: %s", json.dumps(changed))
+        if _SEEDS in wanted and _SEEDS not in there:  # from here on not all samples have one
+            write_json(path, {**found, "engine": {**found["engine"], "seeds": identity["engine"]["seeds"]}})
         return
     elif journal.exists():
         raise UsageError(
