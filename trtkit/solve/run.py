@@ -130,7 +130,7 @@ def run_solve(
                 logger.warning(
                     "the time limit was over before the engine could be opened; answering from what is there"
                 )
-                late = answer_late(problems, solutions, journal, options, grader.same, loading_seconds=starting)
+                late = answer_late(problems, solutions, journal, options, loading_seconds=starting)
                 solutions |= late
             if len(solutions) < len(problems):
                 with open_sandbox(options.tools) as sandbox, open_engine() as engine:
