@@ -326,6 +326,21 @@ def test_past_the_limit_nobody_is_asked_whether_answers_are_equal(
     assert asked == []
 
 
+def test_the_time_of_a_run_is_without_that_of_holding_its_answers_against_known_ones(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    equal = Grader.equal
+
+    def slow(grader: Grader, gold: Answer, answer: Answer) -> bool:
+        time.sleep(0.05)
+        return equal(grader, gold, answer)
+
+    monkeypatch.setattr(Grader, "equal", slow)
+    began = time.monotonic()
+    summary = run(places).summary
+    assert summary.seconds < time.monotonic() - began - 1.0
+
+
 def test_the_engines_counters_add_up_over_sessions(places: Places, caplog: pytest.LogCaptureFixture) -> None:
     class Counting(Stopping):
         def stats(self) -> EngineStats:

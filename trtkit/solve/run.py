@@ -155,6 +155,7 @@ def write_results(
     journal: Journal, grader: Grader,
 ) -> Outcome:  # fmt: skip
     """``solutions.jsonl`` and ``summary.json`` of the problems that have a solution."""
+    seconds = journal.seconds  # before the answers are held against known ones, which may take long
     stats = [*journal.history.engines, *([journal.engine] if journal.engine else [])]
     verdicts = _write_solutions(out, problems, solutions, options.mode, grader)
     figures = engine_figures(stats) if stats else None
@@ -163,7 +164,7 @@ def write_results(
     summary = summarise(
         verdicts,
         samples=options.samples,
-        seconds=journal.seconds,
+        seconds=seconds,
         run_dir=out,
         time_limit=options.time_limit,
         loading_seconds=journal.loading_seconds,
