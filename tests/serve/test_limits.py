@@ -40,7 +40,9 @@ def test_clients_who_come_during_one_step_are_counted_too() -> None:
         wait_for(lambda: service.engine.unfinished == 0)
 
 
-def test_the_end_waits_for_what_is_nearly_done_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_waits_for_what_is_nearly_done_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def answer(request: Request) -> Sequence[int]:
         return CHAT.encode("brief" if b"brief" in bytes(request.prompt) else "x" * 4000)
 
@@ -48,8 +50,10 @@ def test_the_end_waits_for_what_is_nearly_done_alone(monkeypatch: pytest.MonkeyP
     engine = Slow(answer, rows=32)
     with contextlib.ExitStack() as clients, ThreadPoolExecutor() as pool:
         with serving(lambda: engine, CHAT) as (url, service):
-            for more in ({}, {"stream": True}, {"model": "tiny:maj"}):
+            asking = [
                 clients.enter_context(sent(url, json.dumps({"messages": ASK, **more}).encode()))
+                for more in ({}, {"stream": True}, {"model": "tiny:maj"})
+            ]
             wait_for(lambda: service.engine.unfinished == 10)
             brief = pool.submit(call, url, "/v1/completions", {"prompt": "brief"})
             wait_for(lambda: service.engine.unfinished == 11)
@@ -57,4 +61,9 @@ def test_the_end_waits_for_what_is_nearly_done_alone(monkeypatch: pytest.MonkeyP
         assert 1 <= time.monotonic() - began < 10  # of the 80 that the samples would take
         status, text = brief.result(10)
         assert (status, json.loads(text)["choices"][0]["text"]) == (200, "brief")
+        # The others are told why; the log needs no traceback for each of them.
+        said = [b"".join(iter(lambda client=client: client.recv(65536), b"")).decode() for client in asking]
+    assert [text.count('"the server is shutting down"') for text in said] == [1, 1, 1]
+    assert "data: [DONE]" in said[1]
+    assert "Exception" not in caplog.text
     assert engine.closed
