@@ -8,6 +8,8 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -61,6 +63,8 @@ class HttpServer(uvicorn.Server):
         self._on_ready = on_ready
         self._on_overtime = on_overtime
         self._until = until
+        self._hurry: Callable[[], object] | None = None
+        """Ends what is under way, from a signal's handler."""
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end."""
@@ -72,11 +76,21 @@ class HttpServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # uvicorn's own way, to cancel them, gives clients no words and the log a traceback for each of them.
-        overtime = asyncio.get_running_loop().call_later(_LAST_WORDS_SECONDS, self._on_overtime)
+        loop = asyncio.get_running_loop()
+        overtime = loop.call_later(_LAST_WORDS_SECONDS, self._on_overtime)
+        self._hurry = partial(loop.call_soon_threadsafe, self._on_overtime)
         try:
             await super().shutdown(sockets)
         finally:
             overtime.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The second signal ends what is under way at once; one more after it waits for nothing."""
+        hurry, self._hurry = self._hurry, None
+        if hurry is None:
+            super().handle_exit(sig, frame)
+        else:
+            hurry()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
