@@ -161,6 +161,10 @@ def test_what_a_user_sees_of_a_run_on_a_server(
     advice = capsys.readouterr().out.splitlines()[-1].removeprefix("next: trtkit ")
     assert f"solve p.jsonl --endpoint {url}/v1 --endpoint-model tiny" in advice
     assert run([*shlex.split(advice), "--max-tokens", "40"]) == 0
+    # A server may die of a seed.
+    (out / "run.json").write_text(json.dumps({**head, "engine": {**head["engine"], "seeds": "no"}}))
+    assert run(["revote", str(out)]) == 0
+    assert "--endpoint-model tiny --no-endpoint-seeds" in capsys.readouterr().out.splitlines()[-1]
 
 
 class Going:

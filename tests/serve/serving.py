@@ -86,7 +86,7 @@ def serving(
         )  # fmt: skip
         listening = bound_socket("127.0.0.1", port)
         port = listening.getsockname()[1]
-        server = HttpServer(make_app(service), on_ready=ready.set, until=ends)
+        server = HttpServer(make_app(service), on_ready=ready.set, on_overtime=engine.turn_out, until=ends)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

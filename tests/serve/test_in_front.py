@@ -50,9 +50,9 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[threading.Event]:
     """Ends the servers that ``run_serve`` starts, as a signal does."""
     found: queue.Queue[threading.Event] = queue.Queue()
 
-    def starting(app: Any, *, on_ready: Any, until: threading.Event) -> HttpServer:
+    def starting(app: Any, *, until: threading.Event, **told: Any) -> HttpServer:
         found.put(until)
-        return HttpServer(app, on_ready=on_ready, until=until)
+        return HttpServer(app, until=until, **told)
 
     monkeypatch.setattr(serve_run, "HttpServer", starting)
     return found

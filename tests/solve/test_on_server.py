@@ -116,6 +116,23 @@ def test_an_interrupted_run_goes_on_with_the_same_model_wherever_it_is(url: str,
     assert len(rows) == len(set(rows)) > len(kept) >= 9
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_may_go_on_with_seeds_or_without_and_says_that_some_samples_have_none(
+    url: str, tmp_path: Path, first: bool
+) -> None:
+    """A server may die of the first seed: the run that it left is no other one."""
+    places, options = places_in(tmp_path, 2), SolveOptions(samples=9, outstanding=20)
+    with pytest.raises(KeyboardInterrupt):
+        solve(remote(url, seeds=first), places, options, observer=Interrupted(3))
+    head = places.out / "run.json"
+    assert json.loads(head.read_text())["engine"].get("seeds") == (None if first else "no")
+    outcome = solve(remote(url, seeds=not first), places, options)
+    assert outcome.summary.problems == 2
+    assert json.loads(head.read_text())["engine"] == dict(remote(url, seeds=False).place)
+    solve(remote(url), places, options)
+    assert json.loads(head.read_text())["engine"]["seeds"] == "no"
+
+
 def test_another_model_is_another_run(url: str, tmp_path: Path) -> None:
     """Every difference is named, from the server to a directory and back."""
     places, options = places_in(tmp_path, 2), SolveOptions(samples=2)

@@ -29,7 +29,9 @@ from trtkit.interrupts import sigterm_as_interrupt
 from trtkit.runtime.api import EngineStats, StepOutput
 from trtkit.runtime.blocks import BlockAllocator
 from trtkit.runtime.counters import Counters
+from trtkit.solve.answers import Answer
 from trtkit.solve.engine_figures import engine_figures
+from trtkit.solve.grading import Grader
 from trtkit.solve.journal import read_history
 from trtkit.solve.options import SolveOptions
 from trtkit.solve.run import Places, run_solve
@@ -290,6 +292,53 @@ def test_past_the_limit_a_resumed_run_answers_without_an_engine(places: Places) 
     assert document["out_of_time"] == sum(row["stopped_early"] == "time limit" for row in solved.values()) > 0
     again = run_solve(places, no_engine, CHAT, options)
     assert [v.solution.answer for v in again.verdicts] == [v.solution.answer for v in outcome.verdicts]
+
+
+def test_past_the_limit_nobody_is_asked_whether_answers_are_equal(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take seconds for each pair. What was told then is told again later, when there would be time."""
+    options = SolveOptions(samples=4, outstanding=20, stop=(), time_limit=60.0)
+    with pytest.raises(KeyboardInterrupt):
+        run_solve(places, lambda: Stopping(0), CHAT, options)
+    problem = rows(places.problems)[0]["id"]
+    boxes = [r"\sqrt{12}", r"2\sqrt{3}", r"2\sqrt 3", r"\pi"]
+    lines = [
+        {"kind": "attempt", "problem": problem, "index": index, "variant": "solve", "tokens": 90 - index,
+         "finish": "stop", "box": box, "seconds": 1.0, "clock": 1.0}
+        for index, box in enumerate(boxes)
+    ]  # fmt: skip
+    with (places.out / "journal.jsonl").open("a") as journal:
+        journal.writelines(json.dumps(line) + "\n" for line in lines)
+    asked: list[str] = []
+
+    def same(grader: Grader, one: Answer, other: Answer) -> bool:
+        asked.append(one.key)
+        return True
+
+    monkeypatch.setattr(Grader, "same", same)
+    for began in (time.monotonic() - 60.0, None):
+        outcome = run_solve(places, lambda: SlowEngine(0.0), CHAT, options, began=began)
+        solution = next(v.solution for v in outcome.verdicts if v.problem.id == problem)
+        assert [(vote.answer.raw, vote.count) for vote in solution.tally.ranked] == [
+            (r"2\sqrt 3", 2), (r"\pi", 1), (r"\sqrt{12}", 1),
+        ]  # fmt: skip
+    assert asked == []
+
+
+def test_the_time_of_a_run_is_without_that_of_holding_its_answers_against_known_ones(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    equal = Grader.equal
+
+    def slow(grader: Grader, gold: Answer, answer: Answer) -> bool:
+        time.sleep(0.05)
+        return equal(grader, gold, answer)
+
+    monkeypatch.setattr(Grader, "equal", slow)
+    began = time.monotonic()
+    summary = run(places).summary
+    assert summary.seconds < time.monotonic() - began - 1.0
 
 
 def test_the_engines_counters_add_up_over_sessions(places: Places, caplog: pytest.LogCaptureFixture) -> None:

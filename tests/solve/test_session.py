@@ -280,6 +280,53 @@ def test_a_session_that_died_within_a_problem_asks_it_again(world: World, tmp_pa
         assert session.answer("b", "problem b") == "7"
 
 
+def test_a_problem_that_was_interrupted_can_be_asked_again_in_the_same_session(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook's stop button. The samples under way are no finished ones, and their time is not dealt out twice."""
+    world.script, steps = endless, 0
+    with world.session(3, time_limit=300.0) as session:
+        first = session.ask("a", "problem a")
+        engine = world.engines[-1]
+        step = engine.step
+
+        def stopped() -> list[StepOutput]:
+            nonlocal steps
+            steps += 1
+            if steps == 5:
+                raise KeyboardInterrupt
+            return step()
+
+        monkeypatch.setattr(engine, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            session.ask("b", "problem b")
+        world.script = right
+        solution = session.ask("b", "problem b")
+        assert (solution.answer and solution.answer.key, solution.error) == ("7", None)
+        assert solution.tally.finished >= 2
+        assert not any(attempt.forced for attempt in solution.attempts)
+        assert first.share_seconds is not None
+        assert solution.share_seconds is not None
+        assert solution.share_seconds < first.share_seconds * 1.1, "one more is to come"
+        assert session.answer("c", "problem c") == "7"
+    assert len(world.engines) == 2, "a step was cut in two"
+
+
+def test_ids_and_texts_that_no_file_can_hold(world: World, tmp_path: Path) -> None:
+    """Half of a surrogate pair made every later problem fail; blank ones kept the session from being opened again."""
+    out = tmp_path / "run"
+    odd: list[tuple[Any, str]] = [("half", "is \ud83d 7?"), (5, "five"), ("blank", " \n"), ("", "no id"), ("z", "z")]
+    with world.session(9, out=out) as session:
+        assert [session.answer(name, text) for name, text in odd] == ["7"] * 5
+        assert {solution.error for solution in session.solutions.values()} == {None}
+    with world.session(9, out=out) as session:
+        steps = world.engines[-1].steps
+        assert [session.answer(name, text) for name, text in odd] == ["7"] * 5
+        assert world.engines[-1].steps == steps, "all were answered before"
+    (run,) = read_runs([out])
+    assert len(run.results) == 5
+
+
 def test_a_session_is_opened_on_an_engine_directory(tmp_path: Path) -> None:
     directory = tiny_engine_dir(tmp_path, "qwen2")
     save_chat_files(directory)

@@ -256,7 +256,8 @@ def _solved(paths: Sequence[Path]) -> list[str]:
             problems, engine = Path((run.get("problems") or {}).get("path") or ""), run.get("engine") or {}
             where, model = engine.get("path") or "", engine.get("model")
             if problems.is_file() and model:  # whether the server still runs will be seen
-                return [str(problems), "--endpoint", where, "--endpoint-model", model]
+                seedless = ["--no-endpoint-seeds"] if engine.get("seeds") == "no" else []
+                return [str(problems), "--endpoint", where, "--endpoint-model", model, *seedless]
             if problems.is_file() and (Path(where) / "engine.json").is_file():
                 return [str(problems), "--engine", where]
     return ["problems.jsonl"]

@@ -131,6 +131,17 @@ class EngineThread(Closing):
         """The engine's counters; those of an engine that failed are gone with it."""
         return self._post(lambda engine: engine.stats())
 
+    def turn_out(self) -> None:
+        """End the requests that are under way, with an error: the server is about to end."""
+
+        def command(engine: Engine) -> None:
+            for request_id in list(self._sinks):
+                engine.cancel(request_id)
+            self._drop_all(EngineError(_CLOSING))
+
+        with contextlib.suppress(EngineError):
+            self._post(command)
+
     def close(self) -> None:
         """End everything and close the engine."""
         with self._turn:

@@ -92,7 +92,9 @@ def run_serve(
             rows=engine.max_rows, total_tokens=engine.max_total_tokens,
         )  # fmt: skip
         with _quick_turns():
-            HttpServer(make_app(service), on_ready=lambda: on_ready(serving), until=broken).run(sockets=[listening])
+            HttpServer(
+                make_app(service), on_ready=lambda: on_ready(serving), on_overtime=engine.turn_out, until=broken
+            ).run(sockets=[listening])
         if engine.broken:
             raise EngineError(engine.why_broken)
         return engine.stats().result()

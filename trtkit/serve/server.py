@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,6 +20,8 @@ __all__ = ["HttpServer", "bound_socket"]
 
 _LAST_WORDS_SECONDS = 3
 """How long open connections may take to end after a signal; a second signal ends them at once."""
+_GOODBYE_SECONDS = 2
+"""How long those may take that were told to end then, before they are cut off."""
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -43,16 +48,23 @@ def bound_socket(host: str, port: int) -> socket.socket:
 class HttpServer(uvicorn.Server):
     """Serves an application until a signal, or ``until`` is set. The program goes on after it."""
 
-    def __init__(self, app: FastAPI, *, on_ready: Callable[[], None], until: threading.Event | None = None) -> None:
-        """``on_ready`` is called once, when requests are taken."""
+    def __init__(
+        self, app: FastAPI, *, on_ready: Callable[[], None], on_overtime: Callable[[], None] = lambda: None,
+        until: threading.Event | None = None,
+    ) -> None:  # fmt: skip
+        """``on_ready`` is called once, when requests are taken; ``on_overtime`` where some are still under way when
+        their time is up, to end them. It must not block."""
         super().__init__(
             uvicorn.Config(
                 app, log_level="warning", access_log=False, lifespan="off",
-                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+                timeout_graceful_shutdown=_LAST_WORDS_SECONDS + _GOODBYE_SECONDS,
             )
         )  # fmt: skip
         self._on_ready = on_ready
+        self._on_overtime = on_overtime
         self._until = until
+        self._hurry: Callable[[], object] | None = None
+        """Ends what is under way, from a signal's handler."""
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end."""
@@ -61,6 +73,24 @@ class HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn's own way, to cancel them, gives clients no words and the log a traceback for each of them.
+        loop = asyncio.get_running_loop()
+        overtime = loop.call_later(_LAST_WORDS_SECONDS, self._on_overtime)
+        self._hurry = partial(loop.call_soon_threadsafe, self._on_overtime)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            overtime.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The second signal ends what is under way at once; one more after it waits for nothing."""
+        hurry, self._hurry = self._hurry, None
+        if hurry is None:
+            super().handle_exit(sig, frame)
+        else:
+            hurry()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

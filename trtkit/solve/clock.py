@@ -159,6 +159,11 @@ class Clock:
         """End a problem; what it has not used is in the bank. Returns what it used, earlier sessions included."""
         return self._accounts.pop(problem_id).used
 
+    def put_back(self, problem_id: str) -> None:
+        """End a problem that is to be opened again: if it was open, it is one of those to come."""
+        if self._accounts.pop(problem_id, None) is not None:
+            self._unopened += 1
+
     def bank(self, now: float) -> float:
         """Seconds that no base lays claim to."""
         return max(self.left(now) - self._committed() - self._unopened * self._unit, 0.0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from trtkit.chat import Chat
 from trtkit.errors import RequestError
 from trtkit.runtime.api import Engine, FinishReason, Request
-from trtkit.solve.answers import AnswerMode, extract_box
+from trtkit.solve.answers import Answer, AnswerMode, extract_box
 from trtkit.solve.counting import CountingOrder
 from trtkit.solve.ends import CLOSING_TOKENS, Ending, EndRules, Stream
 from trtkit.solve.journal import Journal
@@ -203,7 +203,10 @@ def force_answer(engine: Engine, rules: EndRules, sample: Sample, ending: Ending
 def earlier_solutions(
     problems: Sequence[Problem], journal: Journal | None, options: SolveOptions, same: Same
 ) -> dict[str, Solution]:
-    """What the journal's earlier sessions settled, counted again from their attempts."""
+    """What the journal's earlier sessions settled, counted again from their attempts.
+
+    Answers that counted as different then do so now: past a time limit nobody was asked.
+    """
     if journal is None:
         return {}
     history = journal.history
@@ -216,9 +219,13 @@ def earlier_solutions(
         if settled.counted is not None:
             ended = {attempt.index: attempt for attempt in attempts}
             attempts = tuple(ended[index] for index in settled.counted if index in ended)
+
+        def as_then(one: Answer, other: Answer, told: frozenset[str] = settled.told) -> bool:
+            return not {one.key, other.key} <= told and same(one, other)
+
         solutions[problem.id] = Solution(
             problem_id=problem.id,
-            tally=count_attempts(attempts, options.mode, same, Tally(weighting=options.votes)),
+            tally=count_attempts(attempts, options.mode, as_then, Tally(weighting=options.votes)),
             attempts=attempts,
             tokens=settled.tokens,
             seconds=settled.seconds,

@@ -41,6 +41,8 @@ class Settled:
     cancelled: int = 0
     counted: tuple[int, ...] | None = None
     """Indices of the samples that were counted, in that order; None in journals of older versions: all of them."""
+    told: frozenset[str] = frozenset()
+    """Answers that were counted as different ones."""
 
 
 def attempt_row(attempt: Attempt) -> dict[str, Any]:
@@ -123,6 +125,7 @@ def read_settled(row: dict[str, Any]) -> Settled:
         bank_seconds=optional_amount(row, "bank"),
         cancelled=count(row, "cancelled", 0),
         counted=counted(row),
+        told=frozenset(str(key) for key, _ in row.get("votes") or ()),
     )
 
 

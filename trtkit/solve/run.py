@@ -61,8 +61,10 @@ from trtkit.solve.summary import Summary, Verdict, judge, solution_row, summaris
 
 __all__ = ["Outcome", "Places", "claim", "identity_of", "run_solve", "write_results"]
 
-_FREE = ("problems.path", "engine.path", "arguments.outstanding")
-"""What a resumed run may have different: where things lie, and how full the batch is kept (memory may be scarcer)."""
+_SEEDS = "engine.seeds"
+_FREE = ("problems.path", "engine.path", _SEEDS, "arguments.outstanding")
+"""What a resumed run may have different: where things lie, whether a server is given seeds (it may die of one, and its
+samples are as good without), and how full the batch is kept (memory may be scarcer)."""
 _ADDED = {
     "arguments.kill_loops": "false",
     "arguments.force_close": "false",
@@ -128,7 +130,7 @@ def run_solve(
                 logger.warning(
                     "the time limit was over before the engine could be opened; answering from what is there"
                 )
-                late = answer_late(problems, solutions, journal, options, grader.same, loading_seconds=starting)
+                late = answer_late(problems, solutions, journal, options, loading_seconds=starting)
                 solutions |= late
             if len(solutions) < len(problems):
                 with open_sandbox(options.tools) as sandbox, open_engine() as engine:
@@ -153,6 +155,7 @@ def write_results(
     journal: Journal, grader: Grader,
 ) -> Outcome:  # fmt: skip
     """``solutions.jsonl`` and ``summary.json`` of the problems that have a solution."""
+    seconds = journal.seconds  # before the answers are held against known ones, which may take long
     stats = [*journal.history.engines, *([journal.engine] if journal.engine else [])]
     verdicts = _write_solutions(out, problems, solutions, options.mode, grader)
     figures = engine_figures(stats) if stats else None
@@ -161,7 +164,7 @@ def write_results(
     summary = summarise(
         verdicts,
         samples=options.samples,
-        seconds=journal.seconds,
+        seconds=seconds,
         run_dir=out,
         time_limit=options.time_limit,
         loading_seconds=journal.loading_seconds,
@@ -228,6 +231,8 @@ def claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
         changed = {k: v for k, v in versions.items() if (found.get("versions") or {}).get(k) != v}
         if changed:
             logger.warning("resuming a run that began with other versions; now: %s", json.dumps(changed))
+        if _SEEDS in wanted and _SEEDS not in there:  # from here on not all samples have one
+            write_json(path, {**found, "engine": {**found["engine"], "seeds": identity["engine"]["seeds"]}})
         return
     elif journal.exists():
         raise UsageError(

@@ -50,6 +50,23 @@ __all__ = ["PROBLEMS_FILE", "Session", "open_session"]
 
 PROBLEMS_FILE = "problems.jsonl"
 """In the run directory: what was asked, in that order."""
+_BLANK = "(blank)"
+"""For an id or a text of spaces alone, which no reader of problems takes."""
+
+
+class _SessionSolver(Solver):
+    """A solver that can be asked again after something broke into :meth:`Solver.ask`."""
+
+    def forget_unfinished(self) -> None:
+        """Let go of what is under way, without asking the engine for anything: see :meth:`Solver.go_on_with`."""
+        for request_id in self._samples:
+            if self._code is not None:
+                self._code.forget(request_id)
+        for name in self._contests:
+            if self._bank is not None:
+                self._bank.put_back(name)
+        self._samples.clear()
+        self._contests.clear()
 
 
 class Session(Closing):
@@ -85,7 +102,7 @@ class Session(Closing):
             sandbox = stack.enter_context(open_sandbox(options.tools))
             self._engine = stack.enter_context(contextlib.ExitStack())
             opened = self._engine.enter_context(open_engine())
-            self._solver = Solver(opened, chat, options, self._grader, self._journal, clock=clock)
+            self._solver = _SessionSolver(opened, chat, options, self._grader, self._journal, clock=clock)
             self._solver.recall(list(self._asked.values()))
             waiting = max(problems - len(self._solver.solutions), 1)
             self._solver.begin(problems, waiting, loading_seconds=clock() - began, sandbox=sandbox)
@@ -95,8 +112,9 @@ class Session(Closing):
         """The solution of the problem ``name``. An answer that was given before is given again.
 
         Never fails because of the engine: then the solution has an ``error``. Raises :class:`UsageError` when the name
-        stands for another text.
+        stands for another text. After Ctrl-C it may be asked again; the engine is opened anew for that.
         """
+        name, text = _as_written(name), _as_written(text)
         with self._turn:
             problem = Problem(id=name, text=text)
             if self._asked.setdefault(name, problem).text != text:
@@ -109,6 +127,10 @@ class Session(Closing):
                 logger.error("problem %s: %s: %s", name, type(failure).__name__, failure)
                 self._failed = True
                 return self._rescued(problem, f"{type(failure).__name__}: {failure}")
+            except BaseException:  # Ctrl-C may have cut a step of the engine in two
+                self._failed = True
+                self._solver.forget_unfinished()
+                raise
 
     def answer(self, name: str, text: str) -> str | None:
         """The winning answer in canonical spelling, the default answer without one, None without both."""
@@ -213,3 +235,9 @@ def open_session(
 def _asked_before(out: Path) -> dict[str, Problem]:
     path = out / PROBLEMS_FILE
     return {problem.id: problem for problem in read_problems(path)} if path.exists() else {}
+
+
+def _as_written(said: object) -> str:
+    """An id or a text as a file of problems holds it: ids may come as numbers, texts with half of a surrogate pair."""
+    text = str(said).encode(errors="replace").decode()
+    return text if text.strip() else _BLANK

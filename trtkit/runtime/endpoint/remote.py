@@ -38,12 +38,13 @@ class Remote:
 
     @property
     def place(self) -> Mapping[str, str]:
-        """What a run that goes on must find again, and where it was."""
+        """What a run that goes on must find again, and where it was; ``seeds`` is "no" where samples are given none."""
         chat = self.chat
         said = f"{chat.size} {chat.encode(_PROBE)}"
         return {
             "path": self.endpoint.url, "model": self.server.model, "template": chat.template_digest,
             "tokenizer": hashlib.sha256(said.encode()).hexdigest(),
+            **({} if self.endpoint.seeds else {"seeds": "no"}),
         }  # fmt: skip
 
     @property
