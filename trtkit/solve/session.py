@@ -54,21 +54,6 @@ _BLANK = "(blank)"
 """For an id or a text of spaces alone, which no reader of problems takes."""
 
 
-class _SessionSolver(Solver):
-    """A solver that can be asked again after something broke into :meth:`Solver.ask`."""
-
-    def forget_unfinished(self) -> None:
-        """Let go of what is under way, without asking the engine for anything: see :meth:`Solver.go_on_with`."""
-        for request_id in self._samples:
-            if self._code is not None:
-                self._code.forget(request_id)
-        for name in self._contests:
-            if self._bank is not None:
-                self._bank.put_back(name)
-        self._samples.clear()
-        self._contests.clear()
-
-
 class Session(Closing):
     """Answers one problem after the other; see :func:`open_session`. Use it as a context manager, or close it."""
 
@@ -102,7 +87,7 @@ class Session(Closing):
             sandbox = stack.enter_context(open_sandbox(options.tools))
             self._engine = stack.enter_context(contextlib.ExitStack())
             opened = self._engine.enter_context(open_engine())
-            self._solver = _SessionSolver(opened, chat, options, self._grader, self._journal, clock=clock)
+            self._solver = Solver(opened, chat, options, self._grader, self._journal, clock=clock)
             self._solver.recall(list(self._asked.values()))
             waiting = max(problems - len(self._solver.solutions), 1)
             self._solver.begin(problems, waiting, loading_seconds=clock() - began, sandbox=sandbox)
