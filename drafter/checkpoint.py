@@ -30,7 +30,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "DrafterError",
     "canonical_name",
-    "check_shapes",
+    "check_weights",
     "load_drafter",
     "public_names",
     "read_config",
@@ -109,30 +109,40 @@ def load_drafter(directory: Path, *, dtype: torch.dtype, device: torch.device) -
     tensors = {canonical_name(name): tensor for name, tensor in _read_tensors(directory).items()}
     drafter = _without_weights(config)
     wrong = _misfits(drafter, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    wrong += [
-        f"{name}: not finite in {dtype}".replace("torch.", "")
-        for name, tensor in tensors.items()
-        if not bool(tensor.to(dtype).isfinite().all())
-    ]
+    wrong += [text for name, tensor in tensors.items() for text in _unusable(name, tensor, dtype)]
     _refuse(directory, wrong)
     state = {name: tensors[public].to(device=device, dtype=dtype) for name, public in public_names(config).items()}
     drafter.load_state_dict(state, assign=True)
     return drafter.requires_grad_(False).eval()
 
 
-def check_shapes(directory: Path) -> None:
-    """Whether the tensors of ``model.safetensors`` are those of the configuration, from its header alone.
+def check_weights(directory: Path) -> None:
+    """Whether the tensors of ``model.safetensors`` are those of the configuration, and finite: one after the other.
 
     Raises :class:`DrafterError` as :func:`load_drafter`.
     """
     path = directory / WEIGHTS_FILE
+    shapes: dict[str, tuple[int, ...]] = {}
+    broken: list[str] = []
     try:
         with safe_open(path, framework="pt") as file:
             stored: list[str] = file.keys()
-            shapes = {canonical_name(name): tuple(file.get_slice(name).get_shape()) for name in stored}
+            for name in stored:
+                tensor = file.get_tensor(name)
+                shapes[canonical_name(name)] = tuple(tensor.shape)
+                broken += _unusable(canonical_name(name), tensor, torch.float32)
     except (OSError, SafetensorError) as problem:
         raise DrafterError(f"{directory}: the weights cannot be read: {problem}") from None
-    _refuse(directory, _misfits(_without_weights(read_config(directory)), shapes))
+    _refuse(directory, _misfits(_without_weights(read_config(directory)), shapes) + broken)
+
+
+def _unusable(name: str, tensor: Tensor, dtype: torch.dtype) -> list[str]:
+    """Why ``tensor`` cannot be computed with in ``dtype``."""
+    if not tensor.is_floating_point():
+        return [f"{name}: {tensor.dtype} codes, expected floating-point numbers".replace("torch.", "")]
+    parts = tensor.reshape(-1).chunk(1 + tensor.numel() // (1 << 24))
+    finite = all(bool(part.to(dtype).isfinite().all()) for part in parts)
+    return [] if finite else [f"{name}: not finite in {dtype}".replace("torch.", "")]
 
 
 def _without_weights(config: DrafterConfig) -> Drafter:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 __all__ = ["DrafterConfig", "TreeShape"]
 
 
+_MOST = {"hidden_size": 1 << 24, "vocab_size": 1 << 24, "exit_dim": 1 << 24, "num_draft_layers": 1 << 10}
+"""No head is so large; a damaged file may say so."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrafterConfig:
     """A ReDrafter head: the public config.json keys of apple/ml-recurrent-drafter."""
@@ -28,6 +32,7 @@ class DrafterConfig:
         ]
         if self.num_draft_layers < 0:
             wrong.append("num_draft_layers must not be negative")
+        wrong += [f"{name} is too large" for name, most in _MOST.items() if getattr(self, name) > most]
         if wrong:
             raise ValueError("; ".join(wrong))
 

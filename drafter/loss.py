@@ -172,7 +172,8 @@ class _Scorer:
         for start in range(0, len(weight), _VOCAB_BLOCK):
             block = slice(start, start + _VOCAB_BLOCK)
             weight.grad[block] += slope[:, block].T @ features.detach()
-        torch.autograd.backward(features, slope @ self._matrix)
+        if features.requires_grad:  # of a head without blocks and recurrence the output layer is all there is
+            torch.autograd.backward(features, slope @ self._matrix)
 
 
 def _scored(logits: Tensor, goal: Tensor, teacher: Tensor | None, rates: Tensor | None) -> Tensor:

@@ -248,14 +248,22 @@ def _resume(drafter: Drafter, optimizer: torch.optim.Optimizer, out: Path, confi
 
 
 def _truncate(path: Path, update: int) -> None:
-    """Drop reports of updates that are run again, and a torn last line."""
+    """Drop reports of updates that are run again, and a torn last line. On a full disk the file stays as it is."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    there, kept = path.read_text(encoding="utf-8", errors="replace"), []
+    for line in there.splitlines():
         try:
             if json.loads(line)["update"] <= update:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             break
-    path.write_text("".join(kept), encoding="utf-8")
+    if (text := "".join(kept)) == there:
+        return
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

@@ -158,6 +158,28 @@ def test_a_cpu_without_a_compiler_is_slow(tmp_path: Path, monkeypatch: pytest.Mo
     assert "g++" in check.hint
 
 
+def test_kernels_that_cannot_be_kept_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A home that is read-only, as containers have, or none at all: decoding is slow, and that is said."""
+    monkeypatch.setattr(doctor, "detect", lambda: profile_named("cpu"))
+    monkeypatch.delenv(loader.SWITCH, raising=False)
+    monkeypatch.setattr(loader, "compiler_path", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(loader, "_cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "extensions"))
+    check = found(tmp_path, "kernels")
+    assert check.status == "warn"
+    assert "Not a directory" in check.detail
+    assert "TORCH_EXTENSIONS_DIR" in check.hint
+    assert not loader.load.__wrapped__()
+    assert "decoding is slow: " in caplog.text
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    assert found(tmp_path, "kernels").status == "ok"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "looking makes nothing"
+
+
 BF16 = "avx512_bf16 avx512_vnni avx512vbmi avx512_vbmi2"
 
 

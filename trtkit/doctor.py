@@ -187,6 +187,13 @@ def _kernels_checks(gpu: GpuProfile | None) -> tuple[Check, ...]:
                 hint="install g++: decoding is several times as fast with compiled kernels",
             ),
         )  # fmt: skip
+    if detail is not None and (why := loader.kept_nowhere()) is not None:
+        return (
+            Check(
+                name="kernels", status="warn", detail=f"plain torch: the kernels cannot be kept ({why})",
+                hint="set TORCH_EXTENSIONS_DIR to a writable folder: decoding is several times as fast with them",
+            ),
+        )  # fmt: skip
     return (Check(name="kernels", status="ok", detail=detail or "plain torch: the CPU has no AVX2"),)
 
 

@@ -18,7 +18,7 @@ from trtkit.model_spec import read_model_spec
 from trtkit.recipe import DRAFTER_DIR, TOKEN_ORDER_FILE, TRAINING_FILE
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "renamed", "another size"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "renamed", "another size", "no number", "codes"])
 def test_weights_that_no_engine_could_draft_with_are_found_before_the_build(tmp_path: Path, damage: str) -> None:
     model = save_tiny(tmp_path / "model")
     save_chat_files(model)
@@ -30,11 +30,17 @@ def test_weights_that_no_engine_could_draft_with_are_found_before_the_build(tmp_
         weights.unlink()
     elif damage == "cut":
         weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage in ("no number", "codes"):
+        bias = tensors["lm_head.1.linear.bias"].clone()
+        bias[3] = torch.nan
+        tensors["lm_head.1.linear.bias"] = bias if damage == "no number" else torch.ones_like(bias, dtype=torch.int8)
+        save_file(tensors, weights)
     else:
         tensors["lm_head.1.linear.bias" if damage == "another size" else "surprise"] = torch.zeros(3)
         save_file(tensors, weights)
     said = {
         "missing": "no model.safetensors", "cut": "cannot be read", "renamed": "surprise: not part of such a head",
+        "no number": r"lm_head\.1\.linear\.bias: not finite", "codes": r"lm_head\.1\.linear\.bias: int8 codes",
         "another size": r"lm_head\.1\.linear\.bias: shape \(3,\), expected \(512,\)",
     }  # fmt: skip
     with pytest.raises(CheckpointError, match=said[damage]):

@@ -85,6 +85,15 @@ def test_everything_wrong_is_listed(tmp_path: Path) -> None:
         load_drafter(tmp_path, dtype=torch.float32, device=CPU)
 
 
+@pytest.mark.parametrize("damage", [{"exit_dim": 10**18}, {"num_draft_layers": 10**9}])
+def test_sizes_that_no_head_has_are_refused(tmp_path: Path, damage: dict[str, int]) -> None:
+    save_drafter(_head(), tmp_path, dtype=torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **damage}))
+    with pytest.raises(DrafterError, match=f"{next(iter(damage))} is too large"):
+        load_drafter(tmp_path, dtype=torch.float32, device=CPU)
+
+
 def test_the_configuration_of_a_model_is_not_gone_through(tmp_path: Path) -> None:
     made = {"model_type": "qwen2", "hidden_size": 4, "vocab_size": 6, "num_attention_heads": 2, "rope_theta": 1e4}
     (tmp_path / "config.json").write_text(json.dumps(made))

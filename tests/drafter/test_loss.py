@@ -86,6 +86,23 @@ def test_loss_and_gradients_match_the_unrolled_step(
         torch.testing.assert_close(gradients[name], parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("objective", ["ce", "kd"])
+def test_a_head_that_is_an_output_layer_alone_is_trained(objective: Objective) -> None:
+    """No blocks, no recurrence, the published width: nothing but the output layer has a gradient."""
+    head = Drafter(
+        DrafterConfig(hidden_size=HIDDEN, vocab_size=VOCAB, exit_dim=2 * HIDDEN, num_draft_layers=0, rnn=False)
+    )
+    batch, lm_head = _batch([9, 6], prompt=2), torch.randn(VOCAB, HIDDEN)
+    ours = draft_loss(head, batch, depth_weights=[1.0], objective=objective, lm_head=lm_head, backward=True)
+    (parameter,) = head.parameters()
+    assert parameter.grad is not None
+    gradient = parameter.grad / ours.weight
+    head.zero_grad(set_to_none=True)
+    (loss,), _, _ = _by_hand(head, batch, 1, objective, lm_head)
+    loss.backward()
+    torch.testing.assert_close(gradient, parameter.grad)
+
+
 def test_arithmetic_in_bfloat16_keeps_gradients_in_float32() -> None:
     head = Drafter(DrafterConfig(hidden_size=HIDDEN, vocab_size=VOCAB, exit_dim=8))
     batch, found = _batch([40, 20], prompt=2), []

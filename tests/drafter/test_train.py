@@ -251,6 +251,27 @@ def test_a_run_that_died_before_its_first_state_starts_with_empty_metrics(tmp_pa
     assert [line["update"] for line in lines] == list(range(1, 25))
 
 
+@pytest.mark.parametrize("rest", ['{"update": 25, "loss": 1}\n', '{"update": 2', "[1]\n", '{"loss": 1}\n', "\xff\n"])
+def test_a_full_disk_takes_no_reports_along(tmp_path: Path, rest: str) -> None:
+    """What a killed run left behind the last saved state is dropped, or, with no room to do so, stays."""
+    resource = pytest.importorskip("resource")
+    _train(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + rest.encode("latin-1"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            _train(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == whole + rest.encode("latin-1")
+    _train(tmp_path)
+    assert path.read_bytes() == whole
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     _train(tmp_path)
     with pytest.raises(ValueError, match=r"peak_rate: 0\.01 there, 0\.5 now"):

@@ -150,6 +150,7 @@ def test_acceptance_is_expected_as_measured_at_the_highest_temperature(tmp_path:
     }  # fmt: skip
     foreign: list[object] = [
         {}, {"report": []}, {"report": {"trees": [{"tree": 4}]}}, {"report": {"trees": [{**trees[0], "tree": "wide"}]}},
+        {"report": {"trees": [{**trees[0], "accepted_by_depth": [0.5, float("nan")]}]}},
     ]  # fmt: skip
     for other in foreign:
         path.write_text(json.dumps(other))

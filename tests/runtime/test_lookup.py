@@ -302,6 +302,32 @@ def test_the_text_of_a_prompt_does_not_grow_for_ever(model: DecoderModel, monkey
     assert siblings.text.size <= 200 + 2 * (30 + CHAIN.length + 1)
 
 
+def test_samples_that_hold_more_than_is_kept_are_not_read_again_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 samples of 33,000 tokens, say: to read them all takes ten seconds."""
+    monkeypatch.setattr("trtkit.runtime.lookup._MOST_TOKENS", 400)
+    read: list[int] = []
+    write = SharedText.write
+
+    def noted(text: SharedText, number: int, tokens: list[int]) -> None:
+        read.append(len(tokens))
+        write(text, number, tokens)
+
+    monkeypatch.setattr(SharedText, "write", noted)
+    prefix = Prefix(tokens=(1, 2, 3), requests=8)
+    rows = [
+        Row(request=request(str(order), (1, 2, 3, 4)), order=order, prefix=prefix, tokens=[1, 2, 3, 4] * 30)
+        for order in range(8)
+    ]
+    lookup, steps = Lookup(), 100
+    for step in range(steps):
+        assert lookup.draft(rows, CHAIN) is not None
+        for row in rows:
+            row.tokens.append(1 + step % 4)
+    assert sum(read) <= 2 * steps * len(rows)
+    (siblings,) = lookup._siblings.values()
+    assert siblings.text.size <= 400 + len(rows)
+
+
 def test_what_was_taken_back_is_not_built_upon(model: DecoderModel) -> None:
     """A sample that is extended after some of its tokens were dropped drafts from what it says now."""
     (prompt,) = random_prompts(6, [20], vocab=VOCAB)

@@ -71,6 +71,20 @@ def test_the_first_of_equal_lines_is_drafted() -> None:
     assert int(head.chain(torch.randn(20, 128).to(BF16), torch.arange(20), 4).max()) < 30
 
 
+@pytest.mark.parametrize("kept", [None, 45])
+def test_a_state_that_is_no_number_drafts_tokens_all_the_same(kept: int | None) -> None:
+    """Of a target that overflowed for one row: the others' drafts are theirs, and none lies beyond the vocabulary."""
+    torch.manual_seed(2)
+    head = _head(_table(), kept=kept)
+    context, tokens = torch.randn(3, 128).to(BF16), torch.arange(3)
+    assert head.chain is not None
+    wanted = head.chain(context, tokens, 4)
+    context[1] = torch.nan
+    found = head.chain(context, tokens, 4)
+    assert found[[0, 2]].equal(wanted[[0, 2]])
+    assert found[1].tolist() == [int(head.ids(torch.tensor(0)))] * 4
+
+
 def test_pending_tokens_may_lie_apart() -> None:
     torch.manual_seed(0)
     head = _head(_table())

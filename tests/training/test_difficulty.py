@@ -66,6 +66,15 @@ def test_it_learns_what_the_text_says(trained: tuple[Path, DifficultyReport]) ->
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_other_devices_are_left_alone(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be full with an engine that solves meanwhile."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("a GPU was set up"))
+    before = torch.get_rng_state()
+    _train(base, _labels(), tmp_path / "out", epochs=0.1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_saved_predictions_are_the_reported_ones(trained: tuple[Path, DifficultyReport]) -> None:
     """The figures of the report, computed again from the saved directory and the problems that were held out."""
     out, report = trained

@@ -18,15 +18,18 @@ from drafter.data import Sample, Window
 from drafter.loss import DraftBatch
 from drafter.model import Drafter
 from tests.chat_files import save_problems
-from tests.engines import random_prompts, request
+from tests.engines import random_prompts, request, run_all
 from tests.fakes import EOS_ID, FakeChat, FakeEngine
 from tests.tiny import save_tiny, tiny_model
 from tests.training.small import small_training
 from trtkit.chat import VARIANTS
 from trtkit.checkpoint.unified import open_unified
+from trtkit.runtime import load
 from trtkit.runtime.api import EngineStats
+from trtkit.runtime.kv_cache import kv_block_bytes
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.thread_choice import ThreadChooser
+from trtkit.runtime.torch_options import Drafting
 from trtkit.training import run
 from trtkit.training.evaluate import DepthHits, TreeResult, hits_by_depth, measure_tree
 from trtkit.training.rows import Row, read_rows
@@ -71,6 +74,24 @@ def test_answers_take_as_few_threads_as_are_fastest_and_give_them_back(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("free", "blocks"), [(0, 6), (10, 10), (10**6, 32 * 6)])
+def test_keys_and_values_take_the_room_that_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, blocks: int
+) -> None:
+    """32 rows of 16,384 tokens of a 14B model take 100 GB: more than the GPU has, after hours of training."""
+    save_tiny(tmp_path)
+    model = DecoderModel(open_unified(tmp_path), device=CPU, dtype=torch.float32, max_tokens=160)
+    block = kv_block_bytes(model.spec, "model", torch.float32, 16)
+    monkeypatch.setattr(load, "free_bytes", lambda _: 4 * free * block)  # of which a CPU takes a quarter
+    head = Drafter(DrafterConfig(hidden_size=model.spec.hidden, vocab_size=320, exit_dim=32)).eval()
+    drafting = Drafting(head=head, trees=(TreeShape(beams=4, length=4),))
+    asked = [request(str(n), prompt, max_tokens=50) for n, prompt in enumerate(random_prompts(1, [14] * 5))]
+    with target_engine(model, drafting, 60) as engine:
+        assert engine.stats().kv_blocks == blocks
+        tokens, _ = run_all(engine, asked)
+    assert all(len(line) == 46 for line in tokens.values())
 
 
 def test_no_more_rows_are_taken_than_asked(tmp_path: Path) -> None:

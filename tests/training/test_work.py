@@ -122,6 +122,21 @@ def test_damaged_files_of_a_training_are_named_and_may_be_deleted(
     assert run.train_head(plan, out, device=CPU) is not None
 
 
+@pytest.mark.parametrize("left", [None, "", "[1]\n"])
+def test_a_head_is_published_without_the_reports_of_its_training(tmp_path: Path, left: str | None) -> None:
+    """Deleted or damaged since; what is published already stays."""
+    _, plan = small_training(tmp_path, 12, own=False, max_tokens=120, trees=())
+    out = tmp_path / "out"
+    first = run.train_head(plan, out, device=CPU)
+    reports, path = (out / "metrics.jsonl").read_text(), out / "work" / "metrics.jsonl"
+    if left is None:
+        path.unlink()
+    else:
+        path.write_text(left)
+    assert run.train_head(plan, out, device=CPU) == first
+    assert (out / "metrics.jsonl").read_text() == reports
+
+
 def test_another_training_may_take_the_texts_along(tmp_path: Path) -> None:
     rows, plan = small_training(tmp_path, 12, own=False, max_tokens=120, trees=())
     assert run.train_head(plan, tmp_path / "out", device=CPU) is not None

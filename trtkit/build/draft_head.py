@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, DrafterError, check_shapes, read_config
+from drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, DrafterError, check_weights, read_config
 from trtkit.chat import Chat
 from trtkit.errors import CheckpointError, UnsupportedError
 from trtkit.files import digest_file, read_json
@@ -25,7 +25,7 @@ def check_head(directory: Path, spec: ModelSpec, chat: Chat) -> None:
         if not (directory / WEIGHTS_FILE).is_file():
             raise CheckpointError(f"no {WEIGHTS_FILE}", where=str(directory))
         # Now, not when the finished engine is opened.
-        check_shapes(directory)
+        check_weights(directory)
     except DrafterError as problem:
         unfinished = (directory / PLAN_FILE).is_file()
         hint = (

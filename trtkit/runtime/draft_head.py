@@ -104,8 +104,11 @@ def measured_acceptance(directory: Path) -> dict[TreeShape, tuple[float, ...]]:
         for row in read_json(path, EngineError)["report"]["trees"]:
             beams, length = (int(part) for part in row["tree"].split("x"))
             shape, temperature = TreeShape(beams=beams, length=length), float(row["temperature"])
+            shares = tuple(float(share) for share in row["accepted_by_depth"])
+            if not all(0 <= share <= 1 for share in shares):
+                return {}  # a NaN would stay for ever
             if shape not in found or temperature >= found[shape][0]:
-                found[shape] = (temperature, tuple(float(share) for share in row["accepted_by_depth"]))
+                found[shape] = (temperature, shares)
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}  # a head from elsewhere: its acceptance is learned while it runs
     return {shape: shares for shape, (_, shares) in found.items()}

@@ -37,7 +37,16 @@ from trtkit.runtime.tree_choice import DEFAULT_TREES, TreeChooser
 from trtkit.runtime.tree_memory import memory_file
 from trtkit.scheme import OutputLayer
 
-__all__ = ["OpenOptions", "compute_dtype", "device_named", "open_engine", "open_rank", "rank_count", "set_threads"]
+__all__ = [
+    "OpenOptions",
+    "compute_dtype",
+    "device_named",
+    "kv_bytes",
+    "open_engine",
+    "open_rank",
+    "rank_count",
+    "set_threads",
+]
 
 _BLOCK_SIZE = 16
 _BESIDE_BYTES = 3 << 29
@@ -307,6 +316,15 @@ def _known(dtype: str) -> str:
     return dtype
 
 
+def kv_bytes(device: torch.device, fraction: float | None = None) -> int:
+    """What keys and values may take of the memory that is free; ``fraction`` as ``OpenOptions.kv_memory_fraction``."""
+    free = free_bytes(device)
+    usable = int(free * (fraction or (0.9 if device.type == "cuda" else CPU_KV_SHARE)))
+    if device.type == "cuda" and fraction is None:
+        usable = max(0, min(usable, free - _BESIDE_BYTES))
+    return usable
+
+
 def _limits(
     manifest: EngineManifest,
     options: OpenOptions,
@@ -319,11 +337,7 @@ def _limits(
     rows = options.rows or manifest.recipe.limits.batch
     kv_dtype = manifest.recipe.kv_dtype
     block_bytes = kv_block_bytes(model.spec, kv_dtype, model.dtype, _BLOCK_SIZE)
-    fraction = options.kv_memory_fraction or (0.9 if model.device.type == "cuda" else CPU_KV_SHARE)
-    free = free_bytes(model.device)
-    usable = int(free * fraction)
-    if model.device.type == "cuda" and options.kv_memory_fraction is None:
-        usable = max(0, min(usable, free - _BESIDE_BYTES))
+    usable = kv_bytes(model.device, options.kv_memory_fraction)
     ranks = model.ranks
     if ranks is not None and model.device.type == "cpu":
         usable //= ranks.size  # they share its memory

@@ -51,6 +51,8 @@ _AGREEMENT = 16
 """Tokens before a place that are compared; more agreement makes no better a draft."""
 _MOST_TOKENS = 2 << 20
 """Beyond so many (20 to 40 bytes each) the text of a prompt begins anew: a server may be asked one thing for ever."""
+_SHARE_READ_AGAIN = 4
+"""Of that, one part in so many is left to what is read again then: the samples may hold more than all of it."""
 _NOWHERE = -1
 
 
@@ -227,8 +229,11 @@ class Lookup:
 
     def _read(self, siblings: _Siblings, row: Row) -> int:
         """Take over what the row has written since the last look; its number in the text."""
-        start = len(row.request.prompt)
-        number, done = siblings.written.get(row.order) or (siblings.text.begin(), start)
+        if row.order in siblings.written:
+            number, done = siblings.written[row.order]
+        else:
+            most = _MOST_TOKENS // (_SHARE_READ_AGAIN * max(1, row.prefix.requests))
+            number, done = siblings.text.begin(), max(len(row.request.prompt), len(row.tokens) - most)
         siblings.text.write(number, row.tokens[done:])
         siblings.written[row.order] = (number, len(row.tokens))
         return number

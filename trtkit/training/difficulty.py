@@ -114,7 +114,8 @@ def train_difficulty(
         raise InputError("all problems took the same number of tokens: there is nothing to learn")
     units = Units(centre=fmean(logs), spread=pstdev(logs))
     directory = _source(plan.model)
-    with staged_dir(out, replace=replace_out) as stage, torch.random.fork_rng():
+    gpus = [device] if device.type == "cuda" else []  # else all are set up, those of other processes too
+    with staged_dir(out, replace=replace_out) as stage, torch.random.fork_rng(gpus):
         torch.manual_seed(plan.seed)  # the new output layer, and dropout where the model has some
         network, tokenizer = load_network(directory)
         regressor = Regressor(network.to(device), tokenizer, units, max_tokens=plan.max_tokens)

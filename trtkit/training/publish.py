@@ -51,9 +51,10 @@ def publish(out: Path, work: Path, drafter: Drafter, order: Tensor, training: Ma
         path.chmod(0o644)  # safetensors writes for the owner alone
         path.replace(out / path.name)
     (work / "head").rmdir()
-    metrics = (work / METRICS_FILE).read_text(encoding="utf-8")
-    write_text(out / METRICS_FILE, metrics)
-    _plot([json.loads(line) for line in metrics.splitlines()], out / "curve.png")
+    path = work / METRICS_FILE
+    if path.is_file() and (metrics := path.read_text(encoding="utf-8")):
+        write_text(out / METRICS_FILE, metrics)
+        _plot([json.loads(line) for line in metrics.splitlines()], out / "curve.png")
 
 
 def _plot(reports: Sequence[dict[str, Any]], path: Path) -> None:

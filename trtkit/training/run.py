@@ -9,6 +9,7 @@ out/work/                             texts and the resumable state (work.py); m
 from __future__ import annotations
 
 import functools
+import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -123,6 +124,9 @@ def _train_and_measure(
     if not among.first:
         return None
     drafter.requires_grad_(False).eval()
+    # What training has held makes room for keys and values: gradients, and moments that torch left in a cycle.
+    drafter.zero_grad(set_to_none=True)
+    gc.collect()
     measures = Measures(work / MEASURES_FILE, drafter, parts=1 + len(_measurements(plan)))
     report = HeadReport(
         updates=config.updates,

@@ -14,6 +14,9 @@ from drafter.data import Sample, Window
 from drafter.loss import DraftBatch
 from trtkit.chat import Chat, PromptVariant
 from trtkit.decoder import Attend, causal_attention
+from trtkit.runtime.blocks import blocks_for
+from trtkit.runtime.kv_cache import kv_block_bytes
+from trtkit.runtime.load import kv_bytes
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.thread_choice import ThreadChooser
 from trtkit.runtime.torch_engine import TorchEngine
@@ -38,13 +41,17 @@ def written_answers(
 
 
 def target_engine(model: DecoderModel, drafting: Drafting | None, total_tokens: int) -> TorchEngine:
-    """An engine over weights that are already in memory.
+    """An engine of 32 rows over weights that are already in memory; keys and values take what room there is, at most.
 
     On a CPU its steps take up to as many threads as are set, the fastest number; as many are set again when it closes.
     """
     rows, size = 32, 16
-    blocks = rows * (total_tokens // size + 3)
-    limits = TorchLimits(rows=rows, total_tokens=total_tokens, kv_blocks=blocks, block_size=size)
+    nodes = max((tree.max_nodes for tree in drafting.trees if tree) if drafting else (), default=1)
+    least = blocks_for(total_tokens + nodes, size) + 1  # a lone row, with its copy of a shared block
+    room = kv_bytes(model.device) // kv_block_bytes(model.spec, "model", model.dtype, size)
+    limits = TorchLimits(
+        rows=rows, total_tokens=total_tokens, kv_blocks=max(least, min(room, rows * least)), block_size=size
+    )
     threads = torch.get_num_threads()
     adapts = model.device.type == "cpu" and threads > 1
     return TorchEngine(model, limits, drafting, ThreadChooser(threads) if adapts else None)

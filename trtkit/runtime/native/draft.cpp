@@ -21,13 +21,14 @@ inline vec rounded_vec(vec x) {
   return load(line);
 }
 
-inline int64_t best_of(const bf16* line, int64_t count) {  // the first of equals
+inline int64_t best_of(const bf16* line, int64_t count) {  // the first of equals; 0 where nothing is a number
   vec top = all(LOWEST);
   int64_t i = 0;
   for (; i + W <= count; i += W) top = larger(load(line + i), top);
   float best = largest(top);
   for (; i < count; i++) best = std::max(best, wide(line[i]));
-  return std::find_if(line, line + count, [best](bf16 x) { return wide(x) == best; }) - line;
+  const int64_t at = std::find_if(line, line + count, [best](bf16 x) { return wide(x) == best; }) - line;
+  return at < count ? at : 0;
 }
 
 struct DraftChain : torch::CustomClassHolder {

@@ -27,6 +27,7 @@ __all__ = [
     "SWITCH",
     "WORTHWHILE_PARAMETERS",
     "compiler_path",
+    "kept_nowhere",
     "kernels_here",
     "library_path",
     "load",
@@ -35,6 +36,8 @@ __all__ = [
 
 SWITCH = "TRTKIT_NATIVE"
 """Environment variable: 0 never compiles or loads, 1 does so for the smallest model."""
+_PLACE = "TORCH_EXTENSIONS_DIR"
+"""Environment variable of torch: the folder that compiled extensions are kept in."""
 WORTHWHILE_PARAMETERS = 3_000_000
 """Below, a model runs in pure torch: a first run would compile for longer than it computes. The practice model, at
 4.2M, decodes 2.5 times as fast with the kernels."""
@@ -66,7 +69,11 @@ def wanted(parameters: int, device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def load() -> bool:
-    """Compile if need be, and register ``torch.ops.trtkit_cpu``. False, with a debug log, where that cannot be."""
+    """Compile if need be, and register ``torch.ops.trtkit_cpu``. False where that cannot be: with a debug log, but with
+    a warning where nothing is missing but a place for the library."""
+    if (why := kept_nowhere()) is not None:
+        logger.warning("no CPU kernels, so that decoding is slow: %s; name a folder in %s", why, _PLACE)
+        return False
     try:
         torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
     except (OSError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
@@ -82,14 +89,34 @@ def compiler_path() -> str | None:
 
 
 def library_path() -> Path:
-    """Where the library lies once it is compiled. Raises :class:`RuntimeError` on a CPU without wide vectors."""
+    """Where the library lies once it is compiled. Raises :class:`RuntimeError` on a CPU without wide vectors, and for a
+    user without a home."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         raise RuntimeError("the CPU has neither AVX2 nor AVX512")
     files = (f"{path.name} {path.read_text(encoding='utf-8')}" for path in (*_sources(), *sorted(_FOLDER.glob("*.h"))))
     identity = (*files, *_FLAGS, str(_OF_ONE_SOURCE), *_LINK, torch.__version__, _cpu())
     name = f"trtkit_cpu_{hashlib.sha256(' '.join(identity).encode()).hexdigest()[:16]}"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    root = Path(os.environ.get(_PLACE) or Path.home() / ".cache" / "torch_extensions")
     return root / name / f"{name}.so"
+
+
+def kept_nowhere() -> str | None:
+    """Why the library can be neither read nor written where it belongs, as in a container with a read-only home; None
+    when it can be, or is not wanted on this CPU."""
+    if compiler_path() is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return None
+    place = Path()
+    try:
+        path = library_path()
+        for place in () if path.is_file() else path.parents:
+            if place.exists():
+                with tempfile.TemporaryFile(dir=place):
+                    break
+    except RuntimeError as problem:  # no home
+        return str(problem)
+    except OSError as problem:
+        return f"{place}: {problem.strerror}"
+    return None
 
 
 def kernels_here() -> str | None:
