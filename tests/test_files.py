@@ -126,6 +126,30 @@ def test_a_link_stays_and_what_it_points_to_is_written(tmp_path: Path, before: s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
+@pytest.mark.parametrize("typed", [".", "down/..", "the full path", "a mount point"])
+def test_what_cannot_give_way_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
+) -> None:
+    """The stage of "." lay in it: an hour later it was its own proof that another process had been there."""
+    (tmp_path / "here" / "down").mkdir(parents=True)
+    target = {"the full path": tmp_path / "here", "a mount point": tmp_path / "mounted"}.get(typed, Path(typed))
+    if typed == "a mount point":
+        target.mkdir()
+        monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == target)
+    else:
+        monkeypatch.chdir(tmp_path / "here")
+    worked = False
+    with (
+        pytest.raises(OutputError, match="mount point" if typed == "a mount point" else "is where") as caught,
+        staged_dir(target, replace=True),
+    ):
+        worked = True
+    assert not worked
+    assert caught.value.hint is not None
+    assert caught.value.hint.endswith(f"--out {target.resolve() / 'new'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "mounted"][: 1 + (typed == "a mount point")]
+
+
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_file_is_no_place_for_a_directory_and_that_is_said_before_the_work(tmp_path: Path, replace: bool) -> None:
     target = tmp_path / "target"
