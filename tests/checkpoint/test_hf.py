@@ -60,6 +60,21 @@ def test_tied_checkpoint_needs_no_lm_head(tmp_path: Path) -> None:
     check_finite(source)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_table_that_is_stored_twice_must_be_the_same(tmp_path: Path, dtype: torch.dtype) -> None:
+    def twice(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
+
+    def other(tensors: dict[str, torch.Tensor]) -> None:
+        twice(tensors)
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    check_finite(open_source(changed(tmp_path / "same", twice, tie_word_embeddings=True, dtype=torch.bfloat16)))
+    source = open_source(changed(tmp_path / "other", other, tie_word_embeddings=True, dtype=torch.bfloat16))
+    with pytest.raises(CheckpointError, match="ties lm_head to the embeddings, and the files have an lm_head with"):
+        check_finite(source)
+
+
 def test_all_offenders_are_listed_at_once(tmp_path: Path) -> None:
     def damage(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["model.layers.0.mlp.up_proj.weight"]

@@ -43,6 +43,8 @@ FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+_TIED_VALUES = 1 << 24
+"""Of each table at a time."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt")
 _HUB_FILES = (*_TOKENIZER_FILES, "*.safetensors")
@@ -222,7 +224,8 @@ def finite_tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
     """All weights by name, in the order of :func:`expected_shapes`: the two tables in flat blocks, the others whole.
 
     Nothing follows the first value that is NaN or Inf, or would be in the model's dtype, which a file may be wider
-    than: the rest is only read, and :class:`CheckpointError` names every tensor that has one.
+    than: the rest is only read, and :class:`CheckpointError` names every tensor that has one. It also tells of an
+    lm_head of its own where config.json says that there is none.
     """
     bad: dict[str, int] = {}
     dtype = MODEL_DTYPES[source.spec.dtype]
@@ -238,6 +241,7 @@ def finite_tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
         wider = "" if stored == dtype else f" in {source.spec.dtype}, the dtype of config.json; the file has {stored}"
         problems.append(f"{name}: {count} value(s) are NaN or Inf{wider.replace('torch.', '')}")
     raise_damaged(source.directory, problems, "the weights are not finite")
+    _check_tied(source)
 
 
 def _tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
@@ -246,6 +250,28 @@ def _tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, block) for block in source.shards.blocks(name))
         else:
             yield name, source.shards.tensor(name)
+
+
+def _check_tied(source: HfCheckpoint) -> None:
+    """Savers may store tied tables twice. Where the two differ, transformers 5 takes the second, while transformers 4,
+    vLLM and we take the first: one of them runs another model."""
+    entries, dtype = source.shards.entries, MODEL_DTYPES[source.spec.dtype]
+    if not source.spec.tied or LM_HEAD not in entries:
+        return
+    same = entries[LM_HEAD].shape == entries[EMBEDDING].shape and all(
+        torch.equal(one.to(dtype), other.to(dtype))
+        for one, other in zip(
+            *(source.shards.blocks(name, _TIED_VALUES * entries[name].dtype.itemsize) for name in (EMBEDDING, LM_HEAD)),
+            strict=True,
+        )
+    )
+    if not same:
+        raise CheckpointError(
+            "config.json ties lm_head to the embeddings, and the files have an lm_head with other values",
+            where=str(source.directory),
+            hint="readers differ in which of the two they take: set tie_word_embeddings to false in config.json, or "
+            "take lm_head.weight out of the files",
+        )
 
 
 def _not_finite(tensor: Tensor, dtype: torch.dtype) -> int:
