@@ -189,7 +189,9 @@ def _quantized(
     yield from tensors.items()
     for group, members in LINEAR_PARTS.items():
         with _one_thread_less():
-            quantized = quantize_group(parts.pop(group), scheme, scales.groups[group])
+            quantized = quantize_group(
+                parts.pop(group), scheme, scales.groups[group], dtype=MODEL_DTYPES[spec.dtype]
+            )  # fmt: skip
         for member, linear in zip(members, quantized, strict=True):
             yield from _linear_tensors(f"{prefix}{member}", linear)
     if scheme.kv_dtype != "model":
