@@ -92,6 +92,7 @@ def describe(directory: Path, *, verify: bool = False) -> Description:
         )
     facts, data = look(directory)
     kind = DRAFTER if "drafter" in data else FOREIGN if "quant_method" in data else kind
+    kind = QUANTIZED if kind == CHECKPOINT and "quantization" in data else kind  # its config.json alone says so
     if verify and kind in _UNVERIFIED:
         what, instead = _UNVERIFIED[kind]
         raise UsageError(f"--verify: {what} to verify", where=str(directory), hint=f"leave it out; {instead}")
@@ -198,11 +199,15 @@ def _look_at_config(directory: Path) -> tuple[dict[str, str], JsonObject]:
         kept = {name: config.get(name) for name in names}
         return {name: str(value) for name, value in kept.items()}, {"drafter": kept}
     facts, data = _spec_facts(directory)
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method is not None and method != "modelopt":
-        facts["quantized"] = f"{method}{', by ' + str(config[EXPORTED_BY]) if EXPORTED_BY in config else ''}"
-        data["quant_method"] = method
-    return facts, data
+    section = config.get("quantization_config")
+    if section is None:
+        return facts, data
+    method = section.get("quant_method") if isinstance(section, dict) else section
+    if method == "modelopt":
+        facts["precision"] = f"quant_algo {section.get('quant_algo')}"
+        return facts, {**data, "quantization": section}
+    facts["quantized"] = f"{method}{', by ' + str(config[EXPORTED_BY]) if EXPORTED_BY in config else ''}"
+    return facts, {**data, "quant_method": method}
 
 
 def _spec_facts(directory: Path) -> tuple[dict[str, str], JsonObject]:
