@@ -13,7 +13,7 @@ from drafter.checkpoint import DrafterError, load_drafter
 from trtkit.build.draft_head import PLAN_FILE
 from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.checkpoint.compressed_export import EXPORTED_BY
-from trtkit.checkpoint.hf import check_finite, open_source
+from trtkit.checkpoint.hf import check_finite, open_source, snapshot_in
 from trtkit.checkpoint.names import rank_file
 from trtkit.checkpoint.shards import Entry, open_shards, read_header
 from trtkit.checkpoint.trtllm_parse import read_trtllm_config
@@ -85,10 +85,13 @@ def describe(directory: Path, *, verify: bool = False) -> Description:
         raise InputError(said, where=str(directory), hint="pass a checkpoint, engine or run directory, or 'practice'")
     kind, look = next(((k, look) for mark, k, look in _KINDS if (directory / mark).is_file()), ("", None))
     if look is None:
+        inside = snapshot_in(directory)
         raise InputError(
             "neither a checkpoint nor an engine nor a run",
             where=str(directory),
-            hint=f"expected one of: {', '.join(mark for mark, _, _ in _KINDS)}",
+            hint=f"a checkpoint in it: {inside}"
+            if inside
+            else f"expected one of: {', '.join(m for m, _, _ in _KINDS)}",
         )
     facts, data = look(directory)
     kind = DRAFTER if "drafter" in data else FOREIGN if "quant_method" in data else kind

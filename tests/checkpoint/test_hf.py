@@ -17,6 +17,7 @@ from trtkit.checkpoint.hf import check_finite, open_source, resolve_source
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import open_shards
 from trtkit.checkpoint.unified import open_unified
+from trtkit.describe import describe
 from trtkit.errors import CheckpointError, ConfigError, HubError, InputError, OutputError, UnsupportedError
 from trtkit.files import digest_file
 
@@ -249,6 +250,24 @@ def test_weights_are_downloaded_where_they_are_wanted(monkeypatch: pytest.Monkey
     assert resolve_source("owner/name", weights=weights) == Path("there")
     assert ("*.safetensors" in asked[0]) == weights
     assert {"*.json", "*.jinja"} <= set(asked[0])
+
+
+def test_a_folder_of_the_hubs_cache_leads_to_its_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "models--owner--name"
+    snapshot = folder / "snapshots" / "0123abcd"
+    (folder / "blobs").mkdir(parents=True)
+    save_tiny(snapshot)
+    for file in snapshot.iterdir():
+        blob = folder / "blobs" / file.name
+        file.rename(blob)
+        file.symlink_to(f"../../blobs/{file.name}")
+    check_finite(open_source(resolve_source(str(snapshot))))
+    with pytest.raises(InputError, match="folder of the hub's cache") as caught:
+        resolve_source(str(folder))
+    assert caught.value.hint == f"the checkpoint in it: {snapshot}"
+    with pytest.raises(InputError, match="neither") as caught:
+        describe(folder)
+    assert caught.value.hint == f"a checkpoint in it: {snapshot}"
 
 
 def test_writer_makes_files_that_safetensors_reads(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "open_source",
     "read_config",
     "resolve_source",
+    "snapshot_in",
 ]
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -72,6 +73,8 @@ def resolve_source(model: str, *, weights: bool = True) -> Path:
         return practice_dir()
     path = Path(model).expanduser()
     if path.is_dir():
+        if (inside := snapshot_in(path)) is not None:
+            raise InputError("is a folder of the hub's cache", where=model, hint=f"the checkpoint in it: {inside}")
         return path
     if path.is_file():
         raise InputError("is a file, not a checkpoint directory", where=model, hint=f"pass {path.parent}")
@@ -82,6 +85,14 @@ def resolve_source(model: str, *, weights: bool = True) -> Path:
             hint=f"pass {known_hub_id(model) or 'a checkpoint directory, a hub id (owner/name), or practice'}",
         )
     return _download(model, _HUB_FILES if weights else _TOKENIZER_FILES)
+
+
+def snapshot_in(directory: Path) -> Path | None:
+    """The newest checkpoint in ``models--OWNER--NAME`` of the hub's cache, None for any other directory."""
+    if (directory / "config.json").is_file():
+        return None
+    found = list(directory.glob("snapshots/*/config.json"))
+    return max(found, key=lambda path: path.lstat().st_mtime_ns).parent if found else None
 
 
 def _download(model: str, files: Sequence[str]) -> Path:
