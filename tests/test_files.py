@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,17 +197,40 @@ def test_an_interruption_between_the_old_and_the_new_brings_the_old_back(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_sigterm_leaves_nothing_half_made(tmp_path: Path) -> None:
-    def terminated() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A lost connection left 30 GB under a hidden name; the kernel and the shell both send a SIGHUP then."""
+    rmtree = shutil.rmtree
+
+    def hung_up_again(path: Path, **more: bool) -> None:
+        if number == signal.SIGHUP:
+            os.kill(os.getpid(), number)
+        rmtree(path, **more)
+
+    def ended() -> None:
         with staged_dir(tmp_path / "target") as stage:
             (stage / "half").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("trtkit.files.shutil.rmtree", hung_up_again)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        terminated()
+        ended()
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_hang_up_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with staged_dir(tmp_path / "target") as stage:
+            (stage / "whole").touch()
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "target" / "whole").is_file()
 
 
 def test_what_is_written_is_for_all_to_read_and_whole_or_not_there(tmp_path: Path) -> None:

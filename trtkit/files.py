@@ -220,7 +220,7 @@ def digest_file(path: Path) -> str:
 def staged_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A fresh directory beside ``target`` that becomes ``target`` when the block ends well, and vanishes when it fails.
 
-    It vanishes at a SIGTERM, too. A symbolic link stays, and what it points to becomes the directory. Raises
+    It vanishes at a SIGTERM or SIGHUP, too. A symbolic link stays, and what it points to becomes the directory. Raises
     :class:`OutputError` when ``target`` is no directory or one that cannot give way, or has content (before the block
     or after it) and ``replace`` is false, when the place cannot be written, or when the disk fills up inside the block.
     """
@@ -233,14 +233,15 @@ def staged_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-    try:
-        with _writing(target), sigterm_as_interrupt():
-            yield stage
-            stage.chmod(0o755)
-            _refuse_content(target, replace, "was written by another process in the meantime")
-            _move_in(stage, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with sigterm_as_interrupt():
+        try:
+            with _writing(target):
+                yield stage
+                stage.chmod(0o755)
+                _refuse_content(target, replace, "was written by another process in the meantime")
+                _move_in(stage, target)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _refuse_content(target: Path, replace: bool, complaint: str) -> None:
