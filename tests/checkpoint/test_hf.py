@@ -185,6 +185,19 @@ def test_of_a_tensor_in_two_files_the_one_in_the_index_counts(tmp_path: Path) ->
         assert torch.equal(open_source(tmp_path).shards.tensor(name), good)
 
 
+def test_what_a_download_may_have_left_out_is_named(tmp_path: Path) -> None:
+    directory = sharded(tmp_path / "shards")
+    (directory / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match="no weights found") as caught:
+        open_source(directory)
+    assert "download model.safetensors.index.json too" in str(caught.value.hint)
+    save_tiny(tmp_path / "cloned")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567890\n"
+    (tmp_path / "cloned" / "model.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match="Git LFS pointer, not the weights: run `git lfs pull`"):
+        open_source(tmp_path / "cloned")
+
+
 def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         open_source(tmp_path / "nowhere")

@@ -14,7 +14,7 @@ from trtkit.cli.options import Json, tree_named
 from trtkit.cli.output import facts, finish, gigabytes, notice, quoted
 from trtkit.errors import ConfigError, OutputError, UsageError
 from trtkit.files import nearest, read_json
-from trtkit.recipe import BUNDLE_FILE, DRAFTER_DIR, ENGINE_FILE, output_layer_of, read_manifest
+from trtkit.recipe import BUNDLE_FILE, COMPILED_DIR, DRAFTER_DIR, ENGINE_FILE, output_layer_of, read_manifest
 
 FORMATS = ("unified-hf", "trtllm", "compressed-tensors")
 _DTYPES = ("bfloat16", "float16")
@@ -67,6 +67,11 @@ def command(
         raise UsageError(
             "is in TensorRT-LLM's layout already", where=str(directory), hint="export the engine that it was made from"
         )
+    if (directory / COMPILED_DIR).is_dir():
+        raise UsageError(
+            "is compiled: it holds no weights that another format could have", where=str(directory),
+            hint="build the model with --backend torch, and export that engine",
+        )  # fmt: skip
     _check_target(out, force=force)
     if format_name == "trtllm":
         document = _trtllm(directory, out, _options(directory, drafter, tree, dtype, tensor_parallel, pipeline_parallel,
