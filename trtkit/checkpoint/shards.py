@@ -218,7 +218,7 @@ def _entry(path: Path, name: str, item: Any, start: int) -> Entry:
         code = item["dtype"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"its header is damaged at {name!r}", where=str(path)) from None
-    if code not in _DTYPES:
+    if not isinstance(code, str) or code not in _DTYPES:
         raise CheckpointError(f"{name}: unknown dtype {code!r}", where=str(path))
     nbytes = math.prod(shape) * _DTYPES[code].itemsize
     if not isinstance(begin, int) or begin < 0 or end != begin + nbytes:
