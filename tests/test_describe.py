@@ -46,6 +46,23 @@ def test_an_engine_and_its_digests(tmp_path: Path) -> None:
     assert "model.safetensors" in found.offenders[0]
 
 
+def test_a_quantized_checkpoint_whose_config_alone_says_so(tmp_path: Path) -> None:
+    """Called a checkpoint, it was led to a build that refuses it."""
+    source = open_source(save_tiny(tmp_path / "source", dtype=torch.bfloat16))
+    with staged_dir(tmp_path / "made") as stage:
+        convert(source, stage, SCHEMES["int8"], DataFree(), pre_scale=False)
+        (stage / "hf_quant_config.json").unlink()
+    found = describe(tmp_path / "made", verify=True)
+    assert (found.kind, found.verified, found.facts["precision"]) == (QUANTIZED, True, "quant_algo W8A16")
+
+
+@pytest.mark.parametrize("section", ["awq", ["awq"], {}, {"bits": 4}])
+def test_a_quantization_that_says_little_is_no_checkpoint_to_build_from(tmp_path: Path, section: object) -> None:
+    config = read_json(save_tiny(tmp_path) / "config.json")
+    write_json(tmp_path / "config.json", {**config, "quantization_config": section})
+    assert describe(tmp_path).kind == FOREIGN
+
+
 @pytest.mark.parametrize(("field", "said"), [("int8", "int8"), ("model", "model"), (None, "model")])
 def test_an_engine_says_its_output_layer(tmp_path: Path, field: str | None, said: str) -> None:
     directory = tiny_engine_dir(tmp_path, recipe={"precision": "int4"})
@@ -120,7 +137,7 @@ def test_a_checkpoint_that_is_quantized_for_other_servers(tmp_path: Path) -> Non
         describe(directory, verify=True)
     config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
     write_json(directory / "config.json", config)
-    assert describe(directory).kind == CHECKPOINT, "ModelOpt's is the unified layout, which trtkit reads"
+    assert describe(directory).kind == QUANTIZED, "ModelOpt's is the unified layout, which trtkit reads"
 
 
 def test_a_bundles_weights_are_those_of_its_checkpoint(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,30 @@ def test_a_link_stays_and_what_it_points_to_is_written(tmp_path: Path, before: s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
+@pytest.mark.parametrize("typed", [".", "down/..", "the full path", "a mount point"])
+def test_what_cannot_give_way_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
+) -> None:
+    """The stage of "." lay in it: an hour later it was its own proof that another process had been there."""
+    (tmp_path / "here" / "down").mkdir(parents=True)
+    target = {"the full path": tmp_path / "here", "a mount point": tmp_path / "mounted"}.get(typed, Path(typed))
+    if typed == "a mount point":
+        target.mkdir()
+        monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == target)
+    else:
+        monkeypatch.chdir(tmp_path / "here")
+    worked = False
+    with (
+        pytest.raises(OutputError, match="mount point" if typed == "a mount point" else "is where") as caught,
+        staged_dir(target, replace=True),
+    ):
+        worked = True
+    assert not worked
+    assert caught.value.hint is not None
+    assert caught.value.hint.endswith(f"--out {target.resolve() / 'new'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "mounted"][: 1 + (typed == "a mount point")]
+
+
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_file_is_no_place_for_a_directory_and_that_is_said_before_the_work(tmp_path: Path, replace: bool) -> None:
     target = tmp_path / "target"
@@ -172,17 +197,40 @@ def test_an_interruption_between_the_old_and_the_new_brings_the_old_back(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_sigterm_leaves_nothing_half_made(tmp_path: Path) -> None:
-    def terminated() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A lost connection left 30 GB under a hidden name; the kernel and the shell both send a SIGHUP then."""
+    rmtree = shutil.rmtree
+
+    def hung_up_again(path: Path, **more: bool) -> None:
+        if number == signal.SIGHUP:
+            os.kill(os.getpid(), number)
+        rmtree(path, **more)
+
+    def ended() -> None:
         with staged_dir(tmp_path / "target") as stage:
             (stage / "half").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("trtkit.files.shutil.rmtree", hung_up_again)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        terminated()
+        ended()
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_hang_up_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with staged_dir(tmp_path / "target") as stage:
+            (stage / "whole").touch()
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "target" / "whole").is_file()
 
 
 def test_what_is_written_is_for_all_to_read_and_whole_or_not_there(tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def test_a_bias_on_the_output_projection_is_refused(family: str) -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu': only silu"),
         ({"mlp_bias": True}, "mlp_bias true"),
         ({"use_sliding_window": True}, "use_sliding_window true"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: only full_attention is supported"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope scaling: a factor of 4.0, but no rope_type that uses one"),
         ({"hidden_size": True}, "hidden_size: expected a positive integer, found True"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: expected a positive integer, found 0"),
         ({"vocab_size": 1.5}, "vocab_size: expected a positive integer, found 1.5"),

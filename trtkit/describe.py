@@ -13,7 +13,7 @@ from drafter.checkpoint import DrafterError, load_drafter
 from trtkit.build.draft_head import PLAN_FILE
 from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.checkpoint.compressed_export import EXPORTED_BY
-from trtkit.checkpoint.hf import check_finite, open_source
+from trtkit.checkpoint.hf import check_finite, open_source, snapshot_in
 from trtkit.checkpoint.names import rank_file
 from trtkit.checkpoint.shards import Entry, open_shards, read_header
 from trtkit.checkpoint.trtllm_parse import read_trtllm_config
@@ -85,13 +85,17 @@ def describe(directory: Path, *, verify: bool = False) -> Description:
         raise InputError(said, where=str(directory), hint="pass a checkpoint, engine or run directory, or 'practice'")
     kind, look = next(((k, look) for mark, k, look in _KINDS if (directory / mark).is_file()), ("", None))
     if look is None:
+        inside = snapshot_in(directory)
         raise InputError(
             "neither a checkpoint nor an engine nor a run",
             where=str(directory),
-            hint=f"expected one of: {', '.join(mark for mark, _, _ in _KINDS)}",
+            hint=f"a checkpoint in it: {inside}"
+            if inside
+            else f"expected one of: {', '.join(m for m, _, _ in _KINDS)}",
         )
     facts, data = look(directory)
     kind = DRAFTER if "drafter" in data else FOREIGN if "quant_method" in data else kind
+    kind = QUANTIZED if kind == CHECKPOINT and "quantization" in data else kind  # its config.json alone says so
     if verify and kind in _UNVERIFIED:
         what, instead = _UNVERIFIED[kind]
         raise UsageError(f"--verify: {what} to verify", where=str(directory), hint=f"leave it out; {instead}")
@@ -198,11 +202,15 @@ def _look_at_config(directory: Path) -> tuple[dict[str, str], JsonObject]:
         kept = {name: config.get(name) for name in names}
         return {name: str(value) for name, value in kept.items()}, {"drafter": kept}
     facts, data = _spec_facts(directory)
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method is not None and method != "modelopt":
-        facts["quantized"] = f"{method}{', by ' + str(config[EXPORTED_BY]) if EXPORTED_BY in config else ''}"
-        data["quant_method"] = method
-    return facts, data
+    section = config.get("quantization_config")
+    if section is None:
+        return facts, data
+    method = section.get("quant_method") if isinstance(section, dict) else section
+    if method == "modelopt":
+        facts["precision"] = f"quant_algo {section.get('quant_algo')}"
+        return facts, {**data, "quantization": section}
+    facts["quantized"] = f"{method}{', by ' + str(config[EXPORTED_BY]) if EXPORTED_BY in config else ''}"
+    return facts, {**data, "quant_method": method}
 
 
 def _spec_facts(directory: Path) -> tuple[dict[str, str], JsonObject]:

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import tomllib
@@ -219,30 +220,50 @@ def digest_file(path: Path) -> str:
 def staged_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A fresh directory beside ``target`` that becomes ``target`` when the block ends well, and vanishes when it fails.
 
-    It vanishes at a SIGTERM, too. A symbolic link stays, and what it points to becomes the directory. Raises
-    :class:`OutputError` when ``target`` is no directory, or has content (before the block or after it) and ``replace``
-    is false, when the place cannot be written, or when the disk fills up inside the block.
+    It vanishes at a SIGTERM or SIGHUP, too. A symbolic link stays, and what it points to becomes the directory. Raises
+    :class:`OutputError` when ``target`` is no directory or one that cannot give way, or has content (before the block
+    or after it) and ``replace`` is false, when the place cannot be written, or when the disk fills up inside the block.
     """
-    target = target.resolve() if target.is_symlink() else target
+    # "." and "a/.." have a parent only when they are resolved.
+    target = target.resolve() if target.is_symlink() or target.name in ("", "..") else target
     if target.exists() and not target.is_dir():
         raise OutputError("is a file, not a directory", where=str(target), hint="choose another --out")
     _refuse_content(target, replace, "already exists")
+    _refuse_place(target)
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-    try:
-        with _writing(target), sigterm_as_interrupt():
-            yield stage
-            stage.chmod(0o755)
-            _refuse_content(target, replace, "was written by another process in the meantime")
-            _move_in(stage, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with sigterm_as_interrupt():
+        try:
+            with _writing(target):
+                yield stage
+                stage.chmod(0o755)
+                _refuse_content(target, replace, "was written by another process in the meantime")
+                _move_in(stage, target)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _refuse_content(target: Path, replace: bool, complaint: str) -> None:
     if target.is_dir() and not replace and any(target.iterdir()):
         raise OutputError(complaint, where=str(target), hint="choose another --out, or pass --force to replace it")
+
+
+def _refuse_place(target: Path) -> None:
+    """Directories that another one cannot be renamed over: now, not when the work is done."""
+    place = target.resolve()
+    here = None
+    with contextlib.suppress(OSError):  # it is gone already
+        here = Path.cwd()
+    if here is not None and here.is_relative_to(place):
+        why = "is where this command runs, and the shell would be left in a directory that is gone"
+    elif os.path.ismount(place):
+        why = "is a mount point, which cannot be replaced as a whole"
+    else:
+        return
+    raise OutputError(
+        why, where=str(target), hint=f"choose a new directory in it, e.g. --out {shlex.quote(str(target / 'new'))}"
+    )
 
 
 def _move_in(stage: Path, target: Path) -> None:

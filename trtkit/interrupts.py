@@ -13,17 +13,24 @@ __all__ = ["sigterm_as_interrupt"]
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise ``KeyboardInterrupt`` inside the block. Does nothing outside the main thread."""
+    """Let SIGTERM raise ``KeyboardInterrupt`` inside the block, and SIGHUP, which a lost connection sends, unless it is
+    ignored (nohup). Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)  # the kernel and the shell both send one, and nobody meant two
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        # None: installed from C, which cannot be put back.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            # None: installed from C, which cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -239,6 +239,9 @@ def _rope(fields: _Fields, max_positions: int) -> RopeSpec:
     kind = kinds.pop() if len(kinds) == 1 else "contradictory"
     theta = thetas.pop() if thetas else 1.0
     if kind == "default":
+        if scaling.get("factor") not in (None, 1):
+            # transformers 5 takes it for the default and scales nothing, other readers refuse it.
+            fields.offenders.append(f"rope scaling: a factor of {scaling['factor']!r}, but no rope_type that uses one")
         return RopeSpec(theta=theta)
     if kind != "yarn":
         raise UnsupportedError(
@@ -283,6 +286,10 @@ def _contradictions(fields: _Fields, spec: ModelSpec) -> None:
         fields.offenders.append("attention_bias true: o_proj then has a bias too, which is not supported")
     if fields.config.get("use_sliding_window"):
         fields.offenders.append("use_sliding_window true: sliding-window attention is not supported")
+    kinds = fields.config.get("layer_types") or []
+    others = sorted({str(kind) for kind in kinds} - {"full_attention"}) if isinstance(kinds, list) else [str(kinds)]
+    if others:
+        fields.offenders.append(f"layer_types: only full_attention is supported, found {', '.join(others)}")
 
 
 def spec_to_config(spec: ModelSpec) -> dict[str, Any]:

@@ -206,6 +206,26 @@ def test_a_disk_that_is_too_small_is_noticed_first(bundle: Path, host: pytest.Mo
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_disk_that_cannot_hold_both_halves_is_noticed_before_the_first(
+    model: Path, bundle: Path, host: pytest.MonkeyPatch, tmp_path: Path, compiled: bool
+) -> None:
+    """The native checkpoint would fit, and with it an hour would be spent."""
+    ranks = sum(path.stat().st_size for path in (bundle / "checkpoint").glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+    # Beside the ranks there is room for the int8 checkpoint and not for the engines.
+    host.setattr(shutil, "disk_usage", lambda place: usage._replace(free=int(1.9 * ranks) if compiled else ranks))
+
+    def converted(*_: object, **__: object) -> None:
+        raise AssertionError("began before it had looked")
+
+    host.setattr("trtkit.build.native.convert", converted)
+    recipe, make = make_recipe(model, ranks=2, precision="int8"), build_trtllm if compiled else prepare_bundle
+    with pytest.raises(OutputError, match="the disk is too full"):
+        make(recipe, tmp_path / "out", sources())
+    assert leftovers(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("problem", "error"),
     [(RuntimeError("CUDA error: out of memory"), CapacityError), (MemoryError(), CapacityError),

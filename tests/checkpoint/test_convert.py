@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.checkpoint.conftest import RandomScales
@@ -170,6 +171,25 @@ def damaged(directory: Path, *names: str) -> HfCheckpoint:
 def into(source: HfCheckpoint, out: Path, calibrator: Calibrator) -> None:
     with staged_dir(out) as stage:
         convert(source, stage, SCHEMES["int8"], calibrator, pre_scale=False)
+
+
+def test_tensors_without_a_place_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A layer too many, or a bias that config.json does not speak of: the model would be another one."""
+    directory = save_tiny(tmp_path / "source", "llama", dtype=torch.bfloat16, tie_word_embeddings=True)
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors[EMBEDDING].clone()  # tied, and stored nevertheless
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # transformers before 4.32
+    save_file(tensors, path)
+    into(open_source(directory), tmp_path / "known", DataFree())
+    assert not caplog.text
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    more = {f"model.layers.2.{name}": torch.ones(1) for name in "abcde"}
+    save_file({**tensors, bias: torch.ones(256), **more}, path)
+    into(open_source(directory), tmp_path / "unknown", DataFree())
+    assert "6 tensor(s) of the checkpoint have no place in the model of its config.json" in caplog.text
+    assert f"not read: {bias}, model.layers.2.a, " in caplog.text
+    assert caplog.text.rstrip().endswith("model.layers.2.d, ...")
 
 
 @pytest.mark.parametrize(

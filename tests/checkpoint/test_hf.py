@@ -17,6 +17,7 @@ from trtkit.checkpoint.hf import check_finite, open_source, resolve_source
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import open_shards
 from trtkit.checkpoint.unified import open_unified
+from trtkit.describe import describe
 from trtkit.errors import CheckpointError, ConfigError, HubError, InputError, OutputError, UnsupportedError
 from trtkit.files import digest_file
 
@@ -58,6 +59,21 @@ def test_tied_checkpoint_needs_no_lm_head(tmp_path: Path) -> None:
     source = open_source(save_tiny(tmp_path, tie_word_embeddings=True))
     assert "lm_head.weight" not in source.shards
     check_finite(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_table_that_is_stored_twice_must_be_the_same(tmp_path: Path, dtype: torch.dtype) -> None:
+    def twice(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
+
+    def other(tensors: dict[str, torch.Tensor]) -> None:
+        twice(tensors)
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    check_finite(open_source(changed(tmp_path / "same", twice, tie_word_embeddings=True, dtype=torch.bfloat16)))
+    source = open_source(changed(tmp_path / "other", other, tie_word_embeddings=True, dtype=torch.bfloat16))
+    with pytest.raises(CheckpointError, match="ties lm_head to the embeddings, and the files have an lm_head with"):
+        check_finite(source)
 
 
 def test_all_offenders_are_listed_at_once(tmp_path: Path) -> None:
@@ -139,6 +155,9 @@ def test_damaged_header_and_trailing_bytes(tmp_path: Path) -> None:
     path.write_bytes(good.replace(b'"F32"', b'"F99"', 1))
     with pytest.raises(CheckpointError, match="unknown dtype 'F99'"):
         open_source(tmp_path)
+    path.write_bytes(good.replace(b'"F32"', b'["F"]', 1))
+    with pytest.raises(CheckpointError, match=r"unknown dtype \['F'\]"):
+        open_source(tmp_path)
 
 
 def test_missing_shards_and_wrong_index(tmp_path: Path) -> None:
@@ -167,6 +186,19 @@ def test_of_a_tensor_in_two_files_the_one_in_the_index_counts(tmp_path: Path) ->
         name, good = next(iter(load_file(named).items()))
         save_file({**load_file(other), name: good + 1}, other, metadata={"format": "pt"})
         assert torch.equal(open_source(tmp_path).shards.tensor(name), good)
+
+
+def test_what_a_download_may_have_left_out_is_named(tmp_path: Path) -> None:
+    directory = sharded(tmp_path / "shards")
+    (directory / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match="no weights found") as caught:
+        open_source(directory)
+    assert "download model.safetensors.index.json too" in str(caught.value.hint)
+    save_tiny(tmp_path / "cloned")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567890\n"
+    (tmp_path / "cloned" / "model.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match="Git LFS pointer, not the weights: run `git lfs pull`"):
+        open_source(tmp_path / "cloned")
 
 
 def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
@@ -234,6 +266,24 @@ def test_weights_are_downloaded_where_they_are_wanted(monkeypatch: pytest.Monkey
     assert resolve_source("owner/name", weights=weights) == Path("there")
     assert ("*.safetensors" in asked[0]) == weights
     assert {"*.json", "*.jinja"} <= set(asked[0])
+
+
+def test_a_folder_of_the_hubs_cache_leads_to_its_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "models--owner--name"
+    snapshot = folder / "snapshots" / "0123abcd"
+    (folder / "blobs").mkdir(parents=True)
+    save_tiny(snapshot)
+    for file in snapshot.iterdir():
+        blob = folder / "blobs" / file.name
+        file.rename(blob)
+        file.symlink_to(f"../../blobs/{file.name}")
+    check_finite(open_source(resolve_source(str(snapshot))))
+    with pytest.raises(InputError, match="folder of the hub's cache") as caught:
+        resolve_source(str(folder))
+    assert caught.value.hint == f"the checkpoint in it: {snapshot}"
+    with pytest.raises(InputError, match="neither") as caught:
+        describe(folder)
+    assert caught.value.hint == f"a checkpoint in it: {snapshot}"
 
 
 def test_writer_makes_files_that_safetensors_reads(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from drafter.config import DrafterConfig
 from drafter.model import Drafter
 from tests.checkpoint.conftest import Native
 from tests.engines import tiny_engine_dir
+from tests.quant.test_calibrate import ROWS
 from tests.tiny import save_tiny
 from trtkit.checkpoint.convert import convert
 from trtkit.checkpoint.hf import EMBEDDING, check_finite, narrow, open_source
@@ -25,7 +26,8 @@ from trtkit.checkpoint.unified import open_unified
 from trtkit.checkpoint.unified_export import write_unified_hf
 from trtkit.errors import CheckpointError
 from trtkit.files import staged_dir
-from trtkit.quant.calibrate import DataFree
+from trtkit.quant.calibrate import CalibrationOptions, Calibrator, DataFree, LayerwiseCalibrator
+from trtkit.quant.tensor import quantize_int4, quantize_int8
 from trtkit.runtime.load import OpenOptions, open_engine
 from trtkit.runtime.model import DecoderModel
 from trtkit.scheme import SCHEMES
@@ -79,6 +81,30 @@ def test_rounding_to_the_dtype_of_the_config_is_told(
         convert(open_source(directory), stage, SCHEMES["bf16"], DataFree(), pre_scale=False)
     assert ("tensors are stored in float32 and rounded to bfloat16" in caplog.text) == told
     assert ("rounded" in caplog.text) == told
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-sq", "int4"])
+def test_codes_of_wider_files_belong_to_the_scales_as_they_are_stored(tmp_path: Path, precision: str) -> None:
+    """The scales were rounded to the dtype of config.json only after the weights had been divided by them."""
+    directory = said_to_be(save_tiny(tmp_path / "source"), "bfloat16")
+    source, scheme = open_source(directory), SCHEMES[precision]
+    calibrated = precision != "int8"
+    calibrator: Calibrator = DataFree()
+    if calibrated:
+        options = CalibrationOptions(int4_clip=False)
+        calibrator = LayerwiseCalibrator(source.spec, scheme, ROWS, source.shards.tensor(EMBEDDING), options=options)
+    with staged_dir(tmp_path / "out") as stage:
+        convert(source, stage, scheme, calibrator, pre_scale=calibrated)
+    weight, built = source.shards.tensor(UP), open_unified(tmp_path / "out").part(0, "mlp.up_proj")
+    if built.pre_scale is not None:
+        assert built.pre_scale.dtype == torch.bfloat16
+        weight = weight / built.pre_scale.float()
+    wanted = quantize_int4(weight) if precision == "int4" else quantize_int8(weight, steps=127 if calibrated else 128)
+    assert torch.equal(built.weight.data, wanted.data)
+    assert built.weight.scale is not None
+    assert wanted.scale is not None
+    kept = wanted.scale if calibrated else wanted.scale.bfloat16().float()
+    assert torch.equal(built.weight.scale, kept)
 
 
 def test_what_float16_ends_at() -> None:

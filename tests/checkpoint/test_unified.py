@@ -218,6 +218,7 @@ def test_products_whose_parts_disagree_are_refused(tmp_path: Path) -> None:
         ({"group_size": 64}, "groups of 128"),
         ({"has_zero_point": True}, "groups of 128"),
         ({"kv_cache_quant_algo": "NF4"}, "NF4"),
+        ({"quant_algo": ["FP8"], "kv_cache_quant_algo": {}}, r"quant_algo \['FP8'\]"),
     ],
 )
 def test_unknown_quantizations_are_refused_by_name(tmp_path: Path, change: dict[str, object], message: str) -> None:

@@ -44,6 +44,9 @@ def test_trtllm_with_the_engines_own_head(tmp_path: Path, capsys: pytest.Capture
 
     assert run(["export", str(out), "--format", "trtllm", "--out", str(tmp_path / "again")]) == 2
     assert "TensorRT-LLM's layout already" in capsys.readouterr().err
+    (tmp_path / "compiled" / "compiled").mkdir(parents=True)
+    assert run(["export", str(tmp_path / "compiled"), "--format", "trtllm", "--out", str(tmp_path / "again")]) == 2
+    assert "it holds no weights" in capsys.readouterr().err
     assert run(["export", source, "--format", "trtllm", "--out", str(out)]) == 1
     assert "already exists" in capsys.readouterr().err
     assert run(["export", source, "--format", "trtllm", "--out", str(out), "--drafter", "none", "--force"]) == 0

@@ -141,3 +141,17 @@ def test_doctor_suggests_the_default_build_only_where_it_is_not_made_yet(
         "next: trtkit build --precision fp8",
         "next: trtkit solve problems.jsonl --engine engines/built/practice-fp8",
     ]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_build_of_a_checkpoint_says_that_it_needs_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], beside: bool
+) -> None:
+    directory = save_tiny(tmp_path / "model")
+    if beside:
+        (directory / "calibration.jsonl").touch()
+    assert run(["inspect", str(directory)]) == 0
+    line = f"next: trtkit build --precision fp8 --model {directory}"
+    assert capsys.readouterr().out.splitlines()[-1] == line + ("" if beside else " --calibration FILE.jsonl")
+    assert run(["inspect", "practice"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "next: trtkit build --precision fp8 --model practice"

@@ -132,7 +132,7 @@ def test_the_next_line_is_the_build_of_the_plan(capsys: pytest.CaptureFixture[st
     assert run(["plan", "--gpu", "l4x4", "--kv-dtype", "fp8"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "next: trtkit build --precision fp8 --model RabotniKuma/Fast-Math-R1-14B --gpu l4x4 --backend tensorrt-llm "
-        "--kv-dtype fp8 --batch 12"
+        "--kv-dtype fp8 --batch 12 --calibration FILE.jsonl"
     )
     assert run(["plan", "--model", "practice", "--gpu", "l4"]) == 0  # no --length: as long as the model goes
     words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: trtkit "))

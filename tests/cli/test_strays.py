@@ -29,6 +29,9 @@ from trtkit.cli.app import app, run
         ("train-difficulty --data a b c", "b c", "trtkit train-difficulty --data b --data c ..."),
         ("plan practice h100", "practice h100", "trtkit plan --model practice --gpu h100"),
         ("compile bundle out", "out", "trtkit compile bundle --out out"),
+        ("export engine out", "out", "trtkit export engine --out out"),
+        ("export engine out trtllm", "out trtllm", "trtkit export engine --format trtllm --out out"),
+        ("export engine out --format trtllm", "out", "trtkit export engine --out out ..."),
         ("bench engine", "engine", "trtkit bench --engine engine"),
     ],
 )
@@ -94,6 +97,16 @@ def test_an_option_made_of_what_stands_bare(typed: str, hint: str, capsys: pytes
     assert run(typed.split()) == 2
     said = f"error: No such option: {typed.split()[1]}\nhint:  it stands without an option: {hint}\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("typed", "missing"),
+    [("", "--out and --format"), (" --out b", "--format"), (" --format trtllm", "--out")],
+)
+def test_what_an_export_needs_is_told_at_once(typed: str, missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"export a{typed}".split()) == 2
+    said = f"error: trtkit export a: {missing}: missing\nhint:  trtkit export a --format unified-hf|trtllm|"
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_another_wrong_option_is_told_as_before(capsys: pytest.CaptureFixture[str]) -> None:

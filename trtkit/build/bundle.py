@@ -27,8 +27,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtkit.build.native import build_native, check_target
-from trtkit.build.trtllm import Compilation, check_device, check_space, compile_engine, require_tensorrt_llm
+from trtkit.build.draft_head import head_bytes
+from trtkit.build.native import build_native, check_target, pre_scaled
+from trtkit.build.trtllm import (
+    ENGINE_SHARE,
+    Compilation,
+    check_device,
+    check_space,
+    compile_engine,
+    require_tensorrt_llm,
+)
 from trtkit.build.trtllm_config import (
     WINDOW_TEXT,
     BuildPlan,
@@ -39,9 +47,13 @@ from trtkit.build.trtllm_config import (
     plan_build,
 )
 from trtkit.checkpoint.hf import open_source, resolve_source
+from trtkit.checkpoint.shard_writer import check_space as check_room
+from trtkit.checkpoint.shard_writer import layout_bytes
 from trtkit.checkpoint.shards import raise_damaged
 from trtkit.checkpoint.trtllm import TrtllmOptions, check_trtllm, write_trtllm_checkpoint
-from trtkit.checkpoint.trtllm_check import trtllm_notes
+from trtkit.checkpoint.trtllm_check import head_config, trtllm_notes
+from trtkit.checkpoint.trtllm_layout import rank_layout
+from trtkit.checkpoint.unified import unified_layout
 from trtkit.errors import EngineError
 from trtkit.files import digest_file, staged_dir, write_text
 from trtkit.log import logger
@@ -99,6 +111,8 @@ def prepare_bundle(recipe: Recipe, out: Path, sources: Sources, *, force: bool =
     for note in _notes(recipe, options):
         logger.warning("note: %s", note)
     with staged_dir(out, replace=force) as stage:
+        native_bytes, rank_bytes = _sizes(recipe, options)
+        check_room(stage, native_bytes + rank_bytes)
         native = stage / _NATIVE
         manifest = build_native(
             dataclasses.replace(recipe, backend="torch"), native, calibration=sources.calibration,
@@ -141,9 +155,10 @@ def build_trtllm(
     """Both halves at once, on the GPU host. Raises what :func:`prepare_bundle` and :func:`compile_bundle` raise."""
     recipe = settled(recipe)
     check_target(out, resolve_source(recipe.model), force)
-    _check(recipe, sources)
+    native_bytes, rank_bytes = _sizes(recipe, _check(recipe, sources))
     version, capability = require_tensorrt_llm(), check_device(recipe.gpu)
     with staged_dir(out, replace=force) as stage:
+        check_room(stage, rank_bytes + max(native_bytes, int(ENGINE_SHARE * rank_bytes)))
         bundle = stage / "bundle"
         prepared = prepare_bundle(recipe, bundle, sources)
         check_space(bundle / CHECKPOINT_DIR, stage)
@@ -166,6 +181,15 @@ def _check(recipe: Recipe, sources: Sources) -> TrtllmOptions:
     )
     check_trtllm(*_model(recipe), options)
     return options
+
+
+def _sizes(recipe: Recipe, options: TrtllmOptions) -> tuple[int, int]:
+    """Bytes of the native checkpoint and of the rank files, which lie side by side until the latter are whole."""
+    spec, scheme = _model(recipe)
+    pre_scale = pre_scaled(recipe, scheme)
+    native = layout_bytes(unified_layout(spec, scheme, pre_scale=pre_scale)) + head_bytes(options.drafter)
+    ranks = rank_layout(spec, scheme, options, head_config(options), stage=0, pre_scale=pre_scale)
+    return native, options.tensor_parallel * layout_bytes(ranks)
 
 
 def _model(recipe: Recipe) -> tuple[ModelSpec, QuantScheme]:

@@ -12,7 +12,7 @@ from trtkit.files import digest_file, read_json
 from trtkit.model_spec import ModelSpec
 from trtkit.recipe import DRAFTER_DIR, TOKEN_ORDER_FILE, TRAINING_FILE
 
-__all__ = ["PLAN_FILE", "add_head", "check_head"]
+__all__ = ["PLAN_FILE", "add_head", "check_head", "head_bytes"]
 
 PLAN_FILE = "work/plan.json"
 """In the directory of a training: what it was asked to do."""
@@ -54,6 +54,12 @@ def check_head(directory: Path, spec: ModelSpec, chat: Chat) -> None:
             offenders=wrong,
             hint="train one for this model with `trtkit train-drafter`",
         )
+
+
+def head_bytes(directory: Path | None) -> int:
+    """What the weights of a head take on a disk; nothing without one."""
+    path = None if directory is None else directory / WEIGHTS_FILE
+    return path.stat().st_size if path is not None and path.is_file() else 0
 
 
 def add_head(directory: Path, stage: Path) -> dict[str, str]:

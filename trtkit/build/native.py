@@ -11,13 +11,14 @@ import torch
 
 import trtkit
 from trtkit.build.calibration import CALIBRATION_FILE, CalibrationText, read_calibration
-from trtkit.build.draft_head import add_head, check_head
+from trtkit.build.draft_head import add_head, check_head, head_bytes
 from trtkit.chat import load_chat
 from trtkit.checkpoint.convert import check_alignment, convert
 from trtkit.checkpoint.hf import EMBEDDING, HfCheckpoint, check_finite, open_source, resolve_source
 from trtkit.checkpoint.quality import measure_quality
 from trtkit.checkpoint.rank_share import check_shares
-from trtkit.checkpoint.unified import open_unified
+from trtkit.checkpoint.shard_writer import check_space, layout_bytes
+from trtkit.checkpoint.unified import open_unified, unified_layout
 from trtkit.errors import CheckpointError, InputError, OutputError, QualityError, UsageError
 from trtkit.files import staged_dir
 from trtkit.log import logger
@@ -26,7 +27,7 @@ from trtkit.quant.modelopt import ModeloptCalibrator, require_modelopt
 from trtkit.recipe import ENGINE_FILE, EngineManifest, Quality, Recipe, output_layer_of, settled, write_manifest
 from trtkit.scheme import QuantScheme, scheme_named
 
-__all__ = ["build_native", "check_target"]
+__all__ = ["build_native", "check_target", "pre_scaled"]
 
 
 def build_native(
@@ -70,12 +71,15 @@ def build_native(
     if modelopt:
         require_modelopt()
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    pre_scale = pre_scaled(recipe, scheme)
     with staged_dir(out, replace=force) as stage:
+        check_space(
+            stage, layout_bytes(unified_layout(source.spec, scheme, pre_scale=pre_scale)) + head_bytes(drafter)
+        )  # fmt: skip
         if calibrated:
             # The conversion looks too, but only after minutes of calibration.
             check_finite(source)
         calibrator = _calibrator(recipe, scheme, source, text if calibrated else None, place)
-        pre_scale = scheme.name == "int8-sq" or (scheme.name == "int4" and recipe.int4_method == "awq")
         digests = convert(source, stage, scheme, calibrator, pre_scale=pre_scale)
         del calibrator
         if drafter is not None:
@@ -129,6 +133,11 @@ def check_target(out: Path, source: Path, force: bool, mark: str = ENGINE_FILE) 
             where=str(out),
             hint="choose another --out",
         )
+
+
+def pre_scaled(recipe: Recipe, scheme: QuantScheme) -> bool:
+    """Whether the linears scale their inputs."""
+    return scheme.name == "int8-sq" or (scheme.name == "int4" and recipe.int4_method == "awq")
 
 
 def _needs_data(recipe: Recipe, scheme: QuantScheme) -> bool:

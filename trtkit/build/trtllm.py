@@ -28,6 +28,7 @@ from trtkit.gpu import capability_text, cuda_device, profile_named
 from trtkit.log import Progress, logger
 
 __all__ = [
+    "ENGINE_SHARE",
     "Compilation",
     "check_device",
     "check_space",
@@ -36,7 +37,7 @@ __all__ = [
     "require_tensorrt_llm",
 ]
 
-_ENGINE_SHARE = 1.1
+ENGINE_SHARE = 1.1
 """Size of the compiled engines relative to the rank files: the same weights, plans and a timing cache beside them."""
 _ARCHITECTURES = (*ARCHITECTURES.values(), *sorted({*REDRAFTER_ARCHITECTURES.values()}))
 
@@ -87,7 +88,7 @@ def check_device(gpu: str) -> str:
 
 def check_space(checkpoint: Path, out: Path) -> None:
     """Raise :class:`OutputError` before an hour is spent when the engines cannot fit on the disk of ``out``."""
-    needed = int(_ENGINE_SHARE * sum(path.stat().st_size for path in checkpoint.glob("rank*.safetensors")))
+    needed = int(ENGINE_SHARE * sum(path.stat().st_size for path in checkpoint.glob("rank*.safetensors")))
     place = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trtkit.checkpoint.hf import (
+    LM_HEAD,
     MODEL_DTYPES,
     HfCheckpoint,
     expected_shapes,
@@ -53,6 +54,8 @@ _AHEAD_BYTES = 1 << 29
 """Read ahead of the quantizer: about one layer of a 14B model."""
 _BEHIND_BYTES = 1 << 28
 """Quantized and not yet written."""
+_NAMED = 5
+"""Tensors that a warning names."""
 
 Named: TypeAlias = tuple[str, Tensor]
 
@@ -91,6 +94,7 @@ def convert(
     ``files.staged_dir``.
     """
     _tell_rounding(source)
+    _tell_unread(source)
     layout = unified_layout(source.spec, scheme, pre_scale=pre_scale)
     writer = ShardWriter(out, layout)
 
@@ -135,6 +139,21 @@ def _tell_rounding(source: HfCheckpoint) -> None:
         )  # fmt: skip
 
 
+def _tell_unread(source: HfCheckpoint) -> None:
+    """Tensors that the architecture has no place for, as transformers tells of them: a bias that config.json does not
+    speak of, or a layer too many, makes another model than the one that was trained."""
+    known = {*expected_shapes(source.spec), LM_HEAD}
+    unread = sorted(
+        name for name in source.shards.entries if name not in known and not name.endswith(".rotary_emb.inv_freq")
+    )
+    if unread:
+        shown = ", ".join(unread[:_NAMED]) + (", ..." if len(unread) > _NAMED else "")
+        logger.warning(
+            "%d tensor(s) of the checkpoint have no place in the model of its config.json and are not read: %s",
+            len(unread), shown,
+        )  # fmt: skip
+
+
 def _nbytes(named: Named) -> int:
     return named[1].nbytes
 
@@ -170,7 +189,9 @@ def _quantized(
     yield from tensors.items()
     for group, members in LINEAR_PARTS.items():
         with _one_thread_less():
-            quantized = quantize_group(parts.pop(group), scheme, scales.groups[group])
+            quantized = quantize_group(
+                parts.pop(group), scheme, scales.groups[group], dtype=MODEL_DTYPES[spec.dtype]
+            )  # fmt: skip
         for member, linear in zip(members, quantized, strict=True):
             yield from _linear_tensors(f"{prefix}{member}", linear)
     if scheme.kv_dtype != "model":

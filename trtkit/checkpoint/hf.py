@@ -36,6 +36,7 @@ __all__ = [
     "open_source",
     "read_config",
     "resolve_source",
+    "snapshot_in",
 ]
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -43,6 +44,8 @@ FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+_TIED_VALUES = 1 << 24
+"""Of each table at a time."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt")
 _HUB_FILES = (*_TOKENIZER_FILES, "*.safetensors")
@@ -70,6 +73,8 @@ def resolve_source(model: str, *, weights: bool = True) -> Path:
         return practice_dir()
     path = Path(model).expanduser()
     if path.is_dir():
+        if (inside := snapshot_in(path)) is not None:
+            raise InputError("is a folder of the hub's cache", where=model, hint=f"the checkpoint in it: {inside}")
         return path
     if path.is_file():
         raise InputError("is a file, not a checkpoint directory", where=model, hint=f"pass {path.parent}")
@@ -80,6 +85,14 @@ def resolve_source(model: str, *, weights: bool = True) -> Path:
             hint=f"pass {known_hub_id(model) or 'a checkpoint directory, a hub id (owner/name), or practice'}",
         )
     return _download(model, _HUB_FILES if weights else _TOKENIZER_FILES)
+
+
+def snapshot_in(directory: Path) -> Path | None:
+    """The newest checkpoint in ``models--OWNER--NAME`` of the hub's cache, None for any other directory."""
+    if (directory / "config.json").is_file():
+        return None
+    found = list(directory.glob("snapshots/*/config.json"))
+    return max(found, key=lambda path: path.lstat().st_mtime_ns).parent if found else None
 
 
 def _download(model: str, files: Sequence[str]) -> Path:
@@ -222,7 +235,8 @@ def finite_tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
     """All weights by name, in the order of :func:`expected_shapes`: the two tables in flat blocks, the others whole.
 
     Nothing follows the first value that is NaN or Inf, or would be in the model's dtype, which a file may be wider
-    than: the rest is only read, and :class:`CheckpointError` names every tensor that has one.
+    than: the rest is only read, and :class:`CheckpointError` names every tensor that has one. It also tells of an
+    lm_head of its own where config.json says that there is none.
     """
     bad: dict[str, int] = {}
     dtype = MODEL_DTYPES[source.spec.dtype]
@@ -238,6 +252,7 @@ def finite_tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
         wider = "" if stored == dtype else f" in {source.spec.dtype}, the dtype of config.json; the file has {stored}"
         problems.append(f"{name}: {count} value(s) are NaN or Inf{wider.replace('torch.', '')}")
     raise_damaged(source.directory, problems, "the weights are not finite")
+    _check_tied(source)
 
 
 def _tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
@@ -246,6 +261,28 @@ def _tensors(source: HfCheckpoint) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, block) for block in source.shards.blocks(name))
         else:
             yield name, source.shards.tensor(name)
+
+
+def _check_tied(source: HfCheckpoint) -> None:
+    """Savers may store tied tables twice. Where the two differ, transformers 5 takes the second, while transformers 4,
+    vLLM and we take the first: one of them runs another model."""
+    entries, dtype = source.shards.entries, MODEL_DTYPES[source.spec.dtype]
+    if not source.spec.tied or LM_HEAD not in entries:
+        return
+    same = entries[LM_HEAD].shape == entries[EMBEDDING].shape and all(
+        torch.equal(one.to(dtype), other.to(dtype))
+        for one, other in zip(
+            *(source.shards.blocks(name, _TIED_VALUES * entries[name].dtype.itemsize) for name in (EMBEDDING, LM_HEAD)),
+            strict=True,
+        )
+    )
+    if not same:
+        raise CheckpointError(
+            "config.json ties lm_head to the embeddings, and the files have an lm_head with other values",
+            where=str(source.directory),
+            hint="readers differ in which of the two they take: set tie_word_embeddings to false in config.json, or "
+            "take lm_head.weight out of the files",
+        )
 
 
 def _not_finite(tensor: Tensor, dtype: torch.dtype) -> int:

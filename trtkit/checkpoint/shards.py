@@ -31,6 +31,8 @@ SINGLE = "model.safetensors"
 _MAX_LISTED = 20
 _MAX_HEADER_BYTES = 100_000_000
 _HUGE_BYTES = 1 << 23
+_LFS_POINTER, _LFS_POINTER_BYTES = b"version ", 1024
+"""How what `git clone` leaves without Git LFS begins, and what it is smaller than."""
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -171,14 +173,12 @@ def open_shards(directory: Path) -> tuple[Shards, list[str]]:
 def _raise_no_weights(directory: Path) -> None:
     if not directory.is_dir():
         raise CheckpointError("no such directory", where=str(directory))
-    pickled = any(directory.glob("pytorch_model*.bin"))
-    raise CheckpointError(
-        f"no weights found (expected {SINGLE} or {INDEX})",
-        where=str(directory),
-        hint="pickled weights are not read; save the model with save_pretrained(safe_serialization=True)"
-        if pickled
-        else "pass a Hugging Face checkpoint directory, a hub id, or 'practice'",
-    )
+    hint = "pass a Hugging Face checkpoint directory, a hub id, or 'practice'"
+    if any(directory.glob("pytorch_model*.bin")):
+        hint = "pickled weights are not read; save the model with save_pretrained(safe_serialization=True)"
+    elif any(directory.glob("model-*.safetensors")):
+        hint = f"its weights are in several files: download {INDEX} too, which says what belongs where"
+    raise CheckpointError(f"no weights found (expected {SINGLE} or {INDEX})", where=str(directory), hint=hint)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -186,7 +186,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            first = stream.read(8)
+            length = int.from_bytes(first, "little")
+            if first == _LFS_POINTER and size < _LFS_POINTER_BYTES:
+                raise CheckpointError("a Git LFS pointer, not the weights: run `git lfs pull`", where=str(path))
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError(f"truncated or not a safetensors file ({size} bytes)", where=str(path))
             header = json.loads(stream.read(length))
@@ -215,7 +218,7 @@ def _entry(path: Path, name: str, item: Any, start: int) -> Entry:
         code = item["dtype"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"its header is damaged at {name!r}", where=str(path)) from None
-    if code not in _DTYPES:
+    if not isinstance(code, str) or code not in _DTYPES:
         raise CheckpointError(f"{name}: unknown dtype {code!r}", where=str(path))
     nbytes = math.prod(shape) * _DTYPES[code].itemsize
     if not isinstance(begin, int) or begin < 0 or end != begin + nbytes:

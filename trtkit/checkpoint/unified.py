@@ -283,9 +283,9 @@ def _scheme(directory: Path, quant: JsonObject) -> QuantScheme:
     schemes = {scheme.quant_algo: scheme for scheme in SCHEMES.values()}
     kv_dtypes: dict[str | None, Any] = {None: "model", **{value: key for key, value in _KV_ALGOS.items()}}
     wrong = []
-    if algo not in schemes:
+    if not isinstance(algo, str | None) or algo not in schemes:
         wrong.append(f"quant_algo {algo!r}: known are {', '.join(str(name) for name in schemes)}")
-    if kv_algo not in kv_dtypes:
+    if not isinstance(kv_algo, str | None) or kv_algo not in kv_dtypes:
         wrong.append(f"kv_cache_quant_algo {kv_algo!r}: known are FP8, INT8, null")
     if algo == "W4A16_AWQ" and (quant.get("group_size") != 128 or quant.get("has_zero_point")):
         wrong.append("int4: only symmetric groups of 128 are known")

@@ -6,10 +6,20 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from trtkit.bundled import PRACTICE
 from trtkit.errors import EngineError, OutputError
 from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE
+from trtkit.scheme import scheme_named
 
-__all__ = ["BUILT", "DEFAULT_PRECISION", "check_replaced", "chosen_engine", "default_engine", "stem"]
+__all__ = [
+    "BUILT",
+    "DEFAULT_PRECISION",
+    "calibration_words",
+    "check_replaced",
+    "chosen_engine",
+    "default_engine",
+    "stem",
+]
 
 BUILT = Path("engines") / "built"
 """Where builds go by default, below the current directory."""
@@ -53,3 +63,16 @@ def stem(model: str) -> str:
     """``RabotniKuma/Fast-Math-R1-14B`` -> ``fast-math-r1-14b``."""
     name = Path(model).name or Path(model).resolve().name
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
+
+
+def calibration_words(model: str, *, precision: str = DEFAULT_PRECISION, kv_dtype: str = "model") -> str:
+    """What a ``trtkit build`` line for a real model has to say beside it, with a blank in front: the practice model
+    alone comes with text to calibrate by."""
+    if model == PRACTICE or not (scheme_named(precision).calibrated or kv_dtype == "int8"):
+        return ""
+    if Path(model).is_dir():
+        from trtkit.build.calibration import CALIBRATION_FILE
+
+        if (Path(model) / CALIBRATION_FILE).is_file():
+            return ""
+    return " --calibration FILE.jsonl"

@@ -14,23 +14,25 @@ from trtkit.cli.options import Json, tree_named
 from trtkit.cli.output import facts, finish, gigabytes, notice, quoted
 from trtkit.errors import ConfigError, OutputError, UsageError
 from trtkit.files import nearest, read_json
-from trtkit.recipe import BUNDLE_FILE, DRAFTER_DIR, ENGINE_FILE, output_layer_of, read_manifest
+from trtkit.recipe import BUNDLE_FILE, COMPILED_DIR, DRAFTER_DIR, ENGINE_FILE, output_layer_of, read_manifest
 
-_FORMATS = ("unified-hf", "trtllm", "compressed-tensors")
+FORMATS = ("unified-hf", "trtllm", "compressed-tensors")
 _DTYPES = ("bfloat16", "float16")
 
 
 def command(
     directory: Annotated[Path, typer.Argument(help="Engine directory, or a checkpoint in the same layout.")],
-    out: Annotated[Path, typer.Option("--out", help="Where to write; it appears whole or not at all.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write (required); it appears whole or not at all.")
+    ] = None,
     format_name: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--format",
             help="trtllm (rank files for TensorRT-LLM 1.0 to 1.2), unified-hf (its PyTorch backend), or "
-            "compressed-tensors (vLLM).",
+            "compressed-tensors (vLLM); required.",
         ),
-    ],
+    ] = None,
     tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="trtllm: GPUs that share each layer.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option("--pp", min=1, help="trtllm: groups of layers in a row.")] = 1,
     drafter: Annotated[
@@ -50,14 +52,26 @@ def command(
 
     The same codes and scales, in its layout.
     """
-    if format_name not in _FORMATS:
+    # Not typer's own "required", which speaks before a word too many can be told its place.
+    if out is None or format_name is None:
+        missing = [name for name, value in (("--out", out), ("--format", format_name)) if value is None]
         raise UsageError(
-            f"unknown --format {format_name!r}{nearest(format_name, _FORMATS)}", hint=f"one of: {', '.join(_FORMATS)}"
+            f"{' and '.join(missing)}: missing", where=f"trtkit export {quoted(directory)}",
+            hint=f"trtkit export {quoted(directory)} --format {'|'.join(FORMATS)} --out DIR",
+        )  # fmt: skip
+    if format_name not in FORMATS:
+        raise UsageError(
+            f"unknown --format {format_name!r}{nearest(format_name, FORMATS)}", hint=f"one of: {', '.join(FORMATS)}"
         )
     if (directory / BUNDLE_FILE).is_file() or (directory / "rank0.safetensors").is_file():
         raise UsageError(
             "is in TensorRT-LLM's layout already", where=str(directory), hint="export the engine that it was made from"
         )
+    if (directory / COMPILED_DIR).is_dir():
+        raise UsageError(
+            "is compiled: it holds no weights that another format could have", where=str(directory),
+            hint="build the model with --backend torch, and export that engine",
+        )  # fmt: skip
     _check_target(out, force=force)
     if format_name == "trtllm":
         document = _trtllm(directory, out, _options(directory, drafter, tree, dtype, tensor_parallel, pipeline_parallel,

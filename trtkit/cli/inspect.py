@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from trtkit.cli.engines import calibration_words
 from trtkit.cli.options import Json
 from trtkit.cli.output import facts, finish, quoted
 from trtkit.cli.train_drafter import same_command
@@ -13,7 +14,7 @@ from trtkit.errors import CheckpointError
 
 _NEXT = {
     "engine": "trtkit solve problems.jsonl --engine {path}",
-    "checkpoint": "trtkit build --precision fp8 --model {path}",
+    "checkpoint": "trtkit build --precision fp8 --model {path}{calibration}",
     "TensorRT-LLM checkpoint": "on the GPU host: trtllm-build --checkpoint_dir {path} --output_dir ENGINE",
     "bundle for trtkit compile": "on the GPU host: trtkit compile {path}",
     "quantized checkpoint (unified HF layout)": "on the GPU host: trtllm-serve {path}",
@@ -45,7 +46,9 @@ def command(
     if "training" in found.data:
         advice = same_command(found.data["training"]["plan"], directory)
     else:
-        advice = _NEXT.get(found.kind, "trtkit --help").format(path=quoted(directory))
+        advice = _NEXT.get(found.kind, "trtkit --help").format(
+            path=quoted(directory), calibration=calibration_words(directory)
+        )
     if found.offenders:
         advice = "get the damaged files again, or build again with --force"
     finish(advice, document if as_json else None)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from trtkit.bundled import PRACTICE, practice_dir
+from trtkit.cli.engines import calibration_words
 from trtkit.cli.options import Json, refuse_idle
 from trtkit.cli.output import facts, finish, gigabytes, notice, quoted, table
 from trtkit.errors import UsageError
@@ -147,9 +148,8 @@ def _build_line(made: Recipe) -> str:
     }
     if made.tree is not None:
         flags |= {"--drafter": ("DIR", None), "--tree": (made.tree, None)}
-    return "trtkit build " + " ".join(
-        f"{name} {quoted(value)}" for name, (value, default) in flags.items() if value != default
-    )
+    words = " ".join(f"{name} {quoted(value)}" for name, (value, default) in flags.items() if value != default)
+    return f"trtkit build {words}{calibration_words(made.model, precision=made.precision, kv_dtype=made.kv_dtype)}"
 
 
 def _spec(model: str) -> ModelSpec:

@@ -9,6 +9,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from trtkit.cli.export import FORMATS
 from trtkit.cli.output import quoted
 from trtkit.errors import UsageError
 from trtkit.gpu import profile_named
@@ -21,6 +22,7 @@ _NAMES = ("directory", "name")
 _PLACES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "build": (("--model", _NAMES), ("--precision", ("precision",)), ("--gpu", ("gpu",)), ("--calibration", ("rows",)),
               ("--out", _NAMES)),
+    "export": ((_BARE, _NAMES), ("--format", ("format",)), ("--out", _NAMES)),
     "compile": ((_BARE, _NAMES), ("--out", _NAMES)),
     "train-drafter": (("--model", _NAMES), ("--problems", ("rows",)), ("--out", _NAMES)),
     "train-difficulty": (("--data", ("directory", "name", "rows")),),
@@ -96,6 +98,8 @@ def _kind(word: str) -> str:
         return "rows"
     if word.isdigit():
         return "number"
+    if word in FORMATS:
+        return "format"
     if word in SCHEMES:
         return "precision"
     try:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from trtkit.bundled import PRACTICE, practice_dir
-from trtkit.cli.engines import DEFAULT_PRECISION, default_engine
+from trtkit.cli.engines import DEFAULT_PRECISION, calibration_words, default_engine
 from trtkit.cli.options import Device, Json, Model, Threads, refuse_idle
 from trtkit.cli.output import facts, finish, notice, quoted, table
 from trtkit.errors import InputError, UsageError
@@ -137,7 +137,10 @@ def command(
     document = {"drafter_dir": str(target), **asdict(report)}
     there = default_engine(model, DEFAULT_PRECISION)
     aside = f" --out {there}-drafter" if there.exists() else ""  # build refuses to write over an engine
-    finish(f"trtkit build --model {quoted(model)} --drafter {quoted(target)}{aside}", document if as_json else None)
+    finish(
+        f"trtkit build --model {quoted(model)} --drafter {quoted(target)}{aside}{calibration_words(model)}",
+        document if as_json else None,
+    )
 
 
 def same_command(plan: Mapping[str, Any], out: str) -> str:

@@ -99,6 +99,7 @@ class LayerwiseCalibrator:
     ) -> None:
         self._spec = spec
         self._scheme = scheme
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)  # that of the scales; files may be wider
         self._options = options or CalibrationOptions()
         self._device = device or torch.device("cpu")
         self._batches = pack_rows(rows, self._device)
@@ -152,7 +153,7 @@ class LayerwiseCalibrator:
         if self._scheme.activations == "fp8":
             return GroupScales(input_scale=_positive(seen.amax.amax() / FP8_MAX))
         if self._scheme.activations == "int8":
-            pre = smooth_pre_scale(seen.amax, weights, self._options.smooth_alpha)
+            pre = smooth_pre_scale(seen.amax, weights, self._options.smooth_alpha, dtype=self._dtype)
             scale = (seen.amax * pre.float()).amax() / 127
             return GroupScales(pre_scale=pre.cpu(), input_scale=_positive(scale))
         if self._scheme.weight_format != "int4" or not self._options.int4_awq:
@@ -160,7 +161,7 @@ class LayerwiseCalibrator:
         size = self._scheme.group_size
         assert size is not None
         samples = torch.cat(seen.samples)
-        pre = awq_pre_scale(seen.total / seen.tokens, weights, samples, group_size=size)
+        pre = awq_pre_scale(seen.total / seen.tokens, weights, samples, group_size=size, dtype=self._dtype)
         clips = None
         # Clipping q and k changes where attention looks; AWQ's authors leave them alone too.
         if self._options.int4_clip and name != "qkv":

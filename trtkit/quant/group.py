@@ -30,8 +30,13 @@ class GroupScales:
     """int4, one per part: (N, G), shrinks each group's range."""
 
 
-def quantize_group(parts: Sequence[LinearWeights], scheme: QuantScheme, scales: GroupScales) -> list[LinearWeights]:
-    """The parts of one product, each dense, in the format of ``scheme`` with shared scales."""
+def quantize_group(
+    parts: Sequence[LinearWeights], scheme: QuantScheme, scales: GroupScales, *, dtype: torch.dtype | None = None
+) -> list[LinearWeights]:
+    """The parts of one product, each dense, in the format of ``scheme`` with shared scales.
+
+    ``dtype`` is the model's, which int8 scales are rounded to, if the weights have another.
+    """
     if scheme.weight_format == "bf16":
         return list(parts)
     amax = None
@@ -40,7 +45,7 @@ def quantize_group(parts: Sequence[LinearWeights], scheme: QuantScheme, scales: 
     clips = scales.clips or (None,) * len(parts)
     return [
         LinearWeights(
-            weight=_quantize(part.weight.data, scheme, scales.pre_scale, amax, clip),
+            weight=_quantize(part.weight.data, scheme, scales.pre_scale, amax, clip, dtype),
             bias=part.bias,
             input_scale=scales.input_scale,
             pre_scale=scales.pre_scale,
@@ -50,13 +55,19 @@ def quantize_group(parts: Sequence[LinearWeights], scheme: QuantScheme, scales: 
 
 
 def _quantize(
-    weight: Tensor, scheme: QuantScheme, pre_scale: Tensor | None, amax: Tensor | None, clip: Tensor | None
+    weight: Tensor,
+    scheme: QuantScheme,
+    pre_scale: Tensor | None,
+    amax: Tensor | None,
+    clip: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> QuantTensor:
     if scheme.weight_format == "fp8":
         assert amax is not None
         return fp8_matrix(weight, amax=amax, pre_scale=pre_scale)
     if scheme.weight_format == "int8":
-        return int8_matrix(weight, steps=127 if scheme.activations == "int8" else 128, pre_scale=pre_scale)
+        steps = 127 if scheme.activations == "int8" else 128
+        return int8_matrix(weight, steps=steps, pre_scale=pre_scale, dtype=dtype)
     assert scheme.group_size is not None
     return int4_matrix(weight, group_size=scheme.group_size, pre_scale=pre_scale, clip=clip)
 

@@ -25,8 +25,11 @@ def largest_magnitude(weight: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(weight)).abs().amax()
 
 
-def int8_matrix(weight: Tensor, *, steps: int, pre_scale: Tensor | None = None) -> QuantTensor:
-    """``quantize_int8`` of ``weight / pre_scale``: weight (N, K), pre_scale (K,)."""
+def int8_matrix(
+    weight: Tensor, *, steps: int, pre_scale: Tensor | None = None, dtype: torch.dtype | None = None
+) -> QuantTensor:  # fmt: skip
+    """``quantize_int8`` of ``weight / pre_scale``: weight (N, K), pre_scale (K,). ``dtype`` is the model's, if the
+    weight has another."""
     rows, width = weight.shape
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
     exact = torch.empty(rows, dtype=torch.float32, device=weight.device)
@@ -37,7 +40,7 @@ def int8_matrix(weight: Tensor, *, steps: int, pre_scale: Tensor | None = None) 
         # Halves away from zero: one half more in the value's own direction, and the cast cuts the fraction off.
         wide.add_(torch.sign(wide, out=spare), alpha=0.5).clamp_(-128, 127)
         codes[part].copy_(wide)
-    stored = weight.dtype if pre_scale is None else torch.float32
+    stored = (dtype or weight.dtype) if pre_scale is None else torch.float32
     scale = exact.to(stored).float().clamp_min_(TINY) if steps == 128 else exact
     return QuantTensor(data=codes, scale=scale, format="int8", shape=(rows, width))
 

@@ -20,27 +20,33 @@ _STEPS = 10
 _CLIPS = tuple(1 - 0.05 * step for step in range(1, 9))
 
 
-def smooth_pre_scale(amax_x: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
+def smooth_pre_scale(
+    amax_x: Tensor, weights: Sequence[Tensor], alpha: float, *, dtype: torch.dtype | None = None
+) -> Tensor:  # fmt: skip
     """1 / s with s = amax_x^alpha / amax_w^(1 - alpha) per input (K,), amax_w over all parts of the product.
 
-    Inputs that were never active keep 1: nothing is known about them.
+    Inputs that were never active keep 1: nothing is known about them. ``dtype`` is the model's, if the weights have
+    another.
     """
     amax_w = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
     scale = amax_w.pow(1 - alpha) / amax_x.float().pow(alpha)
     silent = (amax_x <= 0) | (amax_w <= 0)
-    return torch.where(silent, 1.0, scale).clamp(_LEAST, _MOST).to(weights[0].dtype)
+    return torch.where(silent, 1.0, scale).clamp(_LEAST, _MOST).to(dtype or weights[0].dtype)
 
 
-def awq_pre_scale(mean_x: Tensor, weights: Sequence[Tensor], samples: Tensor, *, group_size: int) -> Tensor:
+def awq_pre_scale(
+    mean_x: Tensor, weights: Sequence[Tensor], samples: Tensor, *, group_size: int, dtype: torch.dtype | None = None
+) -> Tensor:  # fmt: skip
     """The best of 21 candidates by the squared error of the product on ``samples`` (S, K): (K,).
 
     Candidates: the paper's mean|x|^a and ModelOpt's mean|x|^a / w^(1 - a), with w the mean of |weight| relative to its
-    group's maximum, each normalised to geometric centre 1. The first, a = 0, is plain rounding.
+    group's maximum, each normalised to geometric centre 1. The first, a = 0, is plain rounding. ``dtype`` as for
+    SmoothQuant.
     """
     wide = torch.cat([weight.float() for weight in weights])
     best, least = None, float("inf")
     for scale in _awq_candidates(mean_x.float(), wide, group_size):
-        pre = (1 / scale).to(weights[0].dtype)
+        pre = (1 / scale).to(dtype or weights[0].dtype)
         divisor = pre.float()
         rounded = dequantize(quantize_int4(wide / divisor, group_size=group_size)) * divisor
         error = float((samples @ (rounded - wide).T).square().mean())
