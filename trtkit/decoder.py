@@ -86,12 +86,17 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> tuple[Tensor, float]:
 
     Yarn as in transformers' ``_compute_yarn_parameters`` (arXiv 2309.00071): dimensions that turn more than
     ``beta_fast`` times within the original context keep their speed, those below ``beta_slow`` are slowed down by
-    ``factor``, a linear ramp lies between.
+    ``factor``, a linear ramp over the dimensions lies between. Llama3 as in ``_compute_llama3_parameters``: the same
+    with ``high_freq_factor`` and ``low_freq_factor`` turns and a ramp over the turns, and a factor of 1.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     periods = rope.theta**exponents
     if rope.kind == "default":
         return 1.0 / periods, 1.0
+    if rope.kind == "llama3":
+        turns = rope.original_max_positions / (2 * math.pi * periods)
+        kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+        return ((1 - kept) / rope.factor + kept) / periods, 1.0
 
     def dimension_turning(turns: float) -> float:
         span = rope.original_max_positions / (turns * 2 * math.pi)

@@ -28,21 +28,26 @@ _ARCHITECTURES: dict[str, Family] = {
     "LlamaForCausalLM": "llama",
 }
 _MODEL_TYPES: dict[Family, str] = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama"}
-_YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate")
+_SCALING_FIELDS = {
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
-    """Rotary embedding: ``default``, or ``yarn`` (arXiv 2309.00071) with its five numbers."""
+    """Rotary embedding: ``default``, or ``yarn`` (arXiv 2309.00071) or ``llama3`` (of Llama 3.1) with their numbers."""
 
     theta: float
-    kind: Literal["default", "yarn"] = "default"
+    kind: Literal["default", "yarn", "llama3"] = "default"
     factor: float = 1.0
     original_max_positions: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,19 +248,24 @@ def _rope(fields: _Fields, max_positions: int) -> RopeSpec:
             # transformers 5 takes it for the default and scales nothing, other readers refuse it.
             fields.offenders.append(f"rope scaling: a factor of {scaling['factor']!r}, but no rope_type that uses one")
         return RopeSpec(theta=theta)
-    if kind != "yarn":
+    if kind not in _SCALING_FIELDS:
         raise UnsupportedError(
-            f"rope scaling {kind!r} is not supported", where=fields.where, hint="supported: default, yarn"
-        )
+            f"rope scaling {kind!r} is not supported", where=fields.where,
+            hint=f"supported: default, {', '.join(_SCALING_FIELDS)}",
+        )  # fmt: skip
     if scaling.get("mscale") or scaling.get("mscale_all_dim"):
-        raise UnsupportedError("yarn with mscale is not supported", where=fields.where)
-    known = {*_YARN_FIELDS, "rope_theta", "rope_type", "type"}
+        raise UnsupportedError(f"{kind} with mscale is not supported", where=fields.where)
+    known = {*_SCALING_FIELDS[kind], "rope_theta", "rope_type", "type"}
     fields.offenders += [f"rope scaling: unknown key {key!r}" for key in scaling if key not in known]
     fields.offenders += [
         f"{key}: {new[key]!r} in rope_parameters contradicts {old[key]!r} in rope_scaling"
-        for key in _YARN_FIELDS
+        for key in _SCALING_FIELDS[kind]
         if key in new and key in old and new[key] != old[key]
     ]
+    return _yarn(fields, scaling, theta, max_positions) if kind == "yarn" else _llama3(fields, scaling, theta)
+
+
+def _yarn(fields: _Fields, scaling: Mapping[str, Any], theta: float, max_positions: int) -> RopeSpec:
     attention = scaling.get("attention_factor")
     return RopeSpec(
         theta=theta,
@@ -266,6 +276,20 @@ def _rope(fields: _Fields, max_positions: int) -> RopeSpec:
         beta_slow=fields.number("beta_slow", scaling, default=1.0),
         attention_factor=None if attention is None else fields.number("attention_factor", scaling),
         truncate=bool(scaling.get("truncate", True)),
+    )
+
+
+def _llama3(fields: _Fields, scaling: Mapping[str, Any], theta: float) -> RopeSpec:
+    low, high = fields.number("low_freq_factor", scaling), fields.number("high_freq_factor", scaling)
+    if low >= high:
+        fields.offenders.append(f"rope scaling: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
+    return RopeSpec(
+        theta=theta,
+        kind="llama3",
+        factor=fields.number("factor", scaling),
+        original_max_positions=int(fields.number("original_max_position_embeddings", scaling)),
+        low_freq_factor=low,
+        high_freq_factor=high,
     )
 
 
@@ -296,18 +320,8 @@ def spec_to_config(spec: ModelSpec) -> dict[str, Any]:
     """A ``config.json`` that transformers 4.53 to 5.x read alike: both spellings of theta and dtype."""
     rope = {"rope_theta": spec.rope.theta, "rope_type": spec.rope.kind}
     scaling: dict[str, Any] | None = None
-    if spec.rope.kind == "yarn":
-        scaling = {
-            "rope_type": "yarn",
-            "factor": spec.rope.factor,
-            "original_max_position_embeddings": spec.rope.original_max_positions,
-            "beta_fast": spec.rope.beta_fast,
-            "beta_slow": spec.rope.beta_slow,
-        }
-        if spec.rope.attention_factor is not None:
-            scaling["attention_factor"] = spec.rope.attention_factor
-        if not spec.rope.truncate:
-            scaling["truncate"] = False
+    if spec.rope.kind != "default":
+        scaling = _scaling_to_config(spec.rope)
         rope = {**scaling, "rope_theta": spec.rope.theta}
     config: dict[str, Any] = {
         "architectures": [next(name for name, family in _ARCHITECTURES.items() if family == spec.family)],
@@ -338,3 +352,19 @@ def spec_to_config(spec: ModelSpec) -> dict[str, Any]:
 def spec_as_dict(spec: ModelSpec) -> dict[str, Any]:
     """Plain data for machine-readable output."""
     return asdict(spec)
+
+
+def _scaling_to_config(rope: RopeSpec) -> dict[str, Any]:
+    scaling = {
+        "rope_type": rope.kind,
+        "factor": rope.factor,
+        "original_max_position_embeddings": rope.original_max_positions,
+    }
+    if rope.kind == "llama3":
+        return {**scaling, "low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+    if rope.attention_factor is not None:
+        scaling["attention_factor"] = rope.attention_factor
+    if not rope.truncate:
+        scaling["truncate"] = False
+    return scaling
