@@ -158,6 +158,10 @@ def _expansion(launch: Launch, t: Mapping[str, Tensor]) -> None:
     n, k, width = (launch.values[name] for name in ("N", "K", "WIDTH"))
     assert t["w_ptr"].shape == (n, width), launch
     assert t["out_ptr"].shape == (n, k), launch
+    assert t["scale_ptr"].shape == (n,), launch
+    if launch.constants["BITS"] == 4:
+        assert t["ratio_ptr"].shape[1] == n, launch
+        assert t["ratio_ptr"].stride() == (launch.values["ratio_stride"], 1), launch
     assert launch.grid == (-(-n // launch.constants["COLUMNS"]), width // 64), launch
 
 

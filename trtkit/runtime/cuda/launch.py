@@ -23,6 +23,11 @@ from trtkit.runtime.cuda.workspace import workspace_of
 __all__ = ["DeviceWeights", "kind_of", "place", "probe", "run"]
 
 _BLOCK = 1024
+_COLUMNS = 32
+"""Of one program that expands weights."""
+_EXPANDED_VALUES = 1 << 26
+"""Most weights that stand expanded at a time, 128 MiB of them: lm_head of a 14B has 778 million, twice what an engine
+leaves beside its keys and values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +200,25 @@ def _library(x: Tensor, weights: DeviceWeights) -> Tensor:
             x, codes.T, scale_a=step, scale_b=scale, bias=weights.rounded_bias, out_dtype=torch.bfloat16
         )
         return out
-    return F.linear(x, _expanded(weights), weights.rounded_bias)
+    return _by_parts(x, weights)
+
+
+def _by_parts(x: Tensor, weights: DeviceWeights) -> Tensor:
+    """The product with weights that cuBLAS has no kernel for, as many columns at a time as may stand expanded."""
+    columns, bias = weights.shape.columns, weights.rounded_bias
+    parts = -(-columns * weights.shape.depth // _EXPANDED_VALUES)
+    if parts == 1:
+        return F.linear(x, _expanded(weights, slice(0, columns)), bias)
+    out = torch.empty((x.shape[0], columns), dtype=torch.bfloat16, device=x.device)
+    step = -(-columns // (parts * _COLUMNS)) * _COLUMNS
+    for start in range(0, columns, step):
+        part = slice(start, min(start + step, columns))
+        matrix = _expanded(weights, part).T
+        if bias is None:
+            torch.mm(x, matrix, out=out[:, part])
+        else:
+            torch.addmm(bias[part], x, matrix, out=out[:, part])
+    return out
 
 
 def _rescaled(sums: Tensor, weights: DeviceWeights) -> Tensor:
@@ -206,17 +229,18 @@ def _rescaled(sums: Tensor, weights: DeviceWeights) -> Tensor:
     return out
 
 
-def _expanded(weights: DeviceWeights) -> Tensor:
-    """The weights as bfloat16 numbers, in the shared workspace: good until the next call."""
-    columns, depth = weights.shape.columns, weights.shape.depth
+def _expanded(weights: DeviceWeights, part: slice) -> Tensor:
+    """The weights of these columns as bfloat16 numbers, in the shared workspace: good until the next call."""
+    columns, depth = part.stop - part.start, weights.shape.depth
     space = workspace_of(weights.device)
     space.reserve(expanded=columns * depth)
     out = space.expanded[: columns * depth].view(columns, depth)
+    codes, scale = weights.codes[part], weights.scale[part]
     if weights.bits is None:
-        return torch.mul(weights.codes.to(torch.bfloat16), weights.scale[:, None], out=out)
-    width = weights.codes.shape[1]
-    expand_words[(-(-columns // 32), width // TILE)](
-        weights.codes, weights.scale if weights.ratios is None else weights.ratios, weights.scale, out,
-        columns, depth, width, COLUMNS=32, BITS=weights.bits, num_warps=4,
+        return torch.mul(codes.to(torch.bfloat16), scale[:, None], out=out)
+    width = codes.shape[1]
+    expand_words[(-(-columns // _COLUMNS), width // TILE)](
+        codes, scale if weights.ratios is None else weights.ratios[:, part], scale, out,
+        columns, depth, width, weights.shape.columns, COLUMNS=_COLUMNS, BITS=weights.bits, num_warps=4,
     )  # fmt: skip
     return out
