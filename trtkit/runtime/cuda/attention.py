@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtkit.runtime.cuda.batch import CudaVerifyBatch
-from trtkit.runtime.cuda.dependent import dependent, started
+from trtkit.runtime.cuda.dependent import FUSED, dependent, started
 from trtkit.runtime.kv_cache import KvCache
 
 __all__ = ["attend_split", "attend_verify_triton", "combine_splits", "split_shape"]
@@ -248,10 +248,11 @@ def attend_verify_triton(cache: KvCache, layer: int, batch: CudaVerifyBatch, q: 
         q.stride(0), k.stride(0), v.stride(0), key_pool.stride(0), batch.blocks.stride(0), mask.stride(0),
         mask.stride(1), batch.nodes, splits, m_tiles, key_scale, value_scale, head_dim**-0.5 * math.log2(math.e),
         group=group, head_dim=head_dim, block_size=cache.block_size, tile_m=tile_m, tile_s=_TILE,
-        tile_d=tile_d, split=split, num_warps=4, num_stages=_STAGES, **dependent(q.device),
+        tile_d=tile_d, split=split, num_warps=4, num_stages=_STAGES, **FUSED, **dependent(q.device),
     )  # fmt: skip
     combine_splits[(heads, tokens)](
         out, sums, stats[0], stats[1], batch.cached, batch.nodes, splits, value_scale,
-        group=group, head_dim=head_dim, tile_d=tile_d, split=split, chunk=_COMBINED, num_warps=4, **dependent(q.device),
+        group=group, head_dim=head_dim, tile_d=tile_d, split=split, chunk=_COMBINED, num_warps=4, **FUSED,
+        **dependent(q.device),
     )  # fmt: skip
     return out

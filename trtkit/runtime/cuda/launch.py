@@ -15,7 +15,7 @@ from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import LinearWeights
 from trtkit.runtime.cuda.choices import Choice, Kind, Shape
 from trtkit.runtime.cuda.conversions import expand_words, quantize_activations, rescale
-from trtkit.runtime.cuda.dependent import dependent
+from trtkit.runtime.cuda.dependent import FUSED, dependent
 from trtkit.runtime.cuda.layout import TILE, group_ratios, to_words
 from trtkit.runtime.cuda.products import one_row, product, product_words
 from trtkit.runtime.cuda.workspace import workspace_of
@@ -110,7 +110,7 @@ def probe(device: torch.device) -> None:
     """Compile and run a small kernel; raises whatever Triton raises where that cannot be."""
     sums, scale = torch.ones((1, 16), dtype=torch.int32, device=device), torch.ones(16, device=device)
     out = torch.empty((1, 16), dtype=torch.bfloat16, device=device)
-    rescale[(1, 1)](sums, scale, scale, out, 16, BLOCK=_BLOCK, num_warps=4)
+    rescale[(1, 1)](sums, scale, scale, out, 16, BLOCK=_BLOCK, num_warps=4, **FUSED)
     assert out[0, 0].item() == 2
 
 
@@ -133,7 +133,7 @@ def prepare_input(x: Tensor, weights: DeviceWeights) -> Tensor:
     rows, depth = x.shape
     quantize_activations[(rows, -(-depth // _BLOCK))](
         x, x if pre is None else pre, weights.inverse_step, codes, depth,
-        PRE=pre is not None, BLOCK=_BLOCK, num_warps=4, **dependent(x.device),
+        PRE=pre is not None, BLOCK=_BLOCK, num_warps=4, **FUSED, **dependent(x.device),
     )  # fmt: skip
     return codes
 
@@ -154,7 +154,8 @@ def _product(x: Tensor, weights: DeviceWeights, choice: Choice) -> Tensor:
     after = (out, space.partial, space.arrived)
     tile = {
         "ROWS": choice.rows, "COLUMNS": choice.columns, "SWAP": choice.swap, "EVEN": depth % choice.depth == 0,
-        "PRE": pre is not None, "num_warps": choice.warps, "num_stages": choice.stages, **dependent(x.device),
+        "PRE": pre is not None, "num_warps": choice.warps, "num_stages": choice.stages, **FUSED,
+        **dependent(x.device),
     }  # fmt: skip
     grid = (tiles_m, tiles_n, splits)
     if weights.bits is not None:
@@ -181,7 +182,7 @@ def _one_row(x: Tensor, weights: DeviceWeights, choice: Choice) -> Tensor:
     one_row[(-(-columns // choice.columns),)](
         x, weights.codes, weights.scale, weights.bias, x if pre is None else pre, out, columns, depth,
         COLUMNS=choice.columns, DEPTH=choice.depth, EVEN=depth % choice.depth == 0, PRE=pre is not None,
-        num_warps=choice.warps, num_stages=choice.stages, **dependent(x.device),
+        num_warps=choice.warps, num_stages=choice.stages, **FUSED, **dependent(x.device),
     )  # fmt: skip
     return out
 
@@ -225,7 +226,7 @@ def _rescaled(sums: Tensor, weights: DeviceWeights) -> Tensor:
     out = torch.empty_like(sums, dtype=torch.bfloat16)
     rows, columns = sums.shape
     grid = (rows, -(-columns // _BLOCK))
-    rescale[grid](sums, weights.scale, weights.bias, out, columns, BLOCK=_BLOCK, num_warps=4)
+    rescale[grid](sums, weights.scale, weights.bias, out, columns, BLOCK=_BLOCK, num_warps=4, **FUSED)
     return out
 
 
@@ -241,6 +242,6 @@ def _expanded(weights: DeviceWeights, part: slice) -> Tensor:
     width = codes.shape[1]
     expand_words[(-(-columns // _COLUMNS), width // TILE)](
         codes, scale if weights.ratios is None else weights.ratios[:, part], scale, out,
-        columns, depth, width, weights.shape.columns, COLUMNS=_COLUMNS, BITS=weights.bits, num_warps=4,
+        columns, depth, width, weights.shape.columns, COLUMNS=_COLUMNS, BITS=weights.bits, num_warps=4, **FUSED,
     )  # fmt: skip
     return out
