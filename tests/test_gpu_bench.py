@@ -17,9 +17,9 @@ import torch
 
 from drafter.tree import build_tree
 from tests.runtime.ranks.threads import ThreadRanks, on_ranks
-from trtkit.bench import gpu_ranks, gpu_subprocess
+from trtkit.bench import gpu_ranks, gpu_stages, gpu_subprocess
 from trtkit.bench.gpu import GpuBench, GpuBenchOptions, main
-from trtkit.bench.gpu_machine import STUCK
+from trtkit.bench.gpu_machine import STUCK, time_limit
 from trtkit.bench.gpu_points import PointPlan, Timed, timed_steps
 from trtkit.bench.gpu_ranks import SharedPlan, measure_shared
 from trtkit.bench.gpu_stages import PUBLISHED_ACCEPTANCE, STAGES, Stage
@@ -300,6 +300,32 @@ def test_what_runs_beside_may_have_last_words() -> None:
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('1 failed')"
     ended, output = gpu_subprocess._run([sys.executable, "-I", "-S", "-c", code], 2.0)
     assert (ended, output) == (None, "1 failed\n")
+
+
+def test_what_runs_beside_ends_with_its_stage(tmp_path: Path) -> None:
+    """Else it would go on on the same GPU, beside what is measured next."""
+    place = tmp_path / "pid"
+    code = f"import os, time\nopen({str(place)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    with pytest.raises(TimeoutError), time_limit(1.5):
+        gpu_subprocess._run([sys.executable, "-I", "-S", "-c", code], 30.0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(place.read_text()), 0)
+
+
+@pytest.mark.parametrize("left", [30.0, 100.0, 155.0, 400.0])
+@pytest.mark.parametrize(("stage", "runs"), [("tests", "gpu_tests"), ("peer", "peer_figures")])
+def test_what_runs_beside_is_heard_before_the_time_of_its_stage_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: float, stage: str, runs: str
+) -> None:
+    given: list[float] = []
+    found = {"summary": "", "figures": []}
+    monkeypatch.setattr(gpu_stages, runs, lambda *arguments: (given.append(arguments[-1]), found)[1])
+    bench = GpuBench(
+        options=GpuBenchOptions(device=torch.device("cpu"), out=tmp_path / "bench.json", budget_seconds=left),
+        say=lambda _line: None,
+    )
+    STAGES[stage].work(bench)
+    assert 15 < given[0] <= min(left, STAGES[stage].most_seconds) - gpu_subprocess._LAST_WORDS_SECONDS - 1
 
 
 def test_goals_compare_what_was_measured() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import signal
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["gpu_tests", "peer_figures"]
+__all__ = ["ENDING_SECONDS", "gpu_tests", "peer_figures"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LAST_WORDS_SECONDS = 10.0
+ENDING_SECONDS = _LAST_WORDS_SECONDS + 3.0
+"""What a process may take beyond its limit."""
 
 
 def _run(command: list[str], seconds: float) -> tuple[int | None, str]:
@@ -29,9 +32,10 @@ def _run(command: list[str], seconds: float) -> tuple[int | None, str]:
         except subprocess.TimeoutExpired:
             code = None
             process.send_signal(signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=_LAST_WORDS_SECONDS)
-            except subprocess.TimeoutExpired:
+        finally:
+            if process.poll() is None:  # also when the stage's own time is up: it must not run beside the next one
                 process.kill()
                 process.wait()
         out.seek(0)
