@@ -18,7 +18,7 @@ import torch
 from drafter.tree import build_tree
 from tests.runtime.ranks.threads import ThreadRanks, on_ranks
 from trtkit.bench import gpu_ranks, gpu_stages, gpu_subprocess
-from trtkit.bench.gpu import GpuBench, GpuBenchOptions, main
+from trtkit.bench.gpu import GpuBench, GpuBenchOptions, _options, main
 from trtkit.bench.gpu_machine import STUCK, time_limit
 from trtkit.bench.gpu_points import PointPlan, Timed, timed_steps
 from trtkit.bench.gpu_ranks import SharedPlan, measure_shared
@@ -65,6 +65,17 @@ def test_a_tiny_run_measures_what_it_names(tmp_path: Path, capsys: pytest.Captur
     table = capsys.readouterr().out
     assert "bf16, 1 row: share of copy bandwidth" in table
     assert "MISSED" in table
+
+
+def test_a_numbered_device_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches there, wherever the tensors lie."""
+    chosen: list[torch.device] = []
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": chosen.append}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert _options(["--device", "cuda:1"]).device == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
+    with pytest.raises(SystemExit):
+        _options(["--device", "cuda:2"])
 
 
 @pytest.mark.slow
