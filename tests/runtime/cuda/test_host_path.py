@@ -34,7 +34,7 @@ from trtkit.quant.calibrate import LayerwiseCalibrator
 from trtkit.quant.group import quantize_group
 from trtkit.quant.tensor import LinearWeights, dense
 from trtkit.runtime.api import SwitchPenalty
-from trtkit.runtime.cuda import graphs, launch
+from trtkit.runtime.cuda import graphs, launch, tuning
 from trtkit.runtime.cuda.dependent import SWITCH as EARLY
 from trtkit.runtime.draft_head import with_kernels
 from trtkit.runtime.kv_cache import kv_block_bytes
@@ -319,6 +319,23 @@ def test_every_candidate_is_tried_within_a_graph(gpu: FakeGpu, precision: Precis
     assert all((graph.captured, graph.replays) == (1, 11) for graph in gpu.graphs)
     gpu.answer = 2
     launch.probe(CUDA)
+
+
+def test_where_no_memory_is_left_to_tune_in_steps_are_captured_all_the_same(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Late in a run the quarter of a GB that the tuner reads between two measurements may not be there."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gpu.measures = True
+    monkeypatch.setattr(tuning, "fastest", full)
+    engine = _engine(_model("fp8"))
+    engine.submit(request("a", (1, 2, 3), max_tokens=3))
+    _finish(engine)
+    assert engine._graphs is not None
+    assert engine._graphs._captures
 
 
 def test_a_benchmark_point(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
