@@ -34,7 +34,7 @@ from trtkit.quant.calibrate import LayerwiseCalibrator
 from trtkit.quant.group import quantize_group
 from trtkit.quant.tensor import LinearWeights, dense
 from trtkit.runtime.api import SwitchPenalty
-from trtkit.runtime.cuda import graphs, launch, tuning
+from trtkit.runtime.cuda import graphs, launch
 from trtkit.runtime.cuda.dependent import SWITCH as EARLY
 from trtkit.runtime.draft_head import with_kernels
 from trtkit.runtime.kv_cache import kv_block_bytes
@@ -211,53 +211,6 @@ def test_what_a_layer_launches_starts_early_on_hopper_where_it_is_asked_for(
             assert early == (hopper, hopper), launch.name
 
 
-def test_graphs_of_long_ago_are_given_back(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes some memory, and a long run has hundreds of kinds of steps: by rows, widths, trees and cuts."""
-    monkeypatch.setattr(graphs, "graphs_kept", lambda _free, _layers: 3)
-    engine = _engine(_model())
-    assert engine._graphs is not None
-
-    def play(rows: int, tokens: int) -> int:
-        """Captures that a batch takes."""
-        before = engine._graphs.recorded
-        for index in range(rows):
-            engine.submit(request(str(index), (1, 2, 3), max_tokens=tokens))
-        _finish(engine)
-        return engine._graphs.recorded - before
-
-    made = [play(rows, 3) for rows in (1, 2, 4, 8, 4, 8, 1, 4)]
-    assert made == [1, 1, 1, 1, 0, 0, 1, 0], "the one of one row made room for that of eight"
-    assert sum(graph.captured for graph in gpu.graphs) == 3
-    assert play(2, 100) > 1, "wider block tables"
-    assert sum(graph.captured for graph in gpu.graphs) == 3
-    assert engine._graphs._captures
-
-
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_step_that_waited_for_a_capture_is_no_measure_of_its_tree(
-    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, overlap: bool
-) -> None:
-    """A wider block table takes a graph of its own, long after the first steps of that tree."""
-    engine = _engine(_model(), overlap=overlap)
-    observed: list[object] = []
-    monkeypatch.setattr(engine._chooser, "observe", lambda *_, **__: observed.append(1))
-    assert engine._graphs is not None
-    for index in range(2):
-        engine.submit(request(str(index), (1, 2, 3), max_tokens=70))
-    while engine.has_work:
-        recorded, before = engine._graphs.recorded, len(observed)
-        engine.step()
-        assert len(observed) - before == (engine._graphs.recorded == recorded)
-    assert engine._graphs.recorded == 4, "1, 2, 4 and 8 blocks"
-
-
-def test_how_many_graphs_are_kept() -> None:
-    l4 = graphs.graphs_kept(3 << 29, 48)
-    assert l4 * 48 * graphs._BYTES_A_LAYER <= 3 << 28, "half of what is left free beside the KV cache of a 14B"
-    assert graphs.graphs_kept(6 << 30, 48) == 85
-    assert graphs.graphs_kept(100 << 30, 2) == graphs._MOST_KEPT
-
-
 def test_the_number_of_rows_compiles_no_kernel_of_the_pick_anew(gpu: FakeGpu) -> None:
     engine = _engine(_model())
     for count in (1, 2, 3, 6):
@@ -319,23 +272,6 @@ def test_every_candidate_is_tried_within_a_graph(gpu: FakeGpu, precision: Precis
     assert all((graph.captured, graph.replays) == (1, 11) for graph in gpu.graphs)
     gpu.answer = 2
     launch.probe(CUDA)
-
-
-def test_where_no_memory_is_left_to_tune_in_steps_are_captured_all_the_same(
-    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Late in a run the quarter of a GB that the tuner reads between two measurements may not be there."""
-
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    gpu.measures = True
-    monkeypatch.setattr(tuning, "fastest", full)
-    engine = _engine(_model("fp8"))
-    engine.submit(request("a", (1, 2, 3), max_tokens=3))
-    _finish(engine)
-    assert engine._graphs is not None
-    assert engine._graphs._captures
 
 
 def test_a_benchmark_point(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,7 +348,13 @@ class StepGraphs:
             self._graphs[key] = graph
             return graph
         self._make_room()
-        if why := self._capture(key):
+        why = self._capture(key)
+        if "out of memory" in why and len(self._graphs) > 1 and self._on.model.ranks is None:
+            self._kept = len(self._graphs) // 2 + 1
+            logger.debug("CUDA graphs: %d and no more, for want of memory", self._kept)
+            self._make_room()
+            why = self._capture(key)
+        if why:
             self._captures = False
             logger.warning("decode steps run without CUDA graphs: %s", why)
         return self._graphs.get(key)
@@ -386,11 +392,13 @@ class StepGraphs:
         self._prepare(key.rows, key.shape)
         contexts, current = self._on.contexts.clone(), torch.cuda.current_stream(self._in.device)
         self._side.wait_stream(current)
-        with torch.cuda.stream(self._side):
-            for _ in range(_WARM_UPS):
-                self.step(key)
-        current.wait_stream(self._side)
-        self._on.contexts.copy_(contexts)
+        try:
+            with torch.cuda.stream(self._side):
+                for _ in range(_WARM_UPS):
+                    self.step(key)
+        finally:  # also where a step fails: what is launched next shares the workspace with it
+            current.wait_stream(self._side)
+            self._on.contexts.copy_(contexts)
 
     def _record(self, key: StepKey) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
