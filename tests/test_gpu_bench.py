@@ -256,6 +256,18 @@ def test_the_gpu_tests_are_told_in_a_line(
     assert Path(__file__) not in files
 
 
+def test_the_gpu_tests_do_without_hypothesis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare GPU machine may have pytest and nothing else of what the other tests take."""
+    (tmp_path / "hypothesis.py").write_text("raise ModuleNotFoundError('hypothesis')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    run, found_only = gpu_subprocess._run, ["--collect-only", "-p", "no:hypothesispytest", "-p", "no:timeout"]
+    monkeypatch.setattr(gpu_subprocess, "_run", lambda command, seconds: run([*command, *found_only], seconds))
+    found = gpu_tests(60.0)
+    assert found["code"] == 0, found["output"]
+    assert "test_a_replay_is_the_plain_step" in found["output"]
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_all_stages_are_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
     begun: list[str] = []
