@@ -249,6 +249,7 @@ def test_the_gpu_tests_are_told_in_a_line(
         "trtkit.bench.gpu_subprocess._run", lambda command, seconds: (commands.append(command), ended)[1]
     )
     assert gpu_tests(60.0) == {"summary": f"GPU tests: {summary}", "code": ended[0], "output": ended[1]}
+    assert "--continue-on-collection-errors" in commands[0]
     files = [Path(part) for part in commands[0] if part.endswith(".py")]
     assert ROOT / "tests/runtime/cuda/test_linear_gpu.py" in files
     marks = ("mark." + "gpu", "device: " + "torch.device)")  # in one piece this file would be among them
