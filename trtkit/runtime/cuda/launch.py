@@ -26,8 +26,8 @@ _BLOCK = 1024
 _COLUMNS = 32
 """Of one program that expands weights."""
 _EXPANDED_VALUES = 1 << 26
-"""Most weights that stand expanded at a time, 128 MiB of them: lm_head of a 14B has 778 million, twice what an engine
-leaves beside its keys and values."""
+"""Most weights that stand expanded at a time, 128 MiB of them: the 778 million of a 14B's lm_head would take all that
+an engine leaves beside its keys and values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
