@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+
+if TYPE_CHECKING:
+    from hypothesis import settings
 
 THOROUGH = os.environ.get("TRTKIT_TESTS") == "all"
 """Set by ``scripts/test --all``."""
@@ -16,6 +18,8 @@ THOROUGH = os.environ.get("TRTKIT_TESTS") == "all"
 
 def examples(count: int) -> settings:
     """How often hypothesis tries a property whose single try takes long."""
+    from hypothesis import settings  # tests of a GPU use the rest of this file, and do without it
+
     return settings(max_examples=count if THOROUGH else max(6, count // 3))
 
 

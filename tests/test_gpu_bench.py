@@ -17,9 +17,9 @@ import torch
 
 from drafter.tree import build_tree
 from tests.runtime.ranks.threads import ThreadRanks, on_ranks
-from trtkit.bench import gpu_ranks, gpu_subprocess
-from trtkit.bench.gpu import GpuBench, GpuBenchOptions, main
-from trtkit.bench.gpu_machine import STUCK
+from trtkit.bench import gpu_ranks, gpu_stages, gpu_subprocess
+from trtkit.bench.gpu import GpuBench, GpuBenchOptions, _options, main
+from trtkit.bench.gpu_machine import STUCK, time_limit
 from trtkit.bench.gpu_points import PointPlan, Timed, timed_steps
 from trtkit.bench.gpu_ranks import SharedPlan, measure_shared
 from trtkit.bench.gpu_stages import PUBLISHED_ACCEPTANCE, STAGES, Stage
@@ -65,6 +65,17 @@ def test_a_tiny_run_measures_what_it_names(tmp_path: Path, capsys: pytest.Captur
     table = capsys.readouterr().out
     assert "bf16, 1 row: share of copy bandwidth" in table
     assert "MISSED" in table
+
+
+def test_a_numbered_device_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches there, wherever the tensors lie."""
+    chosen: list[torch.device] = []
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": chosen.append}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert _options(["--device", "cuda:1"]).device == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
+    with pytest.raises(SystemExit):
+        _options(["--device", "cuda:2"])
 
 
 @pytest.mark.slow
@@ -238,11 +249,24 @@ def test_the_gpu_tests_are_told_in_a_line(
         "trtkit.bench.gpu_subprocess._run", lambda command, seconds: (commands.append(command), ended)[1]
     )
     assert gpu_tests(60.0) == {"summary": f"GPU tests: {summary}", "code": ended[0], "output": ended[1]}
+    assert "--continue-on-collection-errors" in commands[0]
     files = [Path(part) for part in commands[0] if part.endswith(".py")]
     assert ROOT / "tests/runtime/cuda/test_linear_gpu.py" in files
     marks = ("mark." + "gpu", "device: " + "torch.device)")  # in one piece this file would be among them
     assert all(any(mark in path.read_text("utf-8") for mark in marks) for path in files)
     assert Path(__file__) not in files
+
+
+def test_the_gpu_tests_do_without_hypothesis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare GPU machine may have pytest and nothing else of what the other tests take."""
+    (tmp_path / "hypothesis.py").write_text("raise ModuleNotFoundError('hypothesis')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    run, found_only = gpu_subprocess._run, ["--collect-only", "-p", "no:hypothesispytest", "-p", "no:timeout"]
+    monkeypatch.setattr(gpu_subprocess, "_run", lambda command, seconds: run([*command, *found_only], seconds))
+    found = gpu_tests(60.0)
+    assert found["code"] == 0, found["output"]
+    assert "test_a_replay_is_the_plain_step" in found["output"]
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -300,6 +324,32 @@ def test_what_runs_beside_may_have_last_words() -> None:
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('1 failed')"
     ended, output = gpu_subprocess._run([sys.executable, "-I", "-S", "-c", code], 2.0)
     assert (ended, output) == (None, "1 failed\n")
+
+
+def test_what_runs_beside_ends_with_its_stage(tmp_path: Path) -> None:
+    """Else it would go on on the same GPU, beside what is measured next."""
+    place = tmp_path / "pid"
+    code = f"import os, time\nopen({str(place)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    with pytest.raises(TimeoutError), time_limit(1.5):
+        gpu_subprocess._run([sys.executable, "-I", "-S", "-c", code], 30.0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(place.read_text()), 0)
+
+
+@pytest.mark.parametrize("left", [30.0, 100.0, 155.0, 400.0])
+@pytest.mark.parametrize(("stage", "runs"), [("tests", "gpu_tests"), ("peer", "peer_figures")])
+def test_what_runs_beside_is_heard_before_the_time_of_its_stage_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: float, stage: str, runs: str
+) -> None:
+    given: list[float] = []
+    found = {"summary": "", "figures": []}
+    monkeypatch.setattr(gpu_stages, runs, lambda *arguments: (given.append(arguments[-1]), found)[1])
+    bench = GpuBench(
+        options=GpuBenchOptions(device=torch.device("cpu"), out=tmp_path / "bench.json", budget_seconds=left),
+        say=lambda _line: None,
+    )
+    STAGES[stage].work(bench)
+    assert 15 < given[0] <= min(left, STAGES[stage].most_seconds) - gpu_subprocess._LAST_WORDS_SECONDS - 1
 
 
 def test_goals_compare_what_was_measured() -> None:

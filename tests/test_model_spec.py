@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from tests.tiny import tiny_model
@@ -109,6 +110,49 @@ def test_yarn_turns_like_transformers(scaling: dict[str, Any], written_back: boo
     assert factor == pytest.approx(theirs.attention_scaling)
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+"""Of Llama 3.1 and what was distilled into it."""
+
+
+@pytest.mark.parametrize("changes", [{}, {"factor": 32.0}, {"low_freq_factor": 0.5, "high_freq_factor": 9.0},
+                                     {"original_max_position_embeddings": 64}])  # fmt: skip
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling", "written back"])
+def test_llama3_turns_like_transformers(changes: dict[str, Any], spelling: str) -> None:
+    rope = {**LLAMA3, **changes}
+    base = {name: value for name, value in QWEN3_14B.items() if name not in ("rope_theta", "rope_scaling")}
+    base |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    config = {**base, "rope_parameters": rope}
+    if spelling == "rope_scaling":
+        old = {name: value for name, value in rope.items() if name != "rope_theta"}
+        config = {**base, "rope_theta": rope["rope_theta"], "rope_scaling": old}
+    spec = spec_from_config(config)
+    if spelling == "written back":
+        config = spec_to_config(spec)
+        assert spec_from_config(config) == spec
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(config))
+    found, factor = inverse_frequencies(spec.rope, spec.head_dim)
+    torch.testing.assert_close(found, theirs.inv_freq, rtol=2e-6, atol=0)
+    assert factor == theirs.attention_scaling == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"low_freq_factor": None}, "low_freq_factor"),
+        ({"original_max_position_embeddings": None}, "original_max_position_embeddings"),
+        ({"low_freq_factor": 4.0}, "must be below high_freq_factor 4"),
+        ({"beta_fast": 32.0}, "unknown key 'beta_fast'"),
+    ],
+)
+def test_half_a_llama3_is_refused(changes: dict[str, Any], complaint: str) -> None:
+    rope = {name: value for name, value in {**LLAMA3, **changes}.items() if value is not None}
+    base = {name: value for name, value in QWEN3_14B.items() if name not in ("rope_theta", "rope_scaling")}
+    with pytest.raises(ConfigError) as refused:
+        spec_from_config({**base, "rope_parameters": rope})
+    assert any(complaint in offender for offender in refused.value.offenders)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_what_we_write_is_what_transformers_reads(family: str) -> None:
     config = tiny_model(family).config
@@ -125,7 +169,7 @@ def test_what_we_write_is_what_transformers_reads(family: str) -> None:
     assert spec_from_config(written) == replace(spec, dtype="float16")
 
 
-@pytest.mark.parametrize("kind", ["llama3", "linear", "dynamic"])
+@pytest.mark.parametrize("kind", ["longrope", "linear", "dynamic"])
 def test_other_rope_scalings_are_refused_by_name(kind: str) -> None:
     with pytest.raises(UnsupportedError, match=kind):
         spec_from_config({**QWEN25_14B, "rope_scaling": {"rope_type": kind, "factor": 8.0}})

@@ -273,6 +273,7 @@ def test_what_a_build_refuses_does_not_fit_and_nothing_else(tmp_path: Path) -> N
         )
     ]  # fmt: skip
     small.append(replace(small[0], rope=replace(small[0].rope, kind="yarn", factor=4.0, truncate=False)))
+    small.append(replace(small[0], rope=replace(small[0].rope, kind="llama3", factor=8.0, truncate=True)))
     for number, spec in enumerate([spec_of(), spec_of("fast-math-qwen3-14b"), *small]):
         head = tmp_path / str(number)
         head.mkdir()

@@ -77,6 +77,10 @@ def test_the_models_that_this_is_for_fit(spec: ModelSpec, precision: str, tp: in
             dataclasses.replace(QWEN25_14B, rope=RopeSpec(theta=1e6, kind="yarn", factor=4, truncate=False)),
             "bf16", {}, "truncate",
         ),
+        (
+            dataclasses.replace(QWEN25_14B, rope=RopeSpec(theta=1e6, kind="llama3", factor=8)),
+            "bf16", {}, "llama3 rope scaling",
+        ),
     ],
 )  # fmt: skip
 def test_shapes(spec: ModelSpec, precision: str, change: dict[str, int], said: str) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from trtkit import __version__
@@ -107,6 +108,7 @@ def test_the_traceback_comes_with_debug_only(
         (OSError(28, "No space left on device", "/x"), 1, "/x: No space left on device\nhint:  free some space"),
         (OSError("connection lost"), 1, "error: connection lost\nhint:  run again with --debug"),
         (MemoryError(), 1, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "error: CUDA out of memory.\nhint:  use a smaller --batch"),
         (ZeroDivisionError("oops"), 1, "--debug"),
     ],
 )

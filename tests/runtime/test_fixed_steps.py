@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drafter.config import DrafterConfig, TreeShape
@@ -57,15 +56,12 @@ def _requests(seed: int, count: int = 8) -> list[Request]:
     ]
 
 
-@settings(max_examples=4)
-@given(
-    seed=st.integers(0, 1000), shape=st.sampled_from(SHAPES), rows=st.integers(1, 8), blocks=st.sampled_from([16, 300]),
-    arrivals=st.sampled_from([1, 100]),
-)  # fmt: skip
-def test_the_stream_is_the_plain_stream(
-    model: DecoderModel, head: Drafter, seed: int, shape: TreeShape | None, rows: int, blocks: int, arrivals: int
-) -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_the_stream_is_the_plain_stream(model: DecoderModel, head: Drafter, seed: int) -> None:
     """Rows that come and go, preemption, tables that grow: padding is invisible."""
+    source = random.Random(seed)
+    shape, rows, blocks = SHAPES[seed % 3], source.randint(1, 8), source.choice([16, 300])
+    arrivals = source.choice([1, 100])
     requests = _requests(seed)
     plain = run_all(_engine(model, head, None), requests)
     engine = _engine(model, head, shape, rows=rows, kv_blocks=blocks, block_size=8, fixed_shapes=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.engines import random_prompts, request
-from tests.tiny import YARN, save_tiny, tiny_model
+from tests.tiny import LLAMA3, YARN, save_tiny, tiny_model
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
 from trtkit.decoder import LinearName, causal_attention, inverse_frequencies
 from trtkit.model_spec import read_model_spec
@@ -30,6 +30,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"num_key_value_heads": 1}),
     ("qwen2", {"rope_scaling": YARN}),
     ("qwen3", {"rope_scaling": YARN}),
+    ("llama", {"rope_scaling": LLAMA3}),
 ]
 
 

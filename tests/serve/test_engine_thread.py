@@ -206,6 +206,45 @@ def test_a_failed_engine_that_does_not_close_is_replaced_too() -> None:
         assert callers[1].to_the_end()[0] == "olleh"
 
 
+class Weights:
+    """What fills a GPU."""
+
+
+def test_nothing_of_a_failed_engine_is_held_while_the_next_one_is_opened() -> None:
+    """A GPU has no room for the weights of both: the traceback must not keep those of the first."""
+    held: list[weakref.ref[Weights]] = []
+
+    class Full(FakeEngine):
+        def step(self) -> list[StepOutput]:
+            weights, cache = Weights(), Weights()
+            held.extend((weakref.ref(weights), weakref.ref(cache)))
+            try:
+                self.verify(weights)
+            except RuntimeError as problem:
+                raise EngineError("out of memory") from problem
+            return []
+
+        def verify(self, weights: Weights) -> None:
+            raise RuntimeError("CUDA out of memory")
+
+    left: list[FakeEngine] = [Full(echo), FakeEngine(echo)]
+    still_there: list[int] = []
+
+    def open_engine() -> FakeEngine:
+        still_there.append(sum(each() is not None for each in held))
+        return left.pop(0)
+
+    with EngineThread(open_engine) as engine:
+        callers = [Caller(), Caller()]
+        engine.submit(asking("a"), callers[0])
+        with pytest.raises(EngineError, match="out of memory"):
+            callers[0].to_the_end()
+        engine.submit(asking("b"), callers[1]).result(SECONDS)
+        assert callers[1].to_the_end()[0] == "olleh"
+    assert len(held) == 2
+    assert still_there == [0, 0]
+
+
 def test_an_engine_that_cannot_be_opened_again_refuses_everything() -> None:
     broken = threading.Event()
     left = [Breaking(echo)]

@@ -31,7 +31,9 @@ from trtkit.bench.gpu_ranks import SharedPlan, measure_shared
 from trtkit.bench.gpu_stages import STAGES, bandwidth
 from trtkit.bench.gpu_targets import goals, lines
 from trtkit.bench.random_model import SHAPES, RandomWeights, shape_spec
+from trtkit.errors import UsageError
 from trtkit.files import read_json, write_json
+from trtkit.runtime.load import device_named
 from trtkit.runtime.model import DecoderModel
 from trtkit.scheme import Precision
 
@@ -218,7 +220,7 @@ def _options(arguments: Sequence[str]) -> GpuBenchOptions:
     )
     parser.add_argument("out", nargs="?", type=Path, default=Path("runs/gpu_bench.json"), help="the JSON document")
     parser.add_argument("--shape", choices=SHAPES, default="14b")
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--stages", default="", help=f"comma-separated, of: {', '.join(STAGES)}")
     parser.add_argument("--quick", action="store_true", help="fewer steps, without the peer and the tests")
     parser.add_argument("--budget", type=float, default=460.0, help="seconds; stages that no longer fit are skipped")
@@ -228,11 +230,14 @@ def _options(arguments: Sequence[str]) -> GpuBenchOptions:
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         parser.error(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if parsed.device == "auto" else parsed.device
-    if name == "cpu" and parsed.shape != "tiny":
+    try:
+        device = device_named(parsed.device)
+    except UsageError as problem:
+        parser.error(str(problem))
+    if device.type == "cpu" and parsed.shape != "tiny":
         parser.error("the 14b shape needs a CUDA device; --shape tiny runs anywhere")
     return GpuBenchOptions(
-        shape=parsed.shape, device=torch.device(name), out=parsed.out, stages=stages, quick=parsed.quick,
+        shape=parsed.shape, device=device, out=parsed.out, stages=stages, quick=parsed.quick,
         budget_seconds=parsed.budget, resume=parsed.resume,
     )  # fmt: skip
 

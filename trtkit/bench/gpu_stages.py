@@ -12,7 +12,7 @@ from trtkit.bench.device_clock import copy_bandwidth
 from trtkit.bench.gpu_machine import environment
 from trtkit.bench.gpu_points import BLOCK_SIZE, PointPlan
 from trtkit.bench.gpu_ranks import SharedPlan
-from trtkit.bench.gpu_subprocess import gpu_tests, peer_figures
+from trtkit.bench.gpu_subprocess import ENDING_SECONDS, gpu_tests, peer_figures
 from trtkit.bench.random_model import random_head, shape_spec
 from trtkit.checkpoint.rank_share import can_share
 from trtkit.runtime.kv_cache import kv_block_bytes
@@ -152,15 +152,20 @@ def _ranks(bench: GpuBench) -> None:
 def _peer(bench: GpuBench) -> None:
     bench.drop()
     options = bench.options
-    limit = min(150.0, bench.left) if not options.tiny else 100.0
+    limit = _beside(bench) if not options.tiny else 100.0
     new_tokens = 8 if options.tiny else 64
     bench.document["transformers"] = peer_figures(options.shape, options.device, options.context, new_tokens, limit)
 
 
 def _tests(bench: GpuBench) -> None:
     bench.drop()
-    bench.document["gpu_tests"] = found = gpu_tests(min(150.0, max(bench.left, 20.0)))
+    bench.document["gpu_tests"] = found = gpu_tests(_beside(bench))
     bench.say("  " + found["summary"])
+
+
+def _beside(bench: GpuBench) -> float:
+    """Seconds for a process of its own: that it ends, and is heard, within the time of its stage."""
+    return min(150.0, max(bench.left, 20.0) - ENDING_SECONDS)
 
 
 STAGES: dict[str, Stage] = {
@@ -173,7 +178,7 @@ STAGES: dict[str, Stage] = {
     "int4": Stage(work=_precision("int4"), least_seconds=15, most_seconds=90),
     "int8": Stage(work=_precision("int8"), least_seconds=15, most_seconds=90),
     "ranks": Stage(work=_ranks, least_seconds=30, most_seconds=240),
-    "tests": Stage(work=_tests, least_seconds=20, most_seconds=180),
+    "tests": Stage(work=_tests, least_seconds=30, most_seconds=180),
     "peer": Stage(work=_peer, least_seconds=45, most_seconds=180),
 }
 """In their order."""

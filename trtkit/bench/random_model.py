@@ -186,7 +186,7 @@ class StandingEngine(TorchEngine):
     @property
     def captured(self) -> int:
         """CUDA graphs that it has captured; 0 on a CPU, or where capturing failed."""
-        return 0 if self._graphs is None else len(self._graphs)
+        return 0 if self._graphs is None else self._graphs.recorded
 
     def parts(self, shape: TreeShape | None) -> tuple[dict[str, Callable[[], object]], Callable[[], object]]:
         """The phases of the next step and the step itself as calls that can be repeated; and the step as the engine

@@ -139,6 +139,8 @@ def _report(problem: Exception, verb: str) -> int:
         return 2 if isinstance(problem, _UsageProblem) else 1
     if isinstance(problem, MemoryError):
         _complain("out of memory", "use a smaller --batch or a smaller precision, or free memory")
+    elif type(problem).__name__ == "OutOfMemoryError":  # torch's own, of a GPU; not every verb loads torch
+        _complain(str(problem), "use a smaller --batch, --tree or precision, or free memory on that GPU")
     elif isinstance(problem, OSError):
         where = f"{problem.filename}: " if problem.filename and problem.strerror else ""
         _complain(f"{where}{problem.strerror or problem}", _SYSTEM_HINTS.get(problem.errno or 0, _SEE_WHERE))

@@ -214,9 +214,10 @@ class TorchEngine(Closing):
         shape, drafts = self._look_up(rows)
         if self._graphs is None or any(row.request.sampling.switch is not None for row in rows):
             return outputs + self._book(rows, shape, began, *self._emit(rows, shape, drafts))
+        recorded = self._graphs.recorded
         with self._phase("verify"):
             launched = self._graphs.launch(rows, shape, drafts, began=began)
-        return outputs + self._collect(launched)
+        return outputs + self._collect(launched, timed=self._graphs.recorded == recorded)
 
     def _look_up(self, rows: Sequence[Row]) -> tuple[TreeShape | None, npt.NDArray[np.int64] | None]:
         """The tree of the next step, and those of its beams that are looked up (R, beams, length); none for plain
@@ -251,15 +252,15 @@ class TorchEngine(Closing):
             self._prefill(plan)
         return plan.rows
 
-    def _collect(self, launched: Launched) -> list[StepOutput]:
+    def _collect(self, launched: Launched, *, timed: bool = True) -> list[StepOutput]:
         """The outputs of a step in flight, after the next one has been launched where that can be."""
         assert self._graphs is not None
-        captured = len(self._graphs)
+        recorded = self._graphs.recorded
         with self._phase("verify"):  # one launch: its parts have no time of their own
             ahead = self._launch_ahead(self._graphs, launched)
             lines, scores = self._graphs.collect(launched)
             self._flight = ahead
-        timed = len(self._graphs) == captured
+        timed = timed and self._graphs.recorded == recorded
         return self._book(launched.rows, launched.key.shape, launched.began, lines, scores, timed=timed)
 
     def _launch_ahead(self, graphs: StepGraphs, earlier: Launched) -> Launched | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -169,6 +170,7 @@ class EngineThread(Closing):
             try:
                 self._deliver(engine.step())
             except Exception as failure:
+                _let_go(failure)
                 with contextlib.suppress(Exception):
                     engine.close()
                 again = self._open_again(failure)
@@ -236,3 +238,11 @@ class EngineThread(Closing):
         self._sinks.pop(request_id, None)
         self._held.discard(request_id)
         self._resting.discard(request_id)
+
+
+def _let_go(failure: BaseException | None) -> None:
+    """Forget what the calls that failed were working on: the traceback would hold the weights and the cache while those
+    of the next engine are loaded, and a GPU has no room for both."""
+    while failure is not None:
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__cause__ or failure.__context__

@@ -45,7 +45,7 @@ def compile_for(
         if name in types and name not in loose and (types[name][0] == "*" or (aligned and types[name][0] == "i"))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spilled = _assembled(compiled.asm["ptx"], get_ptxas(capability).path)
     return Resources(

@@ -211,6 +211,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool, **mask: Any
     return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
+def _into(*parts: Tensor, out: Tensor | None = None) -> Tensor:
+    """``torch.mm`` and ``torch.addmm``; without a CUDA build nothing is written to a fake ``out``."""
+    made = torch.ops.aten.mm(*parts) if len(parts) == 2 else torch.ops.aten.addmm(*parts)
+    if out is None:
+        return made
+    assert (out.shape, out.dtype, out.device) == (made.shape, made.dtype, made.device)
+    return out
+
+
 def _numpy(x: Tensor) -> Any:
     assert x.device.type == "cpu", "numpy of a tensor on the device"
     return np.zeros(x.shape, str(x.dtype).removeprefix("torch."))
@@ -221,7 +230,7 @@ _MINE: dict[Any, Callable[..., Any]] = {
     Tensor.contiguous: _contiguous, Tensor.copy_: torch.ops.aten.copy_, Tensor.numpy: _numpy,
     Tensor.nonzero: torch.ops.aten.nonzero, **{
         getattr(Tensor, f"__{kind.__name__}__"): lambda x, kind=kind: kind(x.item()) for kind in (bool, int, float)
-    }, F.scaled_dot_product_attention: _attention,
+    }, F.scaled_dot_product_attention: _attention, torch.mm: _into, torch.addmm: _into,
 }  # fmt: skip
 
 

@@ -114,6 +114,7 @@ def check_launch(launch: Launch) -> None:
         dense = tensor.is_contiguous() or (key in _STRIDED and tensor.stride(-1) == 1) or key in _UNUSED
         assert fits, f"{name}: {key} is {tensor.dtype} on {tensor.device}"
         assert dense, f"{name}: {key} {tuple(tensor.shape)} has strides {tensor.stride()}"
+    assert launch.options.get("enable_fp_fusion") in (True, False), f"{name}: fusion is left to this Triton's default"
     assert 1 <= len(launch.grid) <= 3, name
     for size, most in zip(launch.grid, (2**31 - 1, 65535, 65535), strict=False):
         assert isinstance(size, int), f"{name}: grid {launch.grid}"
@@ -158,6 +159,10 @@ def _expansion(launch: Launch, t: Mapping[str, Tensor]) -> None:
     n, k, width = (launch.values[name] for name in ("N", "K", "WIDTH"))
     assert t["w_ptr"].shape == (n, width), launch
     assert t["out_ptr"].shape == (n, k), launch
+    assert t["scale_ptr"].shape == (n,), launch
+    if launch.constants["BITS"] == 4:
+        assert t["ratio_ptr"].shape[1] == n, launch
+        assert t["ratio_ptr"].stride() == (launch.values["ratio_stride"], 1), launch
     assert launch.grid == (-(-n // launch.constants["COLUMNS"]), width // 64), launch
 
 

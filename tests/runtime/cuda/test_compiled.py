@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+from trtkit.runtime.cuda.attention import split_shape
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARED = {89: 100 * 1024, 90: 228 * 1024}
 """Bytes of shared memory of a multiprocessor."""
-QKV = dict.fromkeys(("q", "k", "v"), "*bf16")
 FLOATS = dict.fromkeys(("sums", "tops", "norms"), "*fp32")
 SIZES = dict.fromkeys(
     ("q_stride", "k_stride", "v_stride", "pool_stride", "table_width", "mask_row", "mask_node", "nodes", "splits",
@@ -28,11 +30,13 @@ SIZES = dict.fromkeys(
 SCALES = dict.fromkeys(("key_scale", "value_scale", "softmax_scale"), "fp32")
 
 
-def attention(stored: str, tile_m: int, head_dim: int = 128) -> tuple[str, dict[str, str], dict[str, Any], int]:
+def attention(
+    stored: str, tile_m: int, head_dim: int = 128, computed: str = "*bf16"
+) -> tuple[str, dict[str, str], dict[str, Any], int]:
     """The shapes of Qwen2.5-14B; ``head_dim`` 64 is that of 0.5B."""
     types = {
-        **QKV, **FLOATS, **SIZES, **SCALES, "key_pool": stored, "value_pool": stored, "table": "*i64",
-        "cached": "*i64", "mask": "*i32", "slots": "*i64",
+        **dict.fromkeys(("q", "k", "v"), computed), **FLOATS, **SIZES, **SCALES, "key_pool": stored,
+        "value_pool": stored, "table": "*i64", "cached": "*i64", "mask": "*i32", "slots": "*i64",
     }  # fmt: skip
     constants = {
         "group": 5, "head_dim": head_dim, "block_size": 16, "tile_m": tile_m, "tile_s": 32, "tile_d": head_dim,
@@ -110,6 +114,19 @@ def test_attention_leaves_room_for_a_second_program(capability: int) -> None:
         assert facts["spilled"] <= (256 if constants.get("tile_m") == 64 else 64), (name, constants, facts)
         assert facts["async_copies"] or name != "attention.attend_split"
         assert not facts["touched_before"] or capability < 90, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("capability", [89, 90])
+def test_attention_in_float32_fits(capability: int) -> None:
+    """Of a checkpoint in float32, and of the widest tree: it need not be fast, but it has to run."""
+    tile_m, _ = split_shape(17 * 5, torch.float32)
+    for _, constants, facts in compiled(
+        capability, [attention(kind, tile_m, 128, "*fp32") for kind in ("*fp32", "*i8")]
+    ):
+        assert facts["shared"] <= SHARED[capability] - 1024, (constants, facts)
+        assert facts["spilled"] <= 1024, (constants, facts)
 
 
 @pytest.mark.slow

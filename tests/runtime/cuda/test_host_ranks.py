@@ -101,7 +101,7 @@ def _engine(gpu: FakeGpu, precision: Precision, rank: int) -> tuple[TorchEngine,
 )
 def test_a_step_of_a_rank_is_captured_whole(gpu: FakeGpu, precision: Precision, rank: int) -> None:
     engine, ranks = _engine(gpu, precision, rank)
-    for _ in range(30):
+    for _ in range(40):
         engine.step()
     assert engine._graphs is not None
     assert engine._graphs._captures, "no step could be captured"

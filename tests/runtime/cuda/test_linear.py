@@ -19,6 +19,7 @@ from trtkit.quant.tensor import (
     quantize_int4,
     quantize_int8,
 )
+from trtkit.runtime.cuda import launch, workspace
 from trtkit.runtime.cuda.choices import LIBRARY, Choice
 from trtkit.runtime.cuda.layout import from_words, group_ratios, to_words
 from trtkit.runtime.cuda.linear import CudaLinear, fits
@@ -88,8 +89,6 @@ def test_every_way_through_the_kernel(kind: str, fused: bool, swap: bool, device
 
 
 def test_the_probe(device: torch.device) -> None:
-    from trtkit.runtime.cuda import launch
-
     launch.probe(device)
 
 
@@ -139,6 +138,24 @@ def test_many_rows(kind: str, device: torch.device) -> None:
         assert (found.float().cpu() - wanted).norm() < 0.004 * wanted.norm()
     else:
         close(found, weights, x)
+
+
+@pytest.mark.parametrize(("kind", "bias"), [("int8", True), ("int4", False), ("fp8", True)])
+def test_a_large_matrix_is_expanded_part_by_part(
+    kind: str, bias: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lm_head of a 14B takes as numbers is more than an engine leaves free."""
+    stored = made(kind, 112, 384, bias=bias)
+    weights = dataclasses.replace(stored, input_scale=None)
+    x = torch.randn(20, 384).bfloat16()
+    workspace.workspace_of.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_EXPANDED_VALUES", 40 * 384)
+        found = CudaLinear(weights, device).run(x.to(device), LIBRARY)
+    assert 0 < workspace.workspace_of(found.device).expanded.numel() <= 64 * 384
+    wanted = linear_reference(x, weights)
+    assert (found.float().cpu() - wanted).norm() < 0.004 * wanted.norm()
+    torch.testing.assert_close(CudaLinear(weights, device).run(x.to(device), LIBRARY), found, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtkit.runtime.cuda.batch import CudaVerifyBatch
-from trtkit.runtime.cuda.dependent import dependent, started
+from trtkit.runtime.cuda.dependent import FUSED, dependent, started
 from trtkit.runtime.kv_cache import KvCache
 
 __all__ = ["attend_split", "attend_verify_triton", "combine_splits", "split_shape"]
@@ -36,13 +36,14 @@ _COMBINED = 32
 """Splits that the second launch folds at once."""
 
 
-def split_shape(query_rows: int) -> tuple[int, int]:
+def split_shape(query_rows: int, dtype: torch.dtype) -> tuple[int, int]:
     """(query rows of a program, slots of a split), powers of two, for M query rows.
 
-    Tensor cores ask for 16 rows; above 64 the accumulators spill, and the rows are tiled. A split leaves M * D partial
-    sums behind: the more query rows, the longer it should be. Never of the batch or its lengths: bits depend on it.
+    Tensor cores ask for 16 rows; above 64 the accumulators spill, and the rows are tiled. float32 is multiplied without
+    them and has spilled 60 KB a thread at 64: no GPU has the memory behind that. A split leaves M * D partial sums
+    behind: the more query rows, the longer it should be. Never of the batch or its lengths: bits depend on it.
     """
-    tile_m = min(max(16, triton.next_power_of_2(query_rows)), 64)
+    tile_m = min(max(16, triton.next_power_of_2(query_rows)), 16 if dtype == torch.float32 else 64)
     return tile_m, 256 if tile_m <= 32 else 512
 
 
@@ -236,7 +237,7 @@ def attend_verify_triton(cache: KvCache, layer: int, batch: CudaVerifyBatch, q: 
     lines = batch.nodes * group
     key_pool, value_pool = cache.pools(layer)
     key_scale, value_scale = cache.scales(layer)
-    tile_m, split = split_shape(lines)
+    tile_m, split = split_shape(lines, q.dtype)
     splits = -(-batch.blocks.shape[1] * cache.block_size // split)
     m_tiles = -(-lines // tile_m)
     tile_d = max(16, triton.next_power_of_2(head_dim))
@@ -248,10 +249,11 @@ def attend_verify_triton(cache: KvCache, layer: int, batch: CudaVerifyBatch, q: 
         q.stride(0), k.stride(0), v.stride(0), key_pool.stride(0), batch.blocks.stride(0), mask.stride(0),
         mask.stride(1), batch.nodes, splits, m_tiles, key_scale, value_scale, head_dim**-0.5 * math.log2(math.e),
         group=group, head_dim=head_dim, block_size=cache.block_size, tile_m=tile_m, tile_s=_TILE,
-        tile_d=tile_d, split=split, num_warps=4, num_stages=_STAGES, **dependent(q.device),
+        tile_d=tile_d, split=split, num_warps=4, num_stages=_STAGES, **FUSED, **dependent(q.device),
     )  # fmt: skip
     combine_splits[(heads, tokens)](
         out, sums, stats[0], stats[1], batch.cached, batch.nodes, splits, value_scale,
-        group=group, head_dim=head_dim, tile_d=tile_d, split=split, chunk=_COMBINED, num_warps=4, **dependent(q.device),
+        group=group, head_dim=head_dim, tile_d=tile_d, split=split, chunk=_COMBINED, num_warps=4, **FUSED,
+        **dependent(q.device),
     )  # fmt: skip
     return out

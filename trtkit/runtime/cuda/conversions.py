@@ -33,7 +33,9 @@ def quantize_activations(
 
 
 @triton.jit
-def expand_words(w_ptr, ratio_ptr, scale_ptr, out_ptr, N, K, WIDTH, COLUMNS: tl.constexpr, BITS: tl.constexpr):
+def expand_words(
+    w_ptr, ratio_ptr, scale_ptr, out_ptr, N, K, WIDTH, ratio_stride, COLUMNS: tl.constexpr, BITS: tl.constexpr
+):
     """64 words of ``COLUMNS`` rows of int8 or int4 codes to bfloat16 numbers (N, K)."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     block = tl.program_id(1)
@@ -45,7 +47,7 @@ def expand_words(w_ptr, ratio_ptr, scale_ptr, out_ptr, N, K, WIDTH, COLUMNS: tl.
     for part in tl.static_range(PARTS):
         factor = scale
         if BITS == 4:
-            factor *= tl.load(ratio_ptr + (block * 2 + part // 2) * N + n, mask=n < N, other=0.0)
+            factor *= tl.load(ratio_ptr + (block * 2 + part // 2) * ratio_stride + n, mask=n < N, other=0.0)
         values = codes_of(words, BITS, part).to(tl.float32) * factor[:, None]
         k = (block * PARTS + part) * 64 + depth
         where = out_ptr + n[:, None].to(tl.int64) * K + k[None, :]

@@ -24,9 +24,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["SWITCH", "dependent", "fetch", "started"]
+__all__ = ["FUSED", "SWITCH", "dependent", "fetch", "started"]
 
 SWITCH = "TRTKIT_EARLY_START"
+FUSED: dict[str, Any] = {"enable_fp_fusion": True}
+"""Multiply-adds in one rounding, said with every launch but those of the pick, which cannot have it: Triton 3.9 warns
+where it is left open, and 3.10 has another default."""
 
 
 @functools.cache

@@ -2,8 +2,9 @@
 
 A step of a 14B model is some 700 kernels; launched one by one they leave the GPU waiting for Python. A graph is
 captured for each (rows, width of the block table, draft tree, sampling cuts), rows and width rounded up to a few sizes,
-when it is first needed. Rows that pad a batch hold nothing: they write into the cache's spare block and the contexts'
-last line.
+when it is first needed. A long run needs hundreds, and each takes some memory of the device: those not used for the
+longest time are given back. Rows that pad a batch hold nothing: they write into the cache's spare block and the
+contexts' last line.
 
 Per step the host fills one buffer in pinned memory (pending tokens, lengths, sampling parameters, block table), which
 is copied to the device in one go; the graph leaves (lengths, tokens) in one output buffer, which is read back.
@@ -43,15 +44,22 @@ from trtkit.runtime.decode import (
     pending_from,
     stand_words,
 )
+from trtkit.runtime.memory import free_bytes
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row
 
-__all__ = ["ROW_SIZES", "HostBuffers", "Launched", "StepGraphs", "StepKey", "padded_rows", "padded_width"]
+__all__ = [
+    "ROW_SIZES", "HostBuffers", "Launched", "StepGraphs", "StepKey", "graphs_kept", "padded_rows", "padded_width"
+]  # fmt: skip
 
 ROW_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of rows that a graph is captured for; above, multiples of 128."""
 _WARM_UPS = 2
 """Runs before a capture: kernels are compiled and tuned, and libraries set up, outside of it."""
+_BYTES_A_LAYER = 1 << 19
+"""About what a graph takes beside its tensors, which all of them share: others report 24 MiB for 48 to 64 layers."""
+_FEWEST_KEPT, _MOST_KEPT = 24, 256
+"""The trees that are looked at with two numbers of rows and two widths; more than a run ever makes."""
 
 
 def padded_rows(rows: int) -> int:
@@ -62,6 +70,12 @@ def padded_rows(rows: int) -> int:
 def padded_width(blocks: int, most: int) -> int:
     """The width of its block table: a power of two, ``most`` (the longest row's) at the most."""
     return min(1 << (blocks - 1).bit_length(), most)
+
+
+def graphs_kept(free: int, layers: int) -> int:
+    """How many graphs of a model may be there at a time, with ``free`` bytes beside its keys and values: they may take
+    a third."""
+    return min(max(_FEWEST_KEPT, free // (3 * _BYTES_A_LAYER * layers)), _MOST_KEPT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,10 +182,15 @@ class StepGraphs:
         self._scores = torch.zeros(rows * max_path, dtype=torch.float32, device=device)
         self._free = [self._host_buffers() for _ in range(2)]
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph] = {}
+        """The one that was used last is the last."""
+        self.recorded = 0
+        """Graphs captured so far."""
         self._sampling: tuple[tuple[Request, ...], SamplingRows] | None = None
         if self._on_cuda:
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
+            kept, ranks = graphs_kept(free_bytes(device), on.model.spec.layers), on.model.ranks
+            self._kept = kept if ranks is None else ranks.least(kept)  # a capture is a matter of all of them
 
     def _host_buffers(self) -> HostBuffers:
         inputs, out, scores = (
@@ -182,7 +201,7 @@ class StepGraphs:
         return HostBuffers(inputs=inputs, out=out, scores=scores, read=event)
 
     def __len__(self) -> int:
-        """Graphs captured so far."""
+        """Graphs that are there."""
         return len(self._graphs)
 
     def close(self) -> None:
@@ -323,11 +342,30 @@ class StepGraphs:
         return pending_from(self._in[: key.stand], key.rows, key.width, key.beams), sampling
 
     def _graph(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
-        """The graph of ``key``, captured on the first call; None when that is not possible."""
-        if key not in self._graphs and (why := self._capture(key)):
+        """The graph of ``key``, captured where it is not there; None when that is not possible."""
+        graph = self._graphs.pop(key, None)
+        if graph is not None:
+            self._graphs[key] = graph
+            return graph
+        self._make_room()
+        why = self._capture(key)
+        if "out of memory" in why and len(self._graphs) > 1 and self._on.model.ranks is None:
+            self._kept = len(self._graphs) // 2 + 1
+            logger.debug("CUDA graphs: %d and no more, for want of memory", self._kept)
+            self._make_room()
+            why = self._capture(key)
+        if why:
             self._captures = False
             logger.warning("decode steps run without CUDA graphs: %s", why)
         return self._graphs.get(key)
+
+    def _make_room(self) -> None:
+        """For one more graph."""
+        if len(self._graphs) < self._kept:
+            return
+        torch.cuda.synchronize(self._in.device)  # one of them may be running
+        for key in list(self._graphs)[: len(self._graphs) + 1 - self._kept]:
+            self._graphs.pop(key).reset()
 
     def _capture(self, key: StepKey) -> str:
         """Warm up, then record: why that is not possible, or nothing. Of several ranks all can, or none."""
@@ -341,6 +379,7 @@ class StepGraphs:
             return str(problem).strip()[:500]
         try:
             self._graphs[key] = self._record(key)
+            self.recorded += 1
         except RuntimeError as problem:
             why = str(problem).strip()[:500]
         if ranks is not None and not ranks.least(0 if why else 1):
@@ -353,11 +392,13 @@ class StepGraphs:
         self._prepare(key.rows, key.shape)
         contexts, current = self._on.contexts.clone(), torch.cuda.current_stream(self._in.device)
         self._side.wait_stream(current)
-        with torch.cuda.stream(self._side):
-            for _ in range(_WARM_UPS):
-                self.step(key)
-        current.wait_stream(self._side)
-        self._on.contexts.copy_(contexts)
+        try:
+            with torch.cuda.stream(self._side):
+                for _ in range(_WARM_UPS):
+                    self.step(key)
+        finally:  # also where a step fails: what is launched next shares the workspace with it
+            current.wait_stream(self._side)
+            self._on.contexts.copy_(contexts)
 
     def _record(self, key: StepKey) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -15,7 +15,7 @@ from trtkit.quant.packing import unpack_int4
 from trtkit.quant.tensor import LinearWeights
 from trtkit.runtime.cuda.choices import Choice, Kind, Shape
 from trtkit.runtime.cuda.conversions import expand_words, quantize_activations, rescale
-from trtkit.runtime.cuda.dependent import dependent
+from trtkit.runtime.cuda.dependent import FUSED, dependent
 from trtkit.runtime.cuda.layout import TILE, group_ratios, to_words
 from trtkit.runtime.cuda.products import one_row, product, product_words
 from trtkit.runtime.cuda.workspace import workspace_of
@@ -23,6 +23,11 @@ from trtkit.runtime.cuda.workspace import workspace_of
 __all__ = ["DeviceWeights", "kind_of", "place", "probe", "run"]
 
 _BLOCK = 1024
+_COLUMNS = 32
+"""Of one program that expands weights."""
+_EXPANDED_VALUES = 1 << 26
+"""Most weights that stand expanded at a time, 128 MiB of them: the 778 million of a 14B's lm_head would take all that
+an engine leaves beside its keys and values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +110,7 @@ def probe(device: torch.device) -> None:
     """Compile and run a small kernel; raises whatever Triton raises where that cannot be."""
     sums, scale = torch.ones((1, 16), dtype=torch.int32, device=device), torch.ones(16, device=device)
     out = torch.empty((1, 16), dtype=torch.bfloat16, device=device)
-    rescale[(1, 1)](sums, scale, scale, out, 16, BLOCK=_BLOCK, num_warps=4)
+    rescale[(1, 1)](sums, scale, scale, out, 16, BLOCK=_BLOCK, num_warps=4, **FUSED)
     assert out[0, 0].item() == 2
 
 
@@ -128,7 +133,7 @@ def prepare_input(x: Tensor, weights: DeviceWeights) -> Tensor:
     rows, depth = x.shape
     quantize_activations[(rows, -(-depth // _BLOCK))](
         x, x if pre is None else pre, weights.inverse_step, codes, depth,
-        PRE=pre is not None, BLOCK=_BLOCK, num_warps=4, **dependent(x.device),
+        PRE=pre is not None, BLOCK=_BLOCK, num_warps=4, **FUSED, **dependent(x.device),
     )  # fmt: skip
     return codes
 
@@ -149,7 +154,8 @@ def _product(x: Tensor, weights: DeviceWeights, choice: Choice) -> Tensor:
     after = (out, space.partial, space.arrived)
     tile = {
         "ROWS": choice.rows, "COLUMNS": choice.columns, "SWAP": choice.swap, "EVEN": depth % choice.depth == 0,
-        "PRE": pre is not None, "num_warps": choice.warps, "num_stages": choice.stages, **dependent(x.device),
+        "PRE": pre is not None, "num_warps": choice.warps, "num_stages": choice.stages, **FUSED,
+        **dependent(x.device),
     }  # fmt: skip
     grid = (tiles_m, tiles_n, splits)
     if weights.bits is not None:
@@ -176,7 +182,7 @@ def _one_row(x: Tensor, weights: DeviceWeights, choice: Choice) -> Tensor:
     one_row[(-(-columns // choice.columns),)](
         x, weights.codes, weights.scale, weights.bias, x if pre is None else pre, out, columns, depth,
         COLUMNS=choice.columns, DEPTH=choice.depth, EVEN=depth % choice.depth == 0, PRE=pre is not None,
-        num_warps=choice.warps, num_stages=choice.stages, **dependent(x.device),
+        num_warps=choice.warps, num_stages=choice.stages, **FUSED, **dependent(x.device),
     )  # fmt: skip
     return out
 
@@ -195,28 +201,47 @@ def _library(x: Tensor, weights: DeviceWeights) -> Tensor:
             x, codes.T, scale_a=step, scale_b=scale, bias=weights.rounded_bias, out_dtype=torch.bfloat16
         )
         return out
-    return F.linear(x, _expanded(weights), weights.rounded_bias)
+    return _by_parts(x, weights)
+
+
+def _by_parts(x: Tensor, weights: DeviceWeights) -> Tensor:
+    """The product with weights that cuBLAS has no kernel for, as many columns at a time as may stand expanded."""
+    columns, bias = weights.shape.columns, weights.rounded_bias
+    parts = -(-columns * weights.shape.depth // _EXPANDED_VALUES)
+    if parts == 1:
+        return F.linear(x, _expanded(weights, slice(0, columns)), bias)
+    out = torch.empty((x.shape[0], columns), dtype=torch.bfloat16, device=x.device)
+    step = -(-columns // (parts * _COLUMNS)) * _COLUMNS
+    for start in range(0, columns, step):
+        part = slice(start, min(start + step, columns))
+        matrix = _expanded(weights, part).T
+        if bias is None:
+            torch.mm(x, matrix, out=out[:, part])
+        else:
+            torch.addmm(bias[part], x, matrix, out=out[:, part])
+    return out
 
 
 def _rescaled(sums: Tensor, weights: DeviceWeights) -> Tensor:
     out = torch.empty_like(sums, dtype=torch.bfloat16)
     rows, columns = sums.shape
     grid = (rows, -(-columns // _BLOCK))
-    rescale[grid](sums, weights.scale, weights.bias, out, columns, BLOCK=_BLOCK, num_warps=4)
+    rescale[grid](sums, weights.scale, weights.bias, out, columns, BLOCK=_BLOCK, num_warps=4, **FUSED)
     return out
 
 
-def _expanded(weights: DeviceWeights) -> Tensor:
-    """The weights as bfloat16 numbers, in the shared workspace: good until the next call."""
-    columns, depth = weights.shape.columns, weights.shape.depth
+def _expanded(weights: DeviceWeights, part: slice) -> Tensor:
+    """The weights of these columns as bfloat16 numbers, in the shared workspace: good until the next call."""
+    columns, depth = part.stop - part.start, weights.shape.depth
     space = workspace_of(weights.device)
     space.reserve(expanded=columns * depth)
     out = space.expanded[: columns * depth].view(columns, depth)
+    codes, scale = weights.codes[part], weights.scale[part]
     if weights.bits is None:
-        return torch.mul(weights.codes.to(torch.bfloat16), weights.scale[:, None], out=out)
-    width = weights.codes.shape[1]
-    expand_words[(-(-columns // 32), width // TILE)](
-        weights.codes, weights.scale if weights.ratios is None else weights.ratios, weights.scale, out,
-        columns, depth, width, COLUMNS=32, BITS=weights.bits, num_warps=4,
+        return torch.mul(codes.to(torch.bfloat16), scale[:, None], out=out)
+    width = codes.shape[1]
+    expand_words[(-(-columns // _COLUMNS), width // TILE)](
+        codes, scale if weights.ratios is None else weights.ratios[:, part], scale, out,
+        columns, depth, width, weights.shape.columns, COLUMNS=_COLUMNS, BITS=weights.bits, num_warps=4, **FUSED,
     )  # fmt: skip
     return out

@@ -70,15 +70,21 @@ class CudaLinear:
             self(self._sample(BUCKETS[-1] + 1))
 
     def tune(self, bucket: int) -> Choice:
-        """The fastest kernel for ``bucket`` rows, which is used from now on."""
+        """The fastest kernel for ``bucket`` rows, which is used from now on; where there is no memory left to measure
+        in, the default."""
         shape, device = self.weights.shape, self.weights.device
         table, x = self._tuning.table_of(device), self._sample(bucket)
         found = table.get(shape, bucket)
         if found is None:
             options = candidates(shape, bucket, self._gpu)
-            found, spent = self._tuning.fastest(options, lambda option: self.run(x, option), device)
-            table.put(shape, bucket, found, spent)
-            logger.debug("%s, %d rows: %s, %.1f us", shape, bucket, found, spent)
+            try:
+                found, spent = self._tuning.fastest(options, lambda option: self.run(x, option), device)
+            except torch.OutOfMemoryError:
+                logger.debug("%s, %d rows: no memory to measure in", shape, bucket)
+                found = default_choice(shape, bucket, self._gpu)
+            else:
+                table.put(shape, bucket, found, spent)
+                logger.debug("%s, %d rows: %s, %.1f us", shape, bucket, found, spent)
         self._choices[bucket] = found
         self.run(x, found)
         return found

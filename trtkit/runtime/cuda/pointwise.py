@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trtkit.decoder import Norms, Rope
 from trtkit.model_spec import ModelSpec
-from trtkit.runtime.cuda.dependent import dependent, started
+from trtkit.runtime.cuda.dependent import FUSED, dependent, started
 
 __all__ = ["TritonPointwise", "add_norm", "gated", "rotate"]
 
@@ -120,7 +120,8 @@ class TritonPointwise:
             rotate[(tokens, spec.heads + spec.kv_heads)](
                 qkv, rope.cos.contiguous(), rope.sin.contiguous(), q_weight, k_weight, qkv.stride(0), spec.norm_eps,
                 heads=spec.heads, head_dim=head_dim, tile=triton.next_power_of_2(head_dim // 2),
-                norms=norms.q is not None and norms.k is not None, num_warps=1, **dependent(qkv.device),
+                norms=norms.q is not None and norms.k is not None, num_warps=1, **FUSED,
+                **dependent(qkv.device),
             )  # fmt: skip
         parts = qkv.view(tokens, -1, head_dim)
         q, k, v = torch.split(parts, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
@@ -133,8 +134,9 @@ class TritonPointwise:
         out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
         if tokens:
             gated[(tokens, -(-width // _GATED))](
-                out, gate_up, gate_up.stride(0), width=width, tile=_GATED, num_warps=4, **dependent(out.device)
-            )
+                out, gate_up, gate_up.stride(0), width=width, tile=_GATED, num_warps=4, **FUSED,
+                **dependent(out.device),
+            )  # fmt: skip
         return out
 
 
@@ -148,6 +150,6 @@ def _normed(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
             out, hidden, hidden if delta is None else delta, weight, out.stride(0), hidden.stride(0),
             0 if delta is None else delta.stride(0), eps,
             width=width, tile=triton.next_power_of_2(width), adds=delta is not None,
-            num_warps=8 if width > 2048 else 4, **dependent(hidden.device),
+            num_warps=8 if width > 2048 else 4, **FUSED, **dependent(hidden.device),
         )  # fmt: skip
     return out
