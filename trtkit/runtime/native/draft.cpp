@@ -14,13 +14,6 @@
 
 namespace {
 
-// What torch gives for an operation on bf16: a float, rounded.
-inline vec rounded_vec(vec x) {
-  bf16 line[W];
-  store(line, x);
-  return load(line);
-}
-
 inline int64_t best_of(const bf16* line, int64_t count) {  // the first of equals; 0 where nothing is a number
   vec top = all(LOWEST);
   int64_t i = 0;
@@ -83,7 +76,7 @@ struct DraftChain : torch::CustomClassHolder {
   static void recur(const Tensor& a, const Tensor& b, const Tensor& state) {
     const bf16 *x = a.const_data_ptr<bf16>(), *y = b.const_data_ptr<bf16>();
     bf16* out = state.data_ptr<bf16>();
-    each(state.numel(), [&](int64_t i) { store(out + i, silu(rounded_vec(load(x + i) + load(y + i)))); });
+    each(state.numel(), [&](int64_t i) { store(out + i, silu(as_stored<bf16>(load(x + i) + load(y + i)))); });
   }
 
   // z + silu(y)
@@ -91,7 +84,7 @@ struct DraftChain : torch::CustomClassHolder {
     Tensor sum = at::empty(z.sizes(), z.options());
     const bf16 *x = z.const_data_ptr<bf16>(), *more = y.const_data_ptr<bf16>();
     bf16* out = sum.data_ptr<bf16>();
-    each(z.numel(), [&](int64_t i) { store(out + i, load(x + i) + rounded_vec(silu(load(more + i)))); });
+    each(z.numel(), [&](int64_t i) { store(out + i, load(x + i) + as_stored<bf16>(silu(load(more + i)))); });
     return sum;
   }
 

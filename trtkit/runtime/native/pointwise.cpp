@@ -104,10 +104,7 @@ Tensor gated(const Tensor& gate_up) {
         const E *gate = x + 2 * row * width, *up = gate + width;
         E* line = y + row * width;
         int64_t i = 0;
-        for (; i + W <= width; i += W) {
-          store(line + i, silu(load(gate + i)));
-          store(line + i, load(line + i) * load(up + i));
-        }
+        for (; i + W <= width; i += W) store(line + i, as_stored<E>(silu(load(gate + i))) * load(up + i));
         for (; i < width; i++) {
           const E open = narrow<E>(silu(all(wide(gate[i])))[0]);
           line[i] = narrow<E>(wide(open) * wide(up[i]));

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 namespace {  // a copy for each source: they may be compiled with different flags
@@ -89,28 +90,42 @@ inline float largest(auto x) {  // of N numbers
   }
 }
 
-// exp for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (the Cephes coefficients), within 2 units in the last place;
-// 0 below -87.
-inline vec exp_below_zero(vec x) {
-  const auto dead = x < all(-87.0f);
-  x = dead ? all(0.0f) : x;
-  const ivec n = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);  // truncation towards 0: x <= 0 rounds to nearest
-  const vec f = __builtin_convertvector(n, vec);
-  const vec r = (x - f * 0.693359375f) - f * -2.12194440e-4f;
+// exp on [-ln2/2, ln2/2], by the Cephes coefficients.
+inline vec exp_near_zero(vec r) {
   vec p = all(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return dead ? all(0.0f) : p * (vec)((n + 127) << 23);
+  return p * r * r + r + 1.0f;
 }
 
-// x sigmoid(x), with exp of numbers below zero alone.
+// exp for x <= 0: 2^n times the above, within 2 units in the last place; 0 below -87.
+inline vec exp_below_zero(vec x) {
+  const auto dead = x < all(-87.0f);
+  x = dead ? all(0.0f) : x;
+  const ivec n = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);  // truncation towards 0: x <= 0 rounds to nearest
+  const vec f = __builtin_convertvector(n, vec);
+  const vec r = (x - f * 0.693359375f) - f * -2.12194440e-4f;
+  return dead ? all(0.0f) : exp_near_zero(r) * (vec)((n + 127) << 23);
+}
+
+// x sigmoid(x). The exponential, with the polynomial above, is of -87 at least and of 88 at most.
 inline vec silu(vec x) {
-  const vec e = exp_below_zero(x < all(0.0f) ? x : -x);
-  return x * (x < all(0.0f) ? e : all(1.0f)) / (e + 1.0f);
+  vec y = x > all(87.0f) ? all(-87.0f) : -x;
+  y = y > all(88.0f) ? all(88.0f) : y;
+  const vec shifted = y * 1.44269504f + 12582912.0f;  // the nearest whole number n stands in its last bits
+  const vec f = shifted - 12582912.0f, r = (y - f * 0.693359375f) - f * -2.12194440e-4f;
+  return x / (1.0f + exp_near_zero(r) * (vec)(((ivec)shifted << 23) + (127 << 23)));
+}
+
+// What a number is once it was stored as E.
+template <typename E>
+inline vec as_stored(vec x) {
+  if constexpr (std::is_same_v<E, float>) return x;
+  const uvec bits = (uvec)x, near = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return x == x ? (vec)near : x;
 }
 
 // Rows in a parallel piece: about 16k elements, so that small batches stay on one thread.
