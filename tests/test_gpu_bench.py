@@ -257,6 +257,7 @@ def test_the_gpu_tests_are_told_in_a_line(
     assert Path(__file__) not in files
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_do_without_hypothesis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bare GPU machine may have pytest and nothing else of what the other tests take."""
     (tmp_path / "hypothesis.py").write_text("raise ModuleNotFoundError('hypothesis')")

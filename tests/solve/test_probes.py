@@ -122,6 +122,7 @@ def _last(attempt: Attempt) -> int:
     return attempt.probes[-1].tokens if attempt.ending is Ending.SETTLED else 0
 
 
+@pytest.mark.slow
 def test_revote_on_saved_answers_is_the_run(directory: Path, tmp_path: Path, grader: Grader) -> None:
     """Accuracy with ``probe(16,2)``, from what was said every 8 tokens, against a run with ``--probe 16,2``."""
     file = practice_problems(tmp_path / "problems.jsonl", (0, 1, 9))
