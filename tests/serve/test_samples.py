@@ -69,7 +69,10 @@ def test_a_stream_says_what_the_whole_says(real: str) -> None:
         assert "".join(it.delta.content or "" for it in mine) == choice.message.content
         assert [it.finish_reason for it in mine if it.finish_reason] == [choice.finish_reason]
         scores = [score for it in mine if it.logprobs for score in it.logprobs.content]
-        assert scores == choice.logprobs.content
+        wanted = choice.logprobs.content
+        assert [(score.token, score.bytes) for score in scores] == [(score.token, score.bytes) for score in wanted]
+        # How full the batch is when a row comes depends on the machine, and in plain torch the last bit on that.
+        assert [score.logprob for score in scores] == pytest.approx([score.logprob for score in wanted], abs=1e-5)
         assert all(score.logprob <= 0 for score in scores)
 
 
