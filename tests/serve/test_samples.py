@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 import transformers
 
