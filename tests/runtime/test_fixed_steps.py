@@ -18,7 +18,8 @@ from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
 from trtkit.runtime import decode, sampling
 from trtkit.runtime.api import Request, SamplingParams, SwitchPenalty
-from trtkit.runtime.cuda.graphs import StepGraphs, padded_rows, padded_width
+from trtkit.runtime.cuda.graphs import StepGraphs
+from trtkit.runtime.cuda.step_input import padded_rows, padded_width
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.sampling import sampling_rows
 from trtkit.runtime.scheduler import Row

@@ -21,7 +21,8 @@ from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
 from trtkit.runtime.api import FinishReason, Request, StepOutput, SwitchPenalty
 from trtkit.runtime.blocks import BlockAllocator
-from trtkit.runtime.cuda.graphs import Launched, StepGraphs, StepKey
+from trtkit.runtime.cuda.graphs import Launched, StepGraphs
+from trtkit.runtime.cuda.step_input import StepKey
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.scheduler import Schedule, Scheduler
 from trtkit.runtime.torch_engine import TorchEngine

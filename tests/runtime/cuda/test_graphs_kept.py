@@ -17,6 +17,7 @@ from tests.runtime.cuda.test_host_path import _finish as finish
 from tests.runtime.cuda.test_host_path import _model as make_model
 from tests.runtime.cuda.test_host_path import gpu as gpu
 from trtkit.runtime.cuda import graphs, tuning
+from trtkit.runtime.cuda.step_input import StepKey
 from trtkit.runtime.torch_engine import TorchEngine
 
 
@@ -50,7 +51,7 @@ def test_a_capture_that_finds_no_memory_is_tried_again_with_fewer_graphs(
     assert engine._graphs is not None
     record = engine._graphs._record
 
-    def recorded(key: graphs.StepKey) -> Any:
+    def recorded(key: StepKey) -> Any:
         if sum(graph.captured for graph in gpu.graphs) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return record(key)

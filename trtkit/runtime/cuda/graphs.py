@@ -33,6 +33,15 @@ from torch import Tensor
 from drafter.config import TreeShape
 from trtkit.log import logger
 from trtkit.runtime.api import Request
+from trtkit.runtime.cuda.step_input import (
+    StepKey,
+    cuts_of,
+    padded_rows,
+    padded_width,
+    read_input,
+    sampling_words,
+    write_sampling,
+)
 from trtkit.runtime.decode import (
     Pending,
     Stepper,
@@ -41,19 +50,14 @@ from trtkit.runtime.decode import (
     emitted,
     fill_pending,
     log_probabilities,
-    pending_from,
     stand_words,
 )
 from trtkit.runtime.memory import free_bytes
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row
 
-__all__ = [
-    "ROW_SIZES", "HostBuffers", "Launched", "StepGraphs", "StepKey", "graphs_kept", "padded_rows", "padded_width"
-]  # fmt: skip
+__all__ = ["HostBuffers", "Launched", "StepGraphs", "graphs_kept"]
 
-ROW_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Numbers of rows that a graph is captured for; above, multiples of 128."""
 _WARM_UPS = 2
 """Runs before a capture: kernels are compiled and tuned, and libraries set up, outside of it."""
 _BYTES_A_LAYER = 1 << 19
@@ -62,55 +66,10 @@ _FEWEST_KEPT, _MOST_KEPT = 24, 256
 """The trees that are looked at with two numbers of rows and two widths; more than a run ever makes."""
 
 
-def padded_rows(rows: int) -> int:
-    """The number of rows of the graph that runs ``rows``."""
-    return next((size for size in ROW_SIZES if size >= rows), -(-rows // 128) * 128)
-
-
-def padded_width(blocks: int, most: int) -> int:
-    """The width of its block table: a power of two, ``most`` (the longest row's) at the most."""
-    return min(1 << (blocks - 1).bit_length(), most)
-
-
 def graphs_kept(free: int, layers: int) -> int:
     """How many graphs of a model may be there at a time, with ``free`` bytes beside its keys and values: they may take
     a third."""
     return min(max(_FEWEST_KEPT, free // (3 * _BYTES_A_LAYER * layers)), _MOST_KEPT)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepKey:
-    """What a graph has baked in."""
-
-    rows: int
-    width: int
-    shape: TreeShape | None
-    cuts: tuple[bool, ...]
-    """The host's part of :class:`SamplingRows`: which cuts any row asks for."""
-    scored: bool
-    """A row asks for log-probabilities."""
-    looked_up: int = 0
-    """How many of the tree's beams the host sends."""
-
-    @property
-    def path(self) -> int:
-        """Nodes of the longest path: D."""
-        return 1 if self.shape is None else 1 + self.shape.length
-
-    @property
-    def beams(self) -> tuple[int, ...]:
-        """Beams, and tokens of each, of the drafts in the input."""
-        return (self.looked_up, self.shape.length) if self.looked_up and self.shape is not None else ()
-
-    @property
-    def stand(self) -> int:
-        """int64 words of the input that say where the rows stand: as ``pending_from`` reads them."""
-        return self.rows * stand_words(self.width, self.beams)
-
-    @property
-    def words(self) -> int:
-        """int64 words of the input: where the rows stand, then ``_INTEGERS``, then ``_FLOATS``."""
-        return self.stand + _sampling_words(self.rows)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -140,25 +99,6 @@ class Launched:
     """Seconds of ``time.perf_counter`` at its launch."""
 
 
-_INTEGERS = ("seeds", "top_k", "cold")
-_FLOATS = ("temperature", "top_p", "min_p")
-_CUTS = ("greedy", "any_greedy", "any_top_k", "any_top_p", "any_min_p", "any_switch")
-_PAD = {"temperature": 1.0, "top_p": 1.0, "cold": 1}
-"""Sampling parameters of a row that pads the batch; the others are 0. Such a row is greedy: a step of greedy rows
-prepares no other draw, which would take whatever lies in memory for a token, and the next step would embed it."""
-
-
-def _sampling_words(rows: int) -> int:
-    return len(_INTEGERS) * rows + -(-len(_FLOATS) * rows // 2)
-
-
-def _sampling_views(words: Tensor, rows: int) -> dict[str, Tensor]:
-    """Views of the sampling parameters in the int64 words that hold them: integers, then floats, two to a word."""
-    integers = words[: len(_INTEGERS) * rows].view(len(_INTEGERS), rows).unbind()
-    floats = words[len(_INTEGERS) * rows :].view(torch.float32)[: len(_FLOATS) * rows].view(len(_FLOATS), rows).unbind()
-    return dict(zip((*_INTEGERS, *_FLOATS), (*integers, *floats), strict=True))
-
-
 class StepGraphs:
     """Runs decode steps of ``on`` with fixed shapes: as CUDA graphs on a GPU, plainly on a CPU.
 
@@ -176,7 +116,7 @@ class StepGraphs:
         self._prepare = prepare
         self._on_cuda = self._captures = device.type == "cuda"
         rows = padded_rows(max_rows)
-        words = rows * (stand_words(on.cache.table_width) + max_drafts) + _sampling_words(rows)
+        words = rows * (stand_words(on.cache.table_width) + max_drafts) + sampling_words(rows)
         self._in = torch.zeros(words, dtype=torch.int64, device=device)
         self._out = torch.zeros(rows * (1 + max_path), dtype=torch.int64, device=device)
         self._scores = torch.zeros(rows * max_path, dtype=torch.float32, device=device)
@@ -299,7 +239,7 @@ class StepGraphs:
         blocks = cache.blocks_for(max(row.cached for row in rows) + nodes)
         key = StepKey(
             rows=padded_rows(len(rows)), width=padded_width(blocks, cache.table_width), shape=shape,
-            cuts=_cuts(sampling), scored=any(request.logprobs for request in requests),
+            cuts=cuts_of(sampling), scored=any(request.logprobs for request in requests),
             looked_up=0 if drafts is None else drafts.shape[1],
         )  # fmt: skip
         fill_pending(
@@ -307,9 +247,7 @@ class StepGraphs:
             drafts=drafts,
         )  # fmt: skip
         if host.filled != (key, requests):  # the parameters stay as they are while the batch does
-            for name, view in _sampling_views(host.inputs[key.stand : key.words], key.rows).items():
-                view[: len(rows)] = getattr(sampling, name)
-                view[len(rows) :] = _PAD.get(name, 0)
+            write_sampling(host.inputs, key, sampling)
             host.filled = (key, requests)
         return key
 
@@ -334,12 +272,7 @@ class StepGraphs:
 
     def inputs(self, key: StepKey) -> tuple[Pending, SamplingRows]:
         """What the step reads, as views of the input buffer on the device."""
-        views = _sampling_views(self._in[key.stand : key.words], key.rows)
-        sampling = SamplingRows(
-            seeds=views["seeds"], temperature=views["temperature"], top_k=views["top_k"], top_p=views["top_p"],
-            min_p=views["min_p"], cold=views["cold"] != 0, **dict(zip(_CUTS, key.cuts, strict=True)),
-        )  # fmt: skip
-        return pending_from(self._in[: key.stand], key.rows, key.width, key.beams), sampling
+        return read_input(self._in, key)
 
     def _graph(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
         """The graph of ``key``, captured where it is not there; None when that is not possible."""
@@ -405,8 +338,3 @@ class StepGraphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
             self._advance(key)
         return graph
-
-
-def _cuts(sampling: SamplingRows) -> tuple[bool, ...]:
-    """``_CUTS`` of these rows. For fewer graphs a batch is all greedy, or said to be partly so."""
-    return tuple(name == "any_greedy" or bool(getattr(sampling, name)) for name in _CUTS)
