@@ -5,15 +5,24 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.examples import examples
 from trtkit.runtime.api import Request, SamplingParams
 from trtkit.runtime.blocks import BlockAllocator
-from trtkit.runtime.scheduler import Row, Schedule, Scheduler
+from trtkit.runtime.scheduler import _LEAST_REUSED, Row, Schedule, Scheduler
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _every_block_is_worth_it() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trtkit.runtime.scheduler._LEAST_REUSED", 1)
+        yield
 
 
 def _request(name: str, prompt: tuple[int, ...], max_tokens: int) -> Request:
@@ -98,7 +107,7 @@ class _Slots:
 
     def run(self, plan: Schedule) -> None:
         for prefix in plan.prefills:
-            self.compute(prefix.blocks, 0, list(prefix.tokens))
+            self.compute(prefix.blocks, prefix.reused, list(prefix.tokens))
         before = dict(self._kept)
         for source, target in plan.copies:
             for offset in range(self._size):
@@ -113,30 +122,33 @@ class _Slots:
             assert found == tuple(row.tokens[: place + 1]), f"position {place} of request {row.request.id}"
 
 
-@examples(50)
+@examples(100)
 @given(
     max_rows=st.integers(1, 4), block_size=st.sampled_from([1, 2, 4]), nodes=st.sampled_from([1, 4]),
-    spare=st.integers(0, 6), draw=st.randoms(use_true_random=False),
+    spare=st.integers(0, 6), prefix_cache=st.booleans(), draw=st.randoms(use_true_random=True),
 )  # fmt: skip
 def test_every_row_finds_its_own_tokens_in_its_blocks(
-    max_rows: int, block_size: int, nodes: int, spare: int, draw: random.Random
+    max_rows: int, block_size: int, nodes: int, spare: int, prefix_cache: bool, draw: random.Random
 ) -> None:
-    """Requests that come, rest, go on with other tokens and are cancelled, in little more memory than one takes."""
+    """Requests that come, rest, go on with other tokens, are cancelled and asked again with what they have written, in
+    little more memory than one takes."""
     longest = 22
     pool = Scheduler(BlockAllocator(0), block_size=block_size, max_rows=1).blocks_needed(longest + nodes) + spare
-    scheduler, slots = Scheduler(BlockAllocator(pool), block_size=block_size, max_rows=max_rows), _Slots(block_size)
+    allocator, slots = BlockAllocator(pool), _Slots(block_size)
+    scheduler = Scheduler(allocator, block_size=block_size, max_rows=max_rows, prefix_cache=prefix_cache)
     prompts = [tuple(range(length)) for length in (1, 4, 9)] + [(0, 1, 2, 3, 7, 7, 7)]
     alive: list[str] = []
     rows: dict[str, Row] = {}
+    written: list[tuple[int, ...]] = []
     fresh = itertools.count(100)
 
     def submit(name: str) -> None:
-        prompt = draw.choice(prompts)
+        prompt = draw.choice(written[-3:] if written and draw.random() < 0.5 else prompts)
         scheduler.submit(replace(_request(name, prompt, draw.randint(1, longest - len(prompt))), hold=True))
         alive.append(name)
 
-    for number in range(50):
-        action = draw.choice(["submit", "submit", "rest", "resume", "cancel", "step", "step", "step"])
+    for number in range(60):
+        action = draw.choice(["submit", "submit", "rest", "resume", "cancel", "cancel", "step", "step"])
         resting = [row for name in alive if (row := scheduler.resting(name)) is not None]
         if action == "submit":
             submit(str(number))
@@ -153,7 +165,8 @@ def test_every_row_finds_its_own_tokens_in_its_blocks(
             name = draw.choice(alive)
             scheduler.finish(name)
             alive.remove(name)
-            rows.pop(name, None)
+            if name in rows:
+                written.append((*rows.pop(name).tokens, 5)[: longest - 1])
         if not scheduler.has_work:
             continue
         plan = scheduler.schedule(nodes)
@@ -266,3 +279,52 @@ def test_cancelling_frees_waiting_and_running_rows() -> None:
         scheduler.finish(str(i))
     assert not scheduler.has_work
     assert scheduler.allocator.free == 16
+
+
+def test_a_prompt_takes_over_what_was_computed_before_it() -> None:
+    """What a sample has written is there for whoever goes on from it; the last block of it, half full, is not."""
+    scheduler = Scheduler(BlockAllocator(16), block_size=4, max_rows=4, prefix_cache=True)
+    scheduler.submit(_request("a", tuple(range(10)), 20))
+    plan = scheduler.schedule(nodes=1)
+    assert [(prefix.reused, len(prefix.tokens)) for prefix in plan.prefills] == [(0, 9)]
+    row = plan.rows[0]
+    for _ in range(5):
+        _advance(row)
+    scheduler.finish("a")
+    assert scheduler.allocator.free == 16
+    longer, other = (*row.tokens, 7, 8), (*range(8), 70, 71)
+    scheduler.submit(_request("b", longer, 1))
+    scheduler.submit(_request("c", other, 1))
+    plan = scheduler.schedule(nodes=1)
+    assert [(prefix.reused, len(prefix.tokens)) for prefix in plan.prefills] == [(12, 16), (8, 9)]
+    assert plan.rows[0].blocks[:2] == plan.rows[1].blocks[:2]
+
+
+def test_what_is_kept_goes_before_anything_else_does() -> None:
+    """Longest unused first, the end of a text before its beginning."""
+    scheduler = Scheduler(BlockAllocator(9), block_size=2, max_rows=2, prefix_cache=True)
+    for name, first in (("a", 0), ("b", 100)):
+        scheduler.submit(_request(name, tuple(range(first, first + 7)), 1))
+        scheduler.schedule(nodes=1)
+        scheduler.finish(name)
+    scheduler.submit(_request("c", tuple(range(200, 208)), 1))
+    assert len(scheduler.schedule(nodes=1).rows) == 1, "nine blocks are free"
+    scheduler.finish("c")
+
+    def reused(first: int) -> int:
+        scheduler.submit(_request("d", tuple(range(first, first + 7)), 1))
+        row = scheduler.schedule(nodes=1).rows[0]
+        scheduler.finish("d")
+        return row.prefix.reused
+
+    assert (reused(100), reused(0)) == (6, 2)
+
+
+def test_a_few_tokens_are_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trtkit.runtime.scheduler._LEAST_REUSED", _LEAST_REUSED)
+    scheduler = Scheduler(BlockAllocator(100), block_size=16, max_rows=4, prefix_cache=True)
+    for name, length, reused in (("a", 900, 0), ("b", 512, 0), ("c", 513, 512)):
+        scheduler.submit(_request(name, tuple(range(length)), 1))
+        assert scheduler.schedule(nodes=1).rows[0].prefix.reused == reused
+        scheduler.finish(name)
+    assert scheduler.allocator.free == 100

@@ -109,6 +109,32 @@ def test_samples_of_a_problem_prefill_once_and_differ(model: DecoderModel) -> No
     assert stats.tokens_per_step == 1.0
 
 
+@pytest.mark.parametrize("steps", [{}, {"fixed_shapes": True, "overlap": True}], ids=["plain", "overlapping"])
+def test_texts_that_go_on_are_not_computed_anew(
+    model: DecoderModel, steps: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turns of a conversation, each with all that came before; the samples are those of an engine that forgets."""
+    monkeypatch.setattr("trtkit.runtime.scheduler._LEAST_REUSED", 100)
+
+    def talk(**limits: Any) -> tuple[list[list[int]], int]:
+        engine = _engine(model, rows=2, **steps, **limits)
+        texts = [list(prompt) for prompt in random_prompts(8, [150, 150])]
+        for turn in range(3):
+            asked = [request(f"{turn} {i}", tuple(text), seed=i, max_tokens=20) for i, text in enumerate(texts)]
+            told, _ = run_all(engine, asked)
+            for text, answer in zip(texts, told.values(), strict=True):
+                text += [*answer, 5]
+        stats = engine.stats()
+        assert stats.kv_blocks_free == stats.kv_blocks
+        return texts, stats.prefill_tokens
+
+    forgotten, everything = talk()
+    kept, computed = talk(prefix_cache=True)
+    assert kept == forgotten
+    assert (everything, computed) == (2 * (149 + 170 + 191), 2 * (149 + 10 + 15))
+    assert talk(prefix_cache=True, kv_blocks=30)[0] == forgotten, "hardly more memory than two texts take"
+
+
 def test_stop_ids_and_budgets_end_a_row(model: DecoderModel) -> None:
     (prompt,) = random_prompts(7, [10])
     free, ends = run_all(_engine(model), [request("a", prompt, seed=3, max_tokens=30)])

@@ -81,6 +81,10 @@ def command(
     drafter: Drafter = None,
     lookup: LookUp = False,
     output_layer: OutputLayer = None,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(help="Keep what was computed while there is room, for prompts that begin with the same tokens."),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Serve an engine to OpenAI clients.
@@ -97,7 +101,7 @@ def command(
         raise MissingDependency(f"not installed: {', '.join(missing)}", hint="pip install 'trtkit[serve]'")
     if endpoint is not None and engine is not None:
         raise UsageError("an engine directory and --endpoint: one or the other")
-    refuse_idle(context, idle_beside_server(endpoint))
+    refuse_idle(context, idle_beside_server(endpoint, "--prefix-cache"))
     drafting = drafting_named(context, tree=tree, drafter=drafter, lookup=lookup)
 
     from trtkit.runtime.api import SamplingParams
@@ -109,7 +113,7 @@ def command(
     opening = OpenOptions(
         device=device, threads=threads, rows=batch,
         output_layer=output_layer,  # type: ignore[arg-type]  # checked there
-        tensor_parallel=tensor_parallel, **drafting,
+        prefix_cache=prefix_cache, tensor_parallel=tensor_parallel, **drafting,
     )  # fmt: skip
     source: Source
     if endpoint is None:

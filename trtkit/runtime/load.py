@@ -86,6 +86,9 @@ class OpenOptions:
     """Look drafts up in what the samples of a prompt have written: without a head, or beside one; see ``lookup.py``."""
     output_layer: OutputLayer | None = None
     """How to run lm_head; None takes what the engine was built, and its quality measured, with."""
+    prefix_cache: bool = False
+    """Keep keys and values of what was computed while there is room, for prompts that begin alike; their samples are
+    the same up to rounding. The torch runtime's; TensorRT-LLM does so anyway."""
     tensor_parallel: int | None = None
     """Processes that share each layer, on CUDA one per GPU; None: as many as the engine was built for where there are
     so many GPUs, else one. See ``ranks``."""
@@ -353,5 +356,5 @@ def _limits(
     return TorchLimits(
         rows=rows, total_tokens=total_tokens, kv_blocks=min(affordable, rows * least), block_size=_BLOCK_SIZE,
         kv_dtype=kv_dtype, fixed_shapes=None if options.cuda_graphs else False,
-        overlap=None if options.overlap else False,
+        overlap=None if options.overlap else False, prefix_cache=options.prefix_cache,
     )  # fmt: skip

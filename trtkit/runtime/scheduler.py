@@ -9,6 +9,9 @@ A row that is *resting* (held after its end, or paused) is not in the batch; it 
 When blocks run out, idle prefixes go first, then the blocks of rows outside the batch, then the youngest row is
 *preempted*: its blocks are freed and it waits at the front of the queue, to be recomputed. The oldest row always
 proceeds, so every request finishes.
+
+With a *prefix cache* the full blocks of what was computed keep their contents while they are free (``blocks.py``): a
+prompt that begins with the same tokens takes them over, be it another problem's, or one with what a sample has written.
 """
 
 from __future__ import annotations
@@ -18,9 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trtkit.runtime.api import Request
-from trtkit.runtime.blocks import BlockAllocator, blocks_for
+from trtkit.runtime.blocks import BlockAllocator, blocks_for, chain_names
 
 __all__ = ["Prefix", "Row", "Schedule", "Scheduler"]
+
+_LEAST_REUSED = 512
+"""Tokens. Fewer are computed in the time of a step or two; and samples of an ordinary problem have the same bits,
+whatever was asked before it."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -31,6 +38,8 @@ class Prefix:
     blocks: list[int] = field(default_factory=list)
     filled: bool = False
     """Keys and values are (or will be, by this step's prefill) in ``blocks``."""
+    reused: int = 0
+    """Tokens whose blocks were there already."""
     requests: int = 0
     """Unfinished requests with this prompt."""
     rows: int = 0
@@ -65,7 +74,7 @@ class Schedule:
     """What the next step does, in this order."""
 
     prefills: tuple[Prefix, ...]
-    """Prefixes to compute."""
+    """Prefixes to compute, in this order: one may begin with what the one before it computes."""
     copies: tuple[tuple[int, int], ...]
     """Blocks to copy, (from, to): a shared block that a row is about to write into."""
     recomputes: tuple[Row, ...]
@@ -78,9 +87,12 @@ class Schedule:
 class Scheduler:
     """Waiting and running rows over one block allocator."""
 
-    def __init__(self, allocator: BlockAllocator, *, block_size: int, max_rows: int) -> None:
+    def __init__(
+        self, allocator: BlockAllocator, *, block_size: int, max_rows: int, prefix_cache: bool = False
+    ) -> None:  # fmt: skip
         self.allocator = allocator
         self.block_size = block_size
+        self._prefix_cache = prefix_cache
         self.running: list[Row] = []
         self._waiting: deque[Row] = deque()
         self._resting: dict[str, Row] = {}
@@ -221,22 +233,47 @@ class Scheduler:
         recomputes: list[Row] = []
         while self._waiting and self._slots:
             row = self._waiting[0]
-            prefix = row.prefix
-            length = len(prefix.tokens)
             missing = self._missing_to_enter(row, nodes)
             if missing > 0 and not self._reclaim(missing, keep=row):
                 break
             self._waiting.popleft()
-            if not prefix.filled and not row.blocks:
-                prefix.blocks = [self.allocator.take() for _ in range(blocks_for(length, self.block_size))]
-                prefix.filled = True
-                if length:
-                    prefills.append(prefix)
+            if not row.prefix.filled and not row.blocks:
+                self._fill(row.prefix)
+                if row.prefix.reused < len(row.prefix.tokens):
+                    prefills.append(row.prefix)
             self._enter(row)
             self._grow(row, len(row.tokens) - 1 - row.cached + nodes, copies)
             if row.cached < len(row.tokens) - 1:
                 recomputes.append(row)
         return tuple(prefills), tuple(recomputes)
+
+    def _fill(self, prefix: Prefix) -> None:
+        """Blocks for a prefix, those that hold its first tokens already, or will before it is computed, among them."""
+        blocks = self._found(prefix.tokens)
+        prefix.reused = len(blocks) * self.block_size
+        while len(blocks) * self.block_size < len(prefix.tokens):
+            blocks.append(self.allocator.take())
+        prefix.blocks, prefix.filled = blocks, True
+        self._name(blocks, prefix.tokens)
+
+    def _found(self, tokens: Sequence[int]) -> list[int]:
+        """The blocks, now held, that hold the first of ``tokens``."""
+        blocks: list[int] = []
+        for name in chain_names(tokens, self.block_size) if self._prefix_cache else ():
+            block = self.allocator.find(name)
+            if block is None:
+                break
+            blocks.append(block)
+        if len(blocks) * self.block_size < _LEAST_REUSED:
+            self.allocator.release(blocks)
+            return []
+        return blocks
+
+    def _name(self, blocks: Sequence[int], tokens: Sequence[int]) -> None:
+        """``blocks`` hold ``tokens``: whoever wants the same finds them until they are needed for something else."""
+        if self._prefix_cache:
+            for block, name in zip(blocks, chain_names(tokens, self.block_size), strict=False):
+                self.allocator.name(block, name)
 
     def _missing(self, row: Row, nodes: int) -> int:
         """Free blocks that growing by ``nodes`` tokens would take."""
@@ -269,6 +306,7 @@ class Scheduler:
 
     def _free(self, row: Row) -> None:
         """Give back a row's blocks. A row of an empty prefix may be admitted and hold none."""
+        self._name(row.blocks, row.tokens[: row.cached])
         self.allocator.release(row.blocks)
         if row.blocks:
             row.prefix.rows -= 1

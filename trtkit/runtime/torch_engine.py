@@ -91,7 +91,8 @@ class TorchEngine(Closing):
         self._flight: Launched | None = None
         self._booked = 0.0
         self._allocator = BlockAllocator(limits.kv_blocks)
-        self._scheduler = Scheduler(self._allocator, block_size=limits.block_size, max_rows=limits.rows)
+        size, cached = limits.block_size, limits.prefix_cache
+        self._scheduler = Scheduler(self._allocator, block_size=size, max_rows=limits.rows, prefix_cache=cached)
         self._cancelled: list[str] = []
         self._sampling: tuple[tuple[Request, ...], SamplingRows] | None = None
         self._counters = Counters(max_length=self._chooser.max_length)
@@ -138,9 +139,8 @@ class TorchEngine(Closing):
             wrong.append("the id is in use by an unfinished request")
         if not request.prompt:
             wrong.append("the prompt is empty")
-        outside = [token for token in request.prompt if not self._known(token)]
-        if outside:
-            wrong.append(f"token id {outside[0]} lies outside the vocabulary of {self._model.spec.vocab}")
+        outside = (token for token in request.prompt if not self._known(token))
+        wrong += [f"token id {token} lies outside the vocabulary of {self._model.spec.vocab}" for token in outside][:1]
         if request.sampling.switch and not all(map(self._known, request.sampling.switch.tokens)):
             wrong.append(f"a switch token lies outside the vocabulary of {self._model.spec.vocab}")
         if request.max_tokens < 1:
@@ -329,7 +329,7 @@ class TorchEngine(Closing):
         return lines, scores
 
     def _prefill(self, plan: Schedule) -> None:
-        fresh = [Stretch(tokens=p.tokens, cached=0, blocks=p.blocks) for p in plan.prefills]
+        fresh = [Stretch(tokens=p.tokens[p.reused :], cached=p.reused, blocks=p.blocks) for p in plan.prefills]
         prefill(self._model, self._stepper.cache, fresh)
         self._stepper.cache.copy_blocks(plan.copies)
         again = [

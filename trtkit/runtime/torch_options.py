@@ -34,6 +34,8 @@ class TorchLimits:
     """Pad decode steps to a few sizes, so that a CUDA graph can replay them; None means on CUDA."""
     overlap: bool | None = None
     """Launch a decode step before the one in flight is read; None means on CUDA. With fixed shapes only."""
+    prefix_cache: bool = False
+    """Keep what was computed while its blocks are free, for prompts that begin with the same tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ class _Engine:
         for name, text, value in (
             ("steps", "Decode steps", stats.steps),
             ("prompt_tokens", "Prompt tokens asked for", stats.prompt_tokens),
-            ("prefill_tokens", "Prompt tokens computed; the rest was shared", stats.prefill_tokens),
+            ("prefill_tokens", "Prompt tokens computed; the rest was there", stats.prefill_tokens),
             ("generated_tokens", "Tokens generated", stats.new_tokens),
             ("row_steps", "Rows of all decode steps; drafting lowers them", stats.row_steps),
             ("preemptions", "Rows that had to make room and were computed again", stats.preemptions),
