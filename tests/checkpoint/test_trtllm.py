@@ -12,12 +12,15 @@ from typing import Any, Literal
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from drafter.checkpoint import load_drafter, public_names
 from drafter.config import DrafterConfig, TreeShape
 from tests.checkpoint.conftest import Native
 from tests.examples import paired
-from tests.trtllm_double.loader import LAW, expected_tensors, load_checkpoint, weight_only_codes
+from tests.tiny import LLAMA3, YARN
+from tests.trtllm_double.loader import LAW, expected_tensors, load_checkpoint, rotations, weight_only_codes
 from trtkit.checkpoint.names import LINEARS
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.trtllm import TrtllmOptions, write_trtllm_checkpoint
@@ -324,9 +327,20 @@ def test_golden_table_and_writer_agree_with_the_manifests() -> None:
         assert {key: written[key] for key in config} == config, name
 
 
-def test_yarn_is_written_in_both_spellings(native: Native, tmp_path: Path) -> None:
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
-    write_trtllm_checkpoint(native("qwen2", "bf16", rope_scaling=yarn), tmp_path / "out", options(1))
-    scaling = load_checkpoint(tmp_path / "out").config["rotary_scaling"]
-    assert scaling["type"] == scaling["rope_type"] == "yarn"
-    assert (scaling["factor"], scaling["original_max_position_embeddings"]) == (4.0, 128)
+@pytest.mark.parametrize(
+    ("family", "scaling"),
+    [("llama", None), ("qwen2", {**YARN, "beta_fast": 20.0}), ("llama", {**LLAMA3, "factor": 5.0})],
+)
+def test_the_engine_turns_like_transformers(
+    native: Native, tmp_path: Path, family: str, scaling: dict[str, Any] | None
+) -> None:
+    """The engine makes its table of rotations from config.json alone."""
+    directory = native(family, "bf16", rope_scaling=scaling)
+    write_trtllm_checkpoint(directory, tmp_path / "out", options(1))
+    config = AutoConfig.from_pretrained(directory)
+    wanted, wanted_factor = 10000.0 ** (-torch.arange(0, 64, 2) / 64), 1.0
+    if scaling is not None:
+        wanted, wanted_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
+    speeds, factor = rotations(load_checkpoint(tmp_path / "out").config)
+    torch.testing.assert_close(speeds.float(), wanted, rtol=1e-6, atol=0)
+    assert factor == pytest.approx(wanted_factor)
