@@ -65,7 +65,8 @@ class LoadedCheckpoint:
             low, high = ((stored.int() & 15) ^ 8) - 8, (((stored.int() >> 4) & 15) ^ 8) - 8
             assert scale is not None
             made = torch.stack([low, high], dim=1).reshape(-1, stored.shape[1]).float()
-            made = made * scale.repeat_interleave(128, dim=1)
+            held = scale.to(getattr(torch, self.config["dtype"])).float()
+            made = made * held.repeat_interleave(128, dim=1)
         elif algo == "W8A8_SQ_PER_CHANNEL":
             assert scale is not None
             made = stored.float() * scale[:, None]
@@ -283,6 +284,8 @@ def _quantization_problems(config: Mapping[str, Any], *, redrafter: bool) -> Ite
 
 def _tensor_problems(config: Mapping[str, Any], rank: int, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     expected = expected_tensors(config, rank // config["mapping"]["tp_size"])
+    # The engine rounds an input with the scale in the model's dtype, and multiplies the product with the one stored.
+    fp8_input = ".activation_scaling_factor" if config["quantization"]["quant_algo"] == "FP8" else ()
     yield from (f"{name}: missing" for name in expected if name not in tensors)
     yield from (f"{name}: provided but not required" for name in tensors if name not in expected)
     for name in expected.keys() & tensors.keys():
@@ -297,6 +300,8 @@ def _tensor_problems(config: Mapping[str, Any], rank: int, tensors: Mapping[str,
             yield f"{name}: not finite"
         elif "scaling_factor" in name and not bool((tensor > 0).all()):
             yield f"{name}: a scale is not positive"
+        elif name.endswith(fp8_input) and not torch.equal(tensor, tensor.to(getattr(torch, config["dtype"])).float()):
+            yield f"{name}: {config['dtype']} does not hold it"
     excluded = config["quantization"].get("exclude_modules")
     if excluded is not None:
         for name in tensors:
