@@ -12,18 +12,21 @@ from typing import Any, Literal
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from drafter.checkpoint import load_drafter, public_names
 from drafter.config import DrafterConfig, TreeShape
 from tests.checkpoint.conftest import Native
 from tests.examples import paired
-from tests.trtllm_double.loader import LAW, expected_tensors, load_checkpoint, weight_only_codes
+from tests.tiny import LLAMA3, YARN
+from tests.trtllm_double.loader import LAW, expected_tensors, load_checkpoint, rotations, weight_only_codes
 from trtkit.checkpoint.names import LINEARS
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.trtllm import TrtllmOptions, write_trtllm_checkpoint
 from trtkit.checkpoint.trtllm_config import trtllm_config
 from trtkit.checkpoint.trtllm_layout import rank_layout
-from trtkit.checkpoint.trtllm_split import share, weight_only_rows
+from trtkit.checkpoint.trtllm_split import held_scale, share, weight_only_rows
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
 from trtkit.checkpoint.unified_export import write_unified_hf
 from trtkit.checkpoint.verify import relative_error
@@ -49,7 +52,11 @@ def share_of_product(source: UnifiedCheckpoint, layer: int, name: str, rank: int
     """What the torch runtime multiplies with, cut by hand for one rank of a TensorRT-LLM linear."""
     linear = next(linear for linear in LINEARS if linear.name == name)
     parts = [source.part(layer, part) for part in linear.parts]
-    matrices = [effective_weight(part, dequantize(part.weight)) for part in parts]
+    weights = [part.weight for part in parts]
+    if source.scheme.weight_format == "int4":  # its loader rounds the groups' scales to the model's dtype
+        dtype = getattr(torch, source.spec.dtype)
+        weights = [dataclasses.replace(weight, scale=weight.scale.to(dtype).float()) for weight in weights]
+    matrices = [effective_weight(part, dequantize(weight)) for part, weight in zip(parts, weights, strict=True)]
     return share(matrices, ("out", "in"), linear.split, rank=rank, ranks=ranks, kv_heads=source.spec.kv_heads)
 
 
@@ -182,6 +189,22 @@ def test_weight_only_rows_refuse_scales_that_float16_cannot_hold(scale: float) -
     codes = torch.tensor([[127, 3]], dtype=torch.int8)
     with pytest.raises(CheckpointError, match="float16 cannot hold"):
         weight_only_rows(codes, torch.tensor([scale]), torch.float16, where="qkv")
+
+
+def test_the_scale_of_an_fp8_input_is_what_the_model_dtype_holds(native: Native, tmp_path: Path) -> None:
+    """The engine divides the input by the scale in the model's dtype and multiplies the product with the stored one."""
+    source = open_unified(native("qwen2", "fp8"))
+    for dtype in ("bfloat16", "float16"):
+        write_trtllm_checkpoint(source.directory, tmp_path / dtype, options(2, dtype=dtype))
+        loaded = load_checkpoint(tmp_path / dtype)
+        for linear in LINEARS:
+            ours = source.part(0, linear.parts[0]).input_scale
+            assert ours is not None
+            found = loaded.ranks[1][f"transformer.layers.0.{linear.name}.activation_scaling_factor"]
+            assert found.item() == ours.to(getattr(torch, dtype)).item()
+    for scale in (1e-9, 1e5):
+        with pytest.raises(CheckpointError, match="float16 cannot hold"):
+            held_scale(torch.tensor(scale), torch.float16, where="qkv")
 
 
 def test_codes_of_another_rule_are_refused(native: Native, tmp_path: Path) -> None:
@@ -324,9 +347,20 @@ def test_golden_table_and_writer_agree_with_the_manifests() -> None:
         assert {key: written[key] for key in config} == config, name
 
 
-def test_yarn_is_written_in_both_spellings(native: Native, tmp_path: Path) -> None:
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
-    write_trtllm_checkpoint(native("qwen2", "bf16", rope_scaling=yarn), tmp_path / "out", options(1))
-    scaling = load_checkpoint(tmp_path / "out").config["rotary_scaling"]
-    assert scaling["type"] == scaling["rope_type"] == "yarn"
-    assert (scaling["factor"], scaling["original_max_position_embeddings"]) == (4.0, 128)
+@pytest.mark.parametrize(
+    ("family", "scaling"),
+    [("llama", None), ("qwen2", {**YARN, "beta_fast": 20.0}), ("llama", {**LLAMA3, "factor": 5.0})],
+)
+def test_the_engine_turns_like_transformers(
+    native: Native, tmp_path: Path, family: str, scaling: dict[str, Any] | None
+) -> None:
+    """The engine makes its table of rotations from config.json alone."""
+    directory = native(family, "bf16", rope_scaling=scaling)
+    write_trtllm_checkpoint(directory, tmp_path / "out", options(1))
+    config = AutoConfig.from_pretrained(directory)
+    wanted, wanted_factor = 10000.0 ** (-torch.arange(0, 64, 2) / 64), 1.0
+    if scaling is not None:
+        wanted, wanted_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
+    speeds, factor = rotations(load_checkpoint(tmp_path / "out").config)
+    torch.testing.assert_close(speeds.float(), wanted, rtol=1e-6, atol=0)
+    assert factor == pytest.approx(wanted_factor)

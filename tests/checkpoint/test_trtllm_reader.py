@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from drafter.config import TreeShape
 from tests.checkpoint.conftest import Native
 from tests.checkpoint.test_trtllm import KINDS, options
 from tests.engines import random_prompts, request, run_all
+from tests.tiny import LLAMA3, YARN
 from trtkit.checkpoint.trtllm import write_trtllm_checkpoint
 from trtkit.checkpoint.trtllm_reader import merged_drafter, open_checkpoint, open_trtllm
 from trtkit.checkpoint.unified import open_unified
@@ -32,11 +34,23 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     )  # fmt: skip
 
 
+def held(directory: Path, out: Path) -> Path:
+    """A copy with the scales of fp8 inputs as a TensorRT-LLM checkpoint in bf16 has them."""
+    tensors = load_file(shutil.copytree(directory, out) / "model.safetensors")
+    for name in tensors:
+        if name.endswith("input_scale"):
+            tensors[name] = tensors[name].bfloat16().float()
+    save_file(tensors, out / "model.safetensors")
+    return out
+
+
 @pytest.mark.parametrize("tp", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip_is_bit_identical(native: Native, tmp_path: Path, kind: str, tp: int) -> None:
     directory = native("qwen2", kind)
     write_trtllm_checkpoint(directory, tmp_path / "out", options(tp))
+    if kind.startswith("fp8"):
+        directory = held(directory, tmp_path / "held")
     ours, theirs = open_unified(directory), open_checkpoint(tmp_path / "out")
     assert theirs.spec == ours.spec
     assert theirs.scheme == ours.scheme
@@ -50,20 +64,21 @@ def test_round_trip_is_bit_identical(native: Native, tmp_path: Path, kind: str, 
     assert theirs.kv_scales(0) == (None if pair is None else (max(pair), max(pair)))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_round_trip_of_other_families_over_stages(native: Native, tmp_path: Path, family: str) -> None:
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 54321.0}
-    directory = native(family, "int4-rtn", num_hidden_layers=2, vocab_size=333, rope_scaling=yarn, rms_norm_eps=3e-5,
-                       head_dim=128, tie_word_embeddings=family == "llama")  # fmt: skip
+@pytest.mark.parametrize(("family", "rope"), [("qwen3", YARN), ("llama", LLAMA3)])
+def test_round_trip_of_other_families_over_stages(
+    native: Native, tmp_path: Path, family: str, rope: dict[str, Any]
+) -> None:
+    directory = native(family, "int4-rtn", num_hidden_layers=2, vocab_size=333, rms_norm_eps=3e-5, head_dim=128,
+                       rope_scaling={**rope, "rope_theta": 54321.0}, tie_word_embeddings=family == "llama")  # fmt: skip
     write_trtllm_checkpoint(directory, tmp_path / "out", options(2, 2))
     ours, theirs = open_unified(directory), open_trtllm(tmp_path / "out")
     assert theirs.spec == ours.spec
     assert (theirs.spec.rope.theta, theirs.spec.norm_eps) == (54321.0, 3e-5)
     assert theirs.spec.head_dim == 128, "not hidden size by heads, as in several sizes of Qwen3"
     # Other writers say one of the two names.
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["rotary_scaling"]
     for name in ("type", "rope_type"):
-        scaling = {name: "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32.0,
-                   "beta_slow": 1.0}  # fmt: skip
+        scaling = {key: value for key, value in written.items() if key != name}
         change_config(tmp_path / "out", {"rotary_scaling": scaling})
         assert open_trtllm(tmp_path / "out").spec == ours.spec
     for name in ours.shards.entries:
@@ -74,6 +89,8 @@ def test_round_trip_of_other_families_over_stages(native: Native, tmp_path: Path
 def test_torch_runtime_gives_the_same_tokens(native: Native, tmp_path: Path, kind: str) -> None:
     directory = native("qwen2", kind)
     write_trtllm_checkpoint(directory, tmp_path / "trtllm", options(4))
+    if kind.startswith("fp8"):
+        directory = held(directory, tmp_path / "held")
     prompts = random_prompts(1, [5, 17, 30])
     tokens = [_greedy(_engine_dir(place, tmp_path / f"engine{i}", kind), prompts)
               for i, place in enumerate((directory, tmp_path / "trtllm"))]  # fmt: skip
@@ -184,8 +201,11 @@ AWQ = {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": None, "group_size": 128
         ({"architecture": "GPTForCausalLM"}, UnsupportedError, "GPTForCausalLM"),
         ({"num_attention_heads": 7}, UnsupportedError, "7 attention heads"),
         ({"quantization": {"quant_algo": "W4A16_GPTQ"}}, UnsupportedError, "one GPU architecture"),
-        ({"rotary_scaling": {"type": "linear", "factor": 2.0}}, ConfigError, "only yarn is known, found 'linear'"),
+        ({"rotary_scaling": {"type": "linear", "factor": 2.0}}, ConfigError, "yarn and llama3 are known"),
         ({"rotary_scaling": {"type": "yarn", "mscale": 0.7}}, ConfigError, "rotary_scaling.mscale: unknown key"),
+        ({"rotary_scaling": {"type": ["yarn"]}}, ConfigError, "found .'yarn'"),
+        ({"quantization": {"quant_algo": ["FP8"]}}, UnsupportedError, "not a precision"),
+        ({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": ["FP8"]}}, ConfigError, "found .'FP8'"),
         ({"quantization": {**AWQ, "group_size": 64}}, ConfigError, "symmetric groups of 128"),
         ({"quantization": {**AWQ, "has_zero_point": True}}, ConfigError, "symmetric groups of 128"),
         ({"quantization": {"quant_algo": "NVFP4"}}, UnsupportedError, "NVFP4"),

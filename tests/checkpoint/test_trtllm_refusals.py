@@ -79,7 +79,7 @@ def test_the_models_that_this_is_for_fit(spec: ModelSpec, precision: str, tp: in
         ),
         (
             dataclasses.replace(QWEN25_14B, rope=RopeSpec(theta=1e6, kind="llama3", factor=8)),
-            "bf16", {}, "llama3 rope scaling",
+            "bf16", {}, "",
         ),
     ],
 )  # fmt: skip

@@ -65,7 +65,8 @@ class LoadedCheckpoint:
             low, high = ((stored.int() & 15) ^ 8) - 8, (((stored.int() >> 4) & 15) ^ 8) - 8
             assert scale is not None
             made = torch.stack([low, high], dim=1).reshape(-1, stored.shape[1]).float()
-            made = made * scale.repeat_interleave(128, dim=1)
+            held = scale.to(getattr(torch, self.config["dtype"])).float()
+            made = made * held.repeat_interleave(128, dim=1)
         elif algo == "W8A8_SQ_PER_CHANNEL":
             assert scale is not None
             made = stored.float() * scale[:, None]
@@ -85,6 +86,35 @@ def weight_only_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     steps = torch.where(scale[:, None] > 0, wide / scale[:, None], torch.zeros(()))
     codes = (steps.abs() + 0.5).floor() * steps.sign()
     return codes.clamp(-128, 127).to(torch.int8), scale.to(weight.dtype).float()
+
+
+def rotations(config: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """The speeds (D / 2,) of the engine's table of rotations and the factor on its cosines and sines, in float64.
+
+    After ``RopeEmbeddingUtils`` and ``Attention.create_attention_const_params``.
+    """
+    size, base = config["head_size"], config["rotary_base"]
+    speeds = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    scaling = config.get("rotary_scaling")
+    if scaling is None:
+        return speeds, 1.0
+    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+    if scaling["type"] == "llama3":
+        wave = 2 * math.pi / speeds
+        longest, shortest = context / scaling["low_freq_factor"], context / scaling["high_freq_factor"]
+        smooth = (context / wave - scaling["low_freq_factor"]) / (
+            scaling["high_freq_factor"] - scaling["low_freq_factor"]
+        )
+        between = (1 - smooth) * speeds / factor + smooth * speeds
+        return torch.where(wave < shortest, speeds, torch.where(wave > longest, speeds / factor, between)), 1.0
+
+    def dimension(turns: float) -> float:
+        return float(size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base)))
+
+    first = max(0, math.floor(dimension(scaling["beta_fast"])))
+    last = min(size - 1, math.ceil(dimension(scaling["beta_slow"])))
+    slowed = ((torch.arange(size // 2, dtype=torch.float64) - first) / max(last - first, 0.001)).clamp(0, 1)
+    return speeds * (1 - slowed) + speeds / factor * slowed, 0.1 * math.log(factor) + 1
 
 
 def load_checkpoint(directory: Path) -> LoadedCheckpoint:
@@ -210,8 +240,12 @@ def _meaning_problems(config: Mapping[str, Any], *, redrafter: bool) -> Iterator
         if config["attn_bias"] != (config["qwen_type"] == "qwen2"):
             yield f"attn_bias {config['attn_bias']} with {config['qwen_type']}"
     scaling = config.get("rotary_scaling")
-    if scaling is not None and not ({"type", "rope_type"} & scaling.keys() and "factor" in scaling):
-        yield f"rotary_scaling {scaling}"
+    if scaling is not None:
+        # The real one fills what is missing with defaults, and reads past what it does not know.
+        kinds = LAW["config"]["rotary_scaling"]
+        kind = scaling.get("type")
+        if kind not in kinds or scaling.get("rope_type") != kind or scaling.keys() != set(kinds[kind]):
+            yield f"rotary_scaling {scaling}"
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % tp or (kv % tp and tp % kv) or config["intermediate_size"] % tp:
         yield f"heads {heads}, KV heads {kv} or intermediate size do not divide by tp {tp}"
@@ -250,6 +284,8 @@ def _quantization_problems(config: Mapping[str, Any], *, redrafter: bool) -> Ite
 
 def _tensor_problems(config: Mapping[str, Any], rank: int, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     expected = expected_tensors(config, rank // config["mapping"]["tp_size"])
+    # The engine rounds an input with the scale in the model's dtype, and multiplies the product with the one stored.
+    fp8_input = ".activation_scaling_factor" if config["quantization"]["quant_algo"] == "FP8" else ()
     yield from (f"{name}: missing" for name in expected if name not in tensors)
     yield from (f"{name}: provided but not required" for name in tensors if name not in expected)
     for name in expected.keys() & tensors.keys():
@@ -264,6 +300,8 @@ def _tensor_problems(config: Mapping[str, Any], rank: int, tensors: Mapping[str,
             yield f"{name}: not finite"
         elif "scaling_factor" in name and not bool((tensor > 0).all()):
             yield f"{name}: a scale is not positive"
+        elif name.endswith(fp8_input) and not torch.equal(tensor, tensor.to(getattr(torch, config["dtype"])).float()):
+            yield f"{name}: {config['dtype']} does not hold it"
     excluded = config["quantization"].get("exclude_modules")
     if excluded is not None:
         for name in tensors:

@@ -14,8 +14,8 @@ Packed codes are unsigned (code + 128 or + 8), the first in the lowest bits; ``X
 The format has no scale on a linear's input, so that each one goes where it changes nothing: those of q, k, v, gate and
 up into the norm in front, that of down_proj into the rows of up_proj, whose scales take it up. That of o_proj has no
 such place (heads share keys and values): its matrix is rounded once more with the scale in it, to 8 bits. Activations
-of int8-sq are rounded per token there, not with the calibrated scale. Sources: compressed_tensors 0.17
-(``compressors/pack_quantized``), vLLM 0.32 (``quantization/compressed_tensors/schemes``).
+of int8-sq are rounded per token there, not with the calibrated scale. Sources: compressed_tensors 0.17 and 0.18
+(``compressors/pack_quantized``), vLLM 0.32 and 0.33 (``quantization/compressed_tensors/schemes``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Write a TensorRT-LLM checkpoint, config.json and rank{N}.safetensors, from a native one.
 
-The native codes and scales are copied, never computed anew, so both runtimes hold the same numbers. All ranks of a
-pipeline stage are written side by side while the source is read once; memory holds one product of one layer.
+The native codes and scales are copied, never computed anew, so both runtimes hold the same numbers but for what
+``docs/formats.md`` lists. All ranks of a pipeline stage are written side by side while the source is read once; memory
+holds one product of one layer.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from trtkit.checkpoint.trtllm_layout import (
     rank_layout,
 )
 from trtkit.checkpoint.trtllm_source import Head, check_extremes, check_scales, has_pre_scales, open_head
-from trtkit.checkpoint.trtllm_split import share, weight_only_rows
+from trtkit.checkpoint.trtllm_split import held_scale, share, weight_only_rows
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
 from trtkit.decoder import LINEAR_PARTS
 from trtkit.errors import UsageError
@@ -202,6 +203,8 @@ def _linear_share(
         return weight_only_rows(made, mine("weight_scale"), job.dtype, where=linear.name)
     if tensor == "weight" and scheme.weight_format == "int4":
         return made.view(torch.int8)
+    if tensor == "input_scale" and scheme.quant_algo == "FP8":
+        return held_scale(made, job.dtype, where=linear.name).reshape(1)
     if tensor in ("weight_scale", "input_scale"):
         return made.float().reshape(1) if made.ndim == 0 else made.float()
     return made

@@ -67,8 +67,6 @@ def refuse_algo(algo: str | None, family: Family) -> str:
 
 def _rope(spec: ModelSpec) -> list[str]:
     wrong = []
-    if spec.rope.kind == "llama3":
-        wrong.append("llama3 rope scaling: trtkit does not know how TensorRT-LLM reads it; the torch backend runs it")
     if spec.rope.attention_factor is not None:
         wrong.append("yarn with attention_factor: TensorRT-LLM computes its own")
     if not spec.rope.truncate:

@@ -130,17 +130,20 @@ def trtllm_config(
 
 
 def _rotary_scaling(spec: ModelSpec) -> JsonObject | None:
-    if spec.rope.kind == "default":
+    """Read by ``RopeEmbeddingUtils`` in ``tensorrt_llm/functional.py``, by transformers' own keys."""
+    rope = spec.rope
+    if rope.kind == "default":
         return None
-    return {
+    scaling: JsonObject = {
         # Releases differ in which of the two they read.
-        "type": spec.rope.kind,
-        "rope_type": spec.rope.kind,
-        "factor": spec.rope.factor,
-        "original_max_position_embeddings": spec.rope.original_max_positions,
-        "beta_fast": spec.rope.beta_fast,
-        "beta_slow": spec.rope.beta_slow,
+        "type": rope.kind,
+        "rope_type": rope.kind,
+        "factor": rope.factor,
+        "original_max_position_embeddings": rope.original_max_positions,
     }
+    if rope.kind == "llama3":
+        return scaling | {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    return scaling | {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
 
 
 def _redrafter(spec: ModelSpec, options: TrtllmOptions, head: DrafterConfig) -> JsonObject:

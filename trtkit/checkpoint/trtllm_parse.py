@@ -24,7 +24,8 @@ from trtkit.scheme import SCHEMES, QuantScheme
 
 __all__ = ["TrtllmConfig", "read_trtllm_config"]
 
-_YARN = {"type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+_SCALING = {"yarn": ("beta_fast", "beta_slow"), "llama3": ("low_freq_factor", "high_freq_factor")}
+"""The keys of ``rotary_scaling`` that differ from kind to kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,12 +135,12 @@ def _family(config: Mapping[str, Any], where: str) -> Family:
 def _scheme(reader: _Reader, family: Family, where: str) -> tuple[QuantScheme, bool]:
     section = reader.section("quantization")
     algo, kv_algo = section.get("quant_algo"), section.get("kv_cache_quant_algo")
-    wrong = refuse_algo(algo, family)
+    wrong = refuse_algo(algo if algo is None else str(algo), family)
     if wrong:
         raise UnsupportedError("this quantization is not supported", where=where, offenders=[wrong])
     scheme = next(scheme for scheme in SCHEMES.values() if scheme.quant_algo == algo)
     kv_dtypes = {name: dtype for dtype, name in KV_ALGOS.items()}
-    if kv_algo not in kv_dtypes:
+    if not isinstance(kv_algo, str | None) or kv_algo not in kv_dtypes:
         reader.offenders.append(f"quantization.kv_cache_quant_algo: expected FP8, INT8 or null, found {kv_algo!r}")
         kv_algo = None
     pre_scale = scheme.name == "int8-sq"
@@ -188,17 +189,20 @@ def _rope(reader: _Reader) -> RopeSpec:
         return RopeSpec(theta=theta)
     scaling = reader.section("rotary_scaling")
     kind = scaling.get("type", scaling.get("rope_type"))
-    if kind != "yarn":
-        reader.offenders.append(f"rotary_scaling: only yarn is known, found {kind!r}")
-    reader.offenders += [f"rotary_scaling.{name}: unknown key" for name in scaling if name not in _YARN]
-    return RopeSpec(
+    if not isinstance(kind, str) or kind not in _SCALING:
+        reader.offenders.append(f"rotary_scaling: only yarn and llama3 are known, found {kind!r}")
+        return RopeSpec(theta=theta)
+    known = {"type", "rope_type", "factor", "original_max_position_embeddings", *_SCALING[kind]}
+    reader.offenders += [f"rotary_scaling.{name}: unknown key" for name in scaling if name not in known]
+    rope = RopeSpec(
         theta=theta,
-        kind="yarn",
         factor=reader.number("factor", scaling),
         original_max_positions=reader.integer("original_max_position_embeddings", scaling),
-        beta_fast=reader.number("beta_fast", scaling),
-        beta_slow=reader.number("beta_slow", scaling),
     )
+    first, second = (reader.number(name, scaling) for name in _SCALING[kind])
+    if kind == "llama3":
+        return dataclasses.replace(rope, kind="llama3", low_freq_factor=first, high_freq_factor=second)
+    return dataclasses.replace(rope, kind="yarn", beta_fast=first, beta_slow=second)
 
 
 def _redrafter(reader: _Reader, spec: ModelSpec) -> tuple[DrafterConfig, TreeShape]:

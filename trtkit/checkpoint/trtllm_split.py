@@ -13,7 +13,7 @@ from torch import Tensor
 from trtkit.checkpoint.names import Axis, Split
 from trtkit.errors import CheckpointError
 
-__all__ = ["merge_part", "share", "weight_only_rows"]
+__all__ = ["held_scale", "merge_part", "share", "weight_only_rows"]
 
 
 def share(
@@ -79,3 +79,21 @@ def weight_only_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype, *, where:
     rows = ((top == 127) & ~(codes == -128).any(dim=1)).nonzero().flatten()
     values[rows, column[rows]] = 128 * stored.float()[rows]
     return values.to(dtype)
+
+
+def held_scale(scale: Tensor, dtype: torch.dtype, *, where: str) -> Tensor:
+    """The scale () of an fp8 linear's input, rounded to ``dtype`` and in float32 again.
+
+    The engine rounds its input with the scale in ``dtype`` and multiplies the product with the one in the file
+    (``FP8Linear`` in ``quantization/layers.py``): were they two, every product would be off by their ratio.
+
+    Raises :class:`CheckpointError` when ``dtype`` is too narrow.
+    """
+    held = scale.to(dtype).float()
+    if not (bool(held.isfinite()) and held > 0):
+        raise CheckpointError(
+            f"the scale of its input is {float(scale):.3g}, which {str(dtype).removeprefix('torch.')} cannot hold",
+            where=where,
+            hint="write bfloat16",
+        )
+    return held

@@ -67,8 +67,6 @@ def refusal(
 
 
 def _rope(spec: ModelSpec) -> Iterator[str]:
-    if spec.rope.kind == "llama3":
-        yield "llama3 rope scaling is not written for TensorRT-LLM"
     if spec.rope.attention_factor is not None or not spec.rope.truncate:
         yield "TensorRT-LLM takes yarn without attention_factor and with truncate only"
 
