@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -38,6 +38,11 @@ def _check_blocks(scheduler: Scheduler, nodes: int) -> None:
             block = row.blocks[position // scheduler.block_size]
             assert writers.setdefault(block, row.request.id) == row.request.id
             assert not scheduler.allocator.is_shared(block)
+
+
+def _spans(plan: Schedule) -> list[tuple[int, int]]:
+    """Where the parts of prompts that are computed begin and end."""
+    return [(part.start, part.start + len(part.tokens)) for part in plan.prefills]
 
 
 def _advance(row: Row) -> None:
@@ -101,13 +106,15 @@ class _Slots:
         self._size = block_size
         self._kept: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    def compute(self, blocks: list[int], start: int, tokens: list[int]) -> None:
+    def compute(self, blocks: Sequence[int], start: int, tokens: list[int]) -> None:
         for place in range(start, len(tokens)):
             self._kept[blocks[place // self._size], place % self._size] = tuple(tokens[: place + 1])
 
     def run(self, plan: Schedule) -> None:
-        for prefix in plan.prefills:
-            self.compute(prefix.blocks, prefix.reused, list(prefix.tokens))
+        for part in plan.prefills:
+            last = part.start - 1
+            seen = self._kept[part.blocks[last // self._size], last % self._size] if part.start else ()
+            self.compute(part.blocks, part.start, [*seen, *part.tokens])
         before = dict(self._kept)
         for source, target in plan.copies:
             for offset in range(self._size):
@@ -135,7 +142,9 @@ def test_every_row_finds_its_own_tokens_in_its_blocks(
     longest = 22
     pool = Scheduler(BlockAllocator(0), block_size=block_size, max_rows=1).blocks_needed(longest + nodes) + spare
     allocator, slots = BlockAllocator(pool), _Slots(block_size)
-    scheduler = Scheduler(allocator, block_size=block_size, max_rows=max_rows, prefix_cache=prefix_cache)
+    scheduler = Scheduler(
+        allocator, block_size=block_size, max_rows=max_rows, part=draw.choice([5, 100]), prefix_cache=prefix_cache
+    )
     prompts = [tuple(range(length)) for length in (1, 4, 9)] + [(0, 1, 2, 3, 7, 7, 7)]
     alive: list[str] = []
     rows: dict[str, Row] = {}
@@ -218,7 +227,7 @@ def test_equal_prompts_are_prefilled_once_and_share_blocks() -> None:
     for i in range(5):
         scheduler.submit(_request(str(i), tuple(range(11)), 8))
     plan = scheduler.schedule(nodes=1)
-    assert [len(prefix.tokens) for prefix in plan.prefills] == [10]
+    assert _spans(plan) == [(0, 10)]
     assert len({row.blocks[0] for row in plan.rows}) == 1
     assert len({row.blocks[2] for row in plan.rows}) == 5, "the partial block is copied before it is written"
     assert len(plan.copies) == 5
@@ -286,7 +295,7 @@ def test_a_prompt_takes_over_what_was_computed_before_it() -> None:
     scheduler = Scheduler(BlockAllocator(16), block_size=4, max_rows=4, prefix_cache=True)
     scheduler.submit(_request("a", tuple(range(10)), 20))
     plan = scheduler.schedule(nodes=1)
-    assert [(prefix.reused, len(prefix.tokens)) for prefix in plan.prefills] == [(0, 9)]
+    assert _spans(plan) == [(0, 9)]
     row = plan.rows[0]
     for _ in range(5):
         _advance(row)
@@ -296,7 +305,7 @@ def test_a_prompt_takes_over_what_was_computed_before_it() -> None:
     scheduler.submit(_request("b", longer, 1))
     scheduler.submit(_request("c", other, 1))
     plan = scheduler.schedule(nodes=1)
-    assert [(prefix.reused, len(prefix.tokens)) for prefix in plan.prefills] == [(12, 16), (8, 9)]
+    assert _spans(plan) == [(12, 16), (8, 9)]
     assert plan.rows[0].blocks[:2] == plan.rows[1].blocks[:2]
 
 
@@ -311,20 +320,52 @@ def test_what_is_kept_goes_before_anything_else_does() -> None:
     assert len(scheduler.schedule(nodes=1).rows) == 1, "nine blocks are free"
     scheduler.finish("c")
 
-    def reused(first: int) -> int:
+    def computed(first: int) -> list[tuple[int, int]]:
         scheduler.submit(_request("d", tuple(range(first, first + 7)), 1))
-        row = scheduler.schedule(nodes=1).rows[0]
+        plan = scheduler.schedule(nodes=1)
         scheduler.finish("d")
-        return row.prefix.reused
+        return _spans(plan)
 
-    assert (reused(100), reused(0)) == (6, 2)
+    assert computed(100) == []
+    assert computed(0) == [(2, 6)]
 
 
 def test_a_few_tokens_are_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trtkit.runtime.scheduler._LEAST_REUSED", _LEAST_REUSED)
     scheduler = Scheduler(BlockAllocator(100), block_size=16, max_rows=4, prefix_cache=True)
-    for name, length, reused in (("a", 900, 0), ("b", 512, 0), ("c", 513, 512)):
+    for name, length, computed in (("a", 900, [(0, 899)]), ("b", 512, [(0, 511)]), ("c", 514, [(512, 513)])):
         scheduler.submit(_request(name, tuple(range(length)), 1))
-        assert scheduler.schedule(nodes=1).rows[0].prefix.reused == reused
+        assert _spans(scheduler.schedule(nodes=1)) == computed
         scheduler.finish(name)
     assert scheduler.allocator.free == 100
+
+
+def test_rows_do_not_wait_for_all_of_a_long_prompt() -> None:
+    scheduler = Scheduler(BlockAllocator(64), block_size=4, max_rows=4, part=8)
+    scheduler.submit(_request("a", tuple(range(31)), 20))
+    assert _spans(scheduler.schedule(nodes=1)) == [(0, 30)], "nobody waits for it"
+    for name, length in (("b", 21), ("c", 4), ("d", 8)):
+        scheduler.submit(_request(name, tuple(range(100, 100 + length)), 20))
+    seen = []
+    while len(scheduler.running) < 4:
+        plan = scheduler.schedule(nodes=1)
+        names = "".join(row.request.id for row in plan.rows)
+        seen.append((names, _spans(plan)))
+        _advance(plan.rows[0])
+    assert seen == [("a", [(0, 8)]), ("a", [(8, 16)]), ("abc", [(16, 20), (0, 3)]), ("abcd", [(0, 7)])]
+
+
+def test_a_prompt_half_computed_gives_way_to_rows_that_run() -> None:
+    scheduler = Scheduler(BlockAllocator(9), block_size=2, max_rows=2, part=4)
+    scheduler.submit(_request("a", (1, 2, 3), 9))
+    scheduler.schedule(nodes=1)
+    scheduler.submit(_request("b", tuple(range(10)), 2))
+    assert _spans(scheduler.schedule(nodes=1)) == [(0, 4)]
+    for _ in range(9):
+        plan = scheduler.schedule(nodes=4)
+        _advance(plan.rows[0])
+        assert plan.preempted == 0
+        assert plan.rows[0].request.id == "a"
+    assert [row.request.id for row in plan.rows] == ["a"]
+    scheduler.finish("a")
+    assert _spans(scheduler.schedule(nodes=1)) == [(0, 9)]

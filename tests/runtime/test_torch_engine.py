@@ -18,6 +18,7 @@ from trtkit.errors import EngineError, RequestError, UsageError
 from trtkit.runtime.api import FinishReason, Request
 from trtkit.runtime.load import OpenOptions, open_engine
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.prefill import PART_TOKENS
 from trtkit.runtime.torch_engine import TorchEngine
 from trtkit.runtime.torch_options import TorchLimits
 
@@ -133,6 +134,28 @@ def test_texts_that_go_on_are_not_computed_anew(
     assert kept == forgotten
     assert (everything, computed) == (2 * (149 + 170 + 191), 2 * (149 + 10 + 15))
     assert talk(prefix_cache=True, kv_blocks=30)[0] == forgotten, "hardly more memory than two texts take"
+
+
+@pytest.mark.parametrize("steps", [{}, {"fixed_shapes": True, "overlap": True}], ids=["plain", "overlapping"])
+def test_rows_go_on_while_a_long_prompt_is_computed(
+    model: DecoderModel, steps: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, long = random_prompts(9, [5, 150])
+    requests = [request("short", short, seed=1, max_tokens=40), request("long", long, seed=2)]
+    alone = [run_all(_engine(model, rows=1), [made])[0] for made in requests]
+    monkeypatch.setitem(PART_TOKENS, "cpu", 16)
+    engine = _engine(model, rows=2, **steps)
+    engine.submit(requests[0])
+    told: dict[str, list[int]] = {"short": list(engine.step()[0].tokens), "long": []}
+    engine.submit(requests[1])
+    first: dict[str, int] = {}
+    while engine.has_work:
+        for output in engine.step():
+            told[output.request_id] += output.tokens
+            first.setdefault(output.request_id, len(told["short"]))
+    assert told == alone[0] | alone[1]
+    assert first["short"] == 2
+    assert first["long"] in (11, 12), "ten parts, and a token of the other with each"
 
 
 def test_stop_ids_and_budgets_end_a_row(model: DecoderModel) -> None:

@@ -13,10 +13,12 @@ from trtkit.runtime.attention import Span, attend_prefill
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
 
-__all__ = ["PREFILL_TOKENS", "Stretch", "prefill"]
+__all__ = ["PART_TOKENS", "PREFILL_TOKENS", "Stretch", "prefill"]
 
 PREFILL_TOKENS = 2048
 """Most tokens in one prefill pass: bounds the activations."""
+PART_TOKENS = {"cuda": 1024, "cpu": 256}
+"""Prompt tokens that rows wait for at a time: a few steps' time, and enough for the products to be fast."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

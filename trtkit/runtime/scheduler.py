@@ -10,6 +10,8 @@ When blocks run out, idle prefixes go first, then the blocks of rows outside the
 *preempted*: its blocks are freed and it waits at the front of the queue, to be recomputed. The oldest row always
 proceeds, so every request finishes.
 
+A long prefix is computed a part per step while rows run, so that these need not wait for all of it.
+
 With a *prefix cache* the full blocks of what was computed keep their contents while they are free (``blocks.py``): a
 prompt that begins with the same tokens takes them over, be it another problem's, or one with what a sample has written.
 """
@@ -23,7 +25,7 @@ from dataclasses import dataclass, field
 from trtkit.runtime.api import Request
 from trtkit.runtime.blocks import BlockAllocator, blocks_for, chain_names
 
-__all__ = ["Prefix", "Row", "Schedule", "Scheduler"]
+__all__ = ["Part", "Prefix", "Row", "Schedule", "Scheduler"]
 
 _LEAST_REUSED = 512
 """Tokens. Fewer are computed in the time of a step or two; and samples of an ordinary problem have the same bits,
@@ -36,14 +38,21 @@ class Prefix:
 
     tokens: tuple[int, ...]
     blocks: list[int] = field(default_factory=list)
-    filled: bool = False
-    """Keys and values are (or will be, by this step's prefill) in ``blocks``."""
-    reused: int = 0
-    """Tokens whose blocks were there already."""
+    computed: int = 0
+    """Tokens whose keys and values are (or will be, by this step's prefill) in ``blocks``."""
     requests: int = 0
     """Unfinished requests with this prompt."""
     rows: int = 0
     """Of those, with blocks of their own: the prefix's blocks would not come back if it were dropped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Tokens of a prefix, from place ``start`` on, to be computed into its ``blocks``."""
+
+    start: int
+    tokens: tuple[int, ...]
+    blocks: Sequence[int]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -73,8 +82,8 @@ class Row:
 class Schedule:
     """What the next step does, in this order."""
 
-    prefills: tuple[Prefix, ...]
-    """Prefixes to compute, in this order: one may begin with what the one before it computes."""
+    prefills: tuple[Part, ...]
+    """What to compute, in this order: a prefix may begin with what the one before it computes."""
     copies: tuple[tuple[int, int], ...]
     """Blocks to copy, (from, to): a shared block that a row is about to write into."""
     recomputes: tuple[Row, ...]
@@ -88,11 +97,12 @@ class Scheduler:
     """Waiting and running rows over one block allocator."""
 
     def __init__(
-        self, allocator: BlockAllocator, *, block_size: int, max_rows: int, prefix_cache: bool = False
+        self, allocator: BlockAllocator, *, block_size: int, max_rows: int, part: int = 1024, prefix_cache: bool = False
     ) -> None:  # fmt: skip
+        """``part``: most prompt tokens of a step while rows run."""
         self.allocator = allocator
         self.block_size = block_size
-        self._prefix_cache = prefix_cache
+        self._most, self._prefix_cache = part, prefix_cache
         self.running: list[Row] = []
         self._waiting: deque[Row] = deque()
         self._resting: dict[str, Row] = {}
@@ -224,37 +234,49 @@ class Scheduler:
             needed = max(0, total - len(row.blocks)) + (1 if self._must_copy(row) else 0)
         else:
             needed = total - length // self.block_size
-            needed += 0 if row.prefix.filled else blocks_for(length, self.block_size)
+            needed += 0 if row.prefix.blocks else blocks_for(length, self.block_size)
         # One spare block per running row keeps a fresh row from being preempted at once.
         return needed + len(self.running) - self.allocator.free
 
-    def _admit(self, nodes: int, copies: list[tuple[int, int]]) -> tuple[tuple[Prefix, ...], tuple[Row, ...]]:
-        prefills: list[Prefix] = []
+    def _admit(self, nodes: int, copies: list[tuple[int, int]]) -> tuple[tuple[Part, ...], tuple[Row, ...]]:
+        prefills: list[Part] = []
         recomputes: list[Row] = []
+        most = room = self._most if self.running else self.allocator.total * self.block_size
         while self._waiting and self._slots:
             row = self._waiting[0]
             missing = self._missing_to_enter(row, nodes)
             if missing > 0 and not self._reclaim(missing, keep=row):
                 break
+            if not row.blocks and (left := self._uncomputed(row.prefix)):
+                if room < min(left, most):
+                    break  # more in the next step
+                prefills.append(self._part(row.prefix, most))
+                room -= min(left, most)
+                if left > most:
+                    break
             self._waiting.popleft()
-            if not row.prefix.filled and not row.blocks:
-                self._fill(row.prefix)
-                if row.prefix.reused < len(row.prefix.tokens):
-                    prefills.append(row.prefix)
             self._enter(row)
             self._grow(row, len(row.tokens) - 1 - row.cached + nodes, copies)
             if row.cached < len(row.tokens) - 1:
                 recomputes.append(row)
         return tuple(prefills), tuple(recomputes)
 
-    def _fill(self, prefix: Prefix) -> None:
-        """Blocks for a prefix, those that hold its first tokens already, or will before it is computed, among them."""
-        blocks = self._found(prefix.tokens)
-        prefix.reused = len(blocks) * self.block_size
-        while len(blocks) * self.block_size < len(prefix.tokens):
-            blocks.append(self.allocator.take())
-        prefix.blocks, prefix.filled = blocks, True
-        self._name(blocks, prefix.tokens)
+    def _uncomputed(self, prefix: Prefix) -> int:
+        """How many tokens of a prefix are to be computed. It has its blocks from then on, those among them that hold
+        its first tokens already, or will before it is computed."""
+        if not prefix.blocks:
+            prefix.blocks = self._found(prefix.tokens)
+            prefix.computed = len(prefix.blocks) * self.block_size
+            while len(prefix.blocks) * self.block_size < len(prefix.tokens):
+                prefix.blocks.append(self.allocator.take())
+        return len(prefix.tokens) - prefix.computed
+
+    def _part(self, prefix: Prefix, most: int) -> Part:
+        """The next part of a prefix, to be computed in this step."""
+        start = prefix.computed
+        prefix.computed = min(start + most, len(prefix.tokens))
+        self._name(prefix.blocks, prefix.tokens[: prefix.computed])
+        return Part(start=start, tokens=prefix.tokens[start : prefix.computed], blocks=prefix.blocks)
 
     def _found(self, tokens: Sequence[int]) -> list[int]:
         """The blocks, now held, that hold the first of ``tokens``."""
@@ -342,7 +364,7 @@ class Scheduler:
         holders = Counter(block for row in outside for block in row.blocks)
         rows = Counter(id(row.prefix) for row in outside)
         for prefix in self._prefixes.values():
-            if prefix.filled and prefix is not keep.prefix and prefix.rows == rows[id(prefix)]:
+            if prefix is not keep.prefix and prefix.rows == rows[id(prefix)]:
                 holders.update(prefix.blocks)
         return sum(count == self.allocator.holders(block) for block, count in holders.items())
 
@@ -350,10 +372,10 @@ class Scheduler:
         for prefix in self._prefixes.values():
             if self.allocator.free >= wanted:
                 return
-            if prefix.filled and prefix.rows == 0 and prefix is not keep.prefix:
+            if prefix.rows == 0 and prefix is not keep.prefix:
                 self._drop(prefix)
 
     def _drop(self, prefix: Prefix) -> None:
         self.allocator.release(prefix.blocks)
         prefix.blocks = []
-        prefix.filled = False
+        prefix.computed = 0

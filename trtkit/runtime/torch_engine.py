@@ -38,7 +38,7 @@ from trtkit.runtime.draft_head import prepare_head
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.lookup import GUESS, Lookup
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.prefill import Stretch, prefill
+from trtkit.runtime.prefill import PART_TOKENS, Stretch, prefill
 from trtkit.runtime.processors import switch_rows
 from trtkit.runtime.sampling import SamplingRows, sampling_rows
 from trtkit.runtime.scheduler import Row, Schedule, Scheduler
@@ -91,8 +91,10 @@ class TorchEngine(Closing):
         self._flight: Launched | None = None
         self._booked = 0.0
         self._allocator = BlockAllocator(limits.kv_blocks)
-        size, cached = limits.block_size, limits.prefix_cache
-        self._scheduler = Scheduler(self._allocator, block_size=size, max_rows=limits.rows, prefix_cache=cached)
+        self._scheduler = Scheduler(
+            self._allocator, block_size=limits.block_size, max_rows=limits.rows,
+            part=PART_TOKENS[model.device.type], prefix_cache=limits.prefix_cache,
+        )  # fmt: skip
         self._cancelled: list[str] = []
         self._sampling: tuple[tuple[Request, ...], SamplingRows] | None = None
         self._counters = Counters(max_length=self._chooser.max_length)
@@ -329,7 +331,7 @@ class TorchEngine(Closing):
         return lines, scores
 
     def _prefill(self, plan: Schedule) -> None:
-        fresh = [Stretch(tokens=p.tokens[p.reused :], cached=p.reused, blocks=p.blocks) for p in plan.prefills]
+        fresh = [Stretch(tokens=part.tokens, cached=part.start, blocks=part.blocks) for part in plan.prefills]
         prefill(self._model, self._stepper.cache, fresh)
         self._stepper.cache.copy_blocks(plan.copies)
         again = [
