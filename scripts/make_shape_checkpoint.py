@@ -22,10 +22,11 @@ from torch import Tensor
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.unified import unified_layout
 from trtkit.errors import TrtkitError
-from trtkit.files import staged_dir, write_json
+from trtkit.files import write_json
 from trtkit.log import Progress, set_up_logging
 from trtkit.model_spec import ModelSpec, RopeSpec, spec_to_config
 from trtkit.scheme import SCHEMES
+from trtkit.staging import staged_dir
 
 _DRAWS = 1 << 24
 

@@ -15,10 +15,11 @@ from trtkit.checkpoint.convert import convert
 from trtkit.checkpoint.hf import open_source
 from trtkit.describe import BUNDLE, CHECKPOINT, DIFFICULTY, DRAFTER, ENGINE, FOREIGN, QUANTIZED, RUN, describe
 from trtkit.errors import CheckpointError, InputError, TrtkitError, UsageError
-from trtkit.files import digest_file, read_json, staged_dir, write_json
+from trtkit.files import digest_file, read_json, write_json
 from trtkit.quant.calibrate import DataFree
 from trtkit.recipe import BUNDLE_FILE, ENGINE_FILE
 from trtkit.scheme import SCHEMES
+from trtkit.staging import staged_dir
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:

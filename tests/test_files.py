@@ -1,19 +1,18 @@
-"""Reading what others wrote, and directories that appear whole or not at all."""
+"""Reading what others wrote, and files that are whole or not there."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import resource
-import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from trtkit.errors import ConfigError, InputError, OutputError
-from trtkit.files import append_jsonl, cache_home, nearest, read_json, read_jsonl, read_toml, staged_dir, write_text
+from trtkit.files import append_jsonl, cache_home, nearest, read_json, read_jsonl, read_toml, write_text
+from trtkit.staging import staged_dir
 
 
 @pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000], ids=["digits", "depth"])
@@ -108,129 +107,6 @@ def test_the_cache_lies_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytes
     for said, wanted in (("/elsewhere", Path("/elsewhere")), ("", tmp_path / ".cache")):
         monkeypatch.setenv("XDG_CACHE_HOME", said)
         assert cache_home() == wanted
-
-
-@pytest.mark.parametrize("before", ["nothing", "empty", "full"])
-def test_a_link_stays_and_what_it_points_to_is_written(tmp_path: Path, before: str) -> None:
-    disk, link = tmp_path / "disk", tmp_path / "link"
-    link.symlink_to(disk)
-    if before != "nothing":
-        disk.mkdir()
-    if before == "full":
-        (disk / "old").touch()
-        with pytest.raises(OutputError, match="already exists"), staged_dir(link):
-            pass
-    with staged_dir(link, replace=before == "full") as stage:
-        (stage / "new").touch()
-    assert link.is_symlink()
-    assert [path.name for path in disk.iterdir()] == ["new"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
-
-
-@pytest.mark.parametrize("typed", [".", "down/..", "the full path", "a mount point"])
-def test_what_cannot_give_way_is_refused_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
-) -> None:
-    """The stage of "." lay in it: an hour later it was its own proof that another process had been there."""
-    (tmp_path / "here" / "down").mkdir(parents=True)
-    target = {"the full path": tmp_path / "here", "a mount point": tmp_path / "mounted"}.get(typed, Path(typed))
-    if typed == "a mount point":
-        target.mkdir()
-        monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == target)
-    else:
-        monkeypatch.chdir(tmp_path / "here")
-    worked = False
-    with (
-        pytest.raises(OutputError, match="mount point" if typed == "a mount point" else "is where") as caught,
-        staged_dir(target, replace=True),
-    ):
-        worked = True
-    assert not worked
-    assert caught.value.hint is not None
-    assert caught.value.hint.endswith(f"--out {target.resolve() / 'new'}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "mounted"][: 1 + (typed == "a mount point")]
-
-
-@pytest.mark.parametrize("replace", [False, True])
-def test_a_file_is_no_place_for_a_directory_and_that_is_said_before_the_work(tmp_path: Path, replace: bool) -> None:
-    target = tmp_path / "target"
-    target.write_text("mine")
-    worked = False
-    with pytest.raises(OutputError, match="is a file"), staged_dir(target, replace=replace):
-        worked = True
-    assert not worked
-    assert target.read_text() == "mine"
-
-
-def test_what_another_process_wrote_in_the_meantime_stays(tmp_path: Path) -> None:
-    target = tmp_path / "target"
-
-    def write_both() -> None:
-        with staged_dir(target) as stage:
-            (stage / "mine").touch()
-            with staged_dir(target) as other:
-                (other / "theirs").touch()
-
-    with pytest.raises(OutputError, match="another process"):
-        write_both()
-    assert [path.name for path in target.iterdir()] == ["theirs"]
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_an_interruption_between_the_old_and_the_new_brings_the_old_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").touch()
-    rename = Path.rename
-
-    def interrupted(path: Path, to: Path) -> Path:
-        if path.suffix == ".tmp":
-            raise KeyboardInterrupt
-        return rename(path, to)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), staged_dir(target, replace=True) as stage:
-        (stage / "new").touch()
-    assert [path.name for path in target.iterdir()] == ["old"]
-    assert list(tmp_path.iterdir()) == [target]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_nothing_half_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    """A lost connection left 30 GB under a hidden name; the kernel and the shell both send a SIGHUP then."""
-    rmtree = shutil.rmtree
-
-    def hung_up_again(path: Path, **more: bool) -> None:
-        if number == signal.SIGHUP:
-            os.kill(os.getpid(), number)
-        rmtree(path, **more)
-
-    def ended() -> None:
-        with staged_dir(tmp_path / "target") as stage:
-            (stage / "half").touch()
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr("trtkit.files.shutil.rmtree", hung_up_again)
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
-        ended()
-    assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(number) is before
-
-
-def test_a_hang_up_that_is_ignored_stays_so(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with staged_dir(tmp_path / "target") as stage:
-            (stage / "whole").touch()
-            os.kill(os.getpid(), signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert (tmp_path / "target" / "whole").is_file()
 
 
 def test_what_is_written_is_for_all_to_read_and_whole_or_not_there(tmp_path: Path) -> None:

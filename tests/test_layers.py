@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "interrupts", "files", "log", "locks", "tables", "bundled", "closing"),
+    ("errors", "interrupts", "files", "log", "locks", "staging", "tables", "bundled", "closing"),
     ("model_spec", "scheme", "gpu"),
     ("recipe", "decoder", "known_models"),
     ("quant", "plan"),
@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOUNDATION = LAYERS[0]
-"""Their neighbours may import each other in the order in which they are listed: errors, files, log, locks."""
+"""Their neighbours may import each other in the order in which they are listed: errors, files, log, locks, staging."""
 ONLY_IN = {
     "tensorrt_llm": {"trtkit/runtime/trtllm_engine.py", "trtkit/build/trtllm.py"},
     "modelopt": {"trtkit/quant/modelopt.py"},

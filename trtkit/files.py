@@ -1,4 +1,4 @@
-"""Files in and out: JSON, JSONL, TOML, digests, and directories that appear whole or not at all."""
+"""Files in and out: JSON, JSONL, TOML, digests."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import difflib
 import hashlib
 import json
 import os
-import shlex
-import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from trtkit.errors import ConfigError, InputError, OutputError, TrtkitError
-from trtkit.interrupts import sigterm_as_interrupt
 
 __all__ = [
     "JsonObject",
@@ -29,10 +26,10 @@ __all__ = [
     "read_jsonl",
     "read_text",
     "read_toml",
-    "staged_dir",
     "write_json",
     "write_text",
     "write_toml",
+    "writing",
 ]
 
 JsonObject: TypeAlias = dict[str, Any]
@@ -138,7 +135,8 @@ def read_toml(path: Path, error: type[TrtkitError] = ConfigError) -> JsonObject:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """An ``OSError`` inside the block becomes an :class:`OutputError` about ``path``."""
     try:
         yield
     except OSError as problem:
@@ -155,7 +153,7 @@ def _unwritable(path: Path, problem: OSError) -> NoReturn:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` aside and rename it into place. Raises :class:`OutputError`."""
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
@@ -189,7 +187,7 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     All of them or, with :class:`OutputError`, none: part of a row would spoil the next one.
     """
     left = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    with _writing(path), path.open("ab", buffering=0) as stream:
+    with writing(path), path.open("ab", buffering=0) as stream:
         size = stream.tell()
         try:
             while left:
@@ -214,69 +212,6 @@ def digest_file(path: Path) -> str:
     """SHA-256 of the file's bytes, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def staged_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A fresh directory beside ``target`` that becomes ``target`` when the block ends well, and vanishes when it fails.
-
-    It vanishes at a SIGTERM or SIGHUP, too. A symbolic link stays, and what it points to becomes the directory. Raises
-    :class:`OutputError` when ``target`` is no directory or one that cannot give way, or has content (before the block
-    or after it) and ``replace`` is false, when the place cannot be written, or when the disk fills up inside the block.
-    """
-    # "." and "a/.." have a parent only when they are resolved.
-    target = target.resolve() if target.is_symlink() or target.name in ("", "..") else target
-    if target.exists() and not target.is_dir():
-        raise OutputError("is a file, not a directory", where=str(target), hint="choose another --out")
-    _refuse_content(target, replace, "already exists")
-    _refuse_place(target)
-    with _writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-    with sigterm_as_interrupt():
-        try:
-            with _writing(target):
-                yield stage
-                stage.chmod(0o755)
-                _refuse_content(target, replace, "was written by another process in the meantime")
-                _move_in(stage, target)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def _refuse_content(target: Path, replace: bool, complaint: str) -> None:
-    if target.is_dir() and not replace and any(target.iterdir()):
-        raise OutputError(complaint, where=str(target), hint="choose another --out, or pass --force to replace it")
-
-
-def _refuse_place(target: Path) -> None:
-    """Directories that another one cannot be renamed over: now, not when the work is done."""
-    place = target.resolve()
-    here = None
-    with contextlib.suppress(OSError):  # it is gone already
-        here = Path.cwd()
-    if here is not None and here.is_relative_to(place):
-        why = "is where this command runs, and the shell would be left in a directory that is gone"
-    elif os.path.ismount(place):
-        why = "is a mount point, which cannot be replaced as a whole"
-    else:
-        return
-    raise OutputError(
-        why, where=str(target), hint=f"choose a new directory in it, e.g. --out {shlex.quote(str(target / 'new'))}"
-    )
-
-
-def _move_in(stage: Path, target: Path) -> None:
-    """Put ``stage`` in the place of ``target``; what was there goes last, and comes back when that is interrupted."""
-    retired = stage.with_name(stage.name + ".old")
-    try:
-        if target.is_dir():
-            target.rename(retired)
-        stage.rename(target)
-    finally:
-        if retired.is_dir() and not target.exists():
-            retired.rename(target)
-        shutil.rmtree(retired, ignore_errors=True)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

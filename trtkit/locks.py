@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import IO
 from trtkit.errors import OutputError
 from trtkit.log import logger
 
-__all__ = ["exclusive", "in_turn"]
+__all__ = ["exclusive", "in_turn", "lock_directory"]
 
 
 def exclusive(path: Path, doing: str) -> IO[str]:
@@ -61,3 +62,23 @@ def in_turn(path: Path) -> Iterator[None]:
         except (ImportError, OSError):  # Windows, some network file systems
             logger.debug("%s: locks do not work here", path)
         yield
+
+
+def lock_directory(path: Path) -> int:
+    """Hold the directory ``path`` until the descriptor that is returned is closed, under whatever name it has by then.
+
+    Raises :class:`BlockingIOError` when somebody has it, :class:`FileNotFoundError` when it is gone, and another
+    :class:`OSError` where locks do not work.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError("no locks on this system") from None
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.stat()  # gone: removed by the one who had it before
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle

@@ -9,8 +9,8 @@ from typing import Any
 
 from make_shape_checkpoint import shape_spec, write_checkpoint
 
-from trtkit.files import staged_dir
 from trtkit.model_spec import ModelSpec
+from trtkit.staging import staged_dir
 
 __all__ = ["make_checkpoint", "write_tokenizer"]
 

@@ -17,11 +17,11 @@ from drafter.config import TreeShape
 from trtkit.bench.gpu_points import draft_bytes
 from trtkit.bench.gpu_stages import DRAFT_VOCABULARY, PUBLISHED_ACCEPTANCE
 from trtkit.bench.random_model import forced_acceptance, random_drafter
-from trtkit.files import staged_dir
 from trtkit.model_spec import read_model_spec
 from trtkit.recipe import TOKEN_ORDER_FILE
 from trtkit.runtime.draft_head import HeadOptions
 from trtkit.runtime.torch_engine import TorchEngine
+from trtkit.staging import staged_dir
 
 __all__ = ["TREE", "force_acceptance", "head_bytes", "head_options", "make_head"]
 

@@ -25,11 +25,12 @@ from trtkit.checkpoint.shards import Shards
 from trtkit.checkpoint.unified import open_unified, unified_layout
 from trtkit.decoder import LINEAR_PARTS, Norms
 from trtkit.errors import CheckpointError, OutputError
-from trtkit.files import digest_file, staged_dir
+from trtkit.files import digest_file
 from trtkit.quant.calibrate import CalibrationOptions, Calibrator, DataFree, LayerScales, LayerwiseCalibrator, Parts
 from trtkit.quant.group import GroupScales
 from trtkit.quant.tensor import QuantTensor, quantize_fp8, quantize_int4, quantize_int8
 from trtkit.scheme import SCHEMES, KvDtype, QuantScheme
+from trtkit.staging import staged_dir
 
 KINDS = ["bf16", "int8", "int8-sq", "fp8", "fp8+kv", "int4", "int4-rtn"]
 

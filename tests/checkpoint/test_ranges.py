@@ -25,12 +25,12 @@ from trtkit.checkpoint.trtllm_config import TrtllmOptions
 from trtkit.checkpoint.unified import open_unified
 from trtkit.checkpoint.unified_export import write_unified_hf
 from trtkit.errors import CheckpointError
-from trtkit.files import staged_dir
 from trtkit.quant.calibrate import CalibrationOptions, Calibrator, DataFree, LayerwiseCalibrator
 from trtkit.quant.tensor import quantize_int4, quantize_int8
 from trtkit.runtime.load import OpenOptions, open_engine
 from trtkit.runtime.model import DecoderModel
 from trtkit.scheme import SCHEMES
+from trtkit.staging import staged_dir
 
 UP = "model.layers.0.mlp.up_proj.weight"
 BIAS = "model.layers.0.self_attn.q_proj.bias"

@@ -55,7 +55,7 @@ from trtkit.checkpoint.trtllm_check import head_config, trtllm_notes
 from trtkit.checkpoint.trtllm_layout import rank_layout
 from trtkit.checkpoint.unified import unified_layout
 from trtkit.errors import EngineError
-from trtkit.files import digest_file, staged_dir, write_text
+from trtkit.files import digest_file, write_text
 from trtkit.log import logger
 from trtkit.model_spec import ModelSpec, read_model_spec
 from trtkit.recipe import (
@@ -71,6 +71,7 @@ from trtkit.recipe import (
     write_recipe,
 )
 from trtkit.scheme import QuantScheme, scheme_named
+from trtkit.staging import staged_dir
 
 __all__ = [
     "CHECKPOINT_DIR",

@@ -20,12 +20,12 @@ from trtkit.checkpoint.rank_share import check_shares
 from trtkit.checkpoint.shard_writer import check_space, layout_bytes
 from trtkit.checkpoint.unified import open_unified, unified_layout
 from trtkit.errors import CheckpointError, InputError, OutputError, QualityError, UsageError
-from trtkit.files import staged_dir
 from trtkit.log import logger
 from trtkit.quant.calibrate import CalibrationOptions, Calibrator, DataFree, LayerwiseCalibrator
 from trtkit.quant.modelopt import ModeloptCalibrator, require_modelopt
 from trtkit.recipe import ENGINE_FILE, EngineManifest, Quality, Recipe, output_layer_of, settled, write_manifest
 from trtkit.scheme import QuantScheme, scheme_named
+from trtkit.staging import staged_dir
 
 __all__ = ["build_native", "check_target", "pre_scaled"]
 

@@ -13,8 +13,9 @@ from trtkit.checkpoint.convert import COMPANIONS
 from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import Layout
 from trtkit.errors import UsageError
-from trtkit.files import digest_file, staged_dir
+from trtkit.files import digest_file
 from trtkit.log import Progress
+from trtkit.staging import staged_dir
 
 __all__ = ["check_elsewhere", "write_export"]
 

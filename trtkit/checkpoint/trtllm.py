@@ -46,9 +46,10 @@ from trtkit.checkpoint.trtllm_split import held_scale, share, weight_only_rows
 from trtkit.checkpoint.unified import UnifiedCheckpoint, open_unified
 from trtkit.decoder import LINEAR_PARTS
 from trtkit.errors import UsageError
-from trtkit.files import digest_file, staged_dir, write_json
+from trtkit.files import digest_file, write_json
 from trtkit.log import Progress
 from trtkit.quant.tensor import LinearWeights
+from trtkit.staging import staged_dir
 
 __all__ = ["TrtllmOptions", "check_trtllm", "trtllm_notes", "write_trtllm_checkpoint"]
 

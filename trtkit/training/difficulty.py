@@ -20,8 +20,9 @@ import torch
 from trtkit.checkpoint.hf import resolve_source
 from trtkit.difficulty import HeldOut, Labelled, Regressor, Units, load_network
 from trtkit.errors import HubError, InputError, QualityError
-from trtkit.files import append_jsonl, read_jsonl, staged_dir
+from trtkit.files import append_jsonl, read_jsonl
 from trtkit.log import Progress
+from trtkit.staging import staged_dir
 
 __all__ = ["DifficultyPlan", "DifficultyReport", "merge_labels", "read_labels", "train_difficulty"]
 

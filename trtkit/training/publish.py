@@ -17,9 +17,10 @@ from drafter.data import Sample
 from drafter.model import Drafter
 from drafter.train import METRICS_FILE
 from trtkit.errors import OutputError
-from trtkit.files import staged_dir, write_json, write_text
+from trtkit.files import write_json, write_text
 from trtkit.log import logger
 from trtkit.recipe import TOKEN_ORDER_FILE, TRAINING_FILE
+from trtkit.staging import staged_dir
 
 __all__ = ["publish", "token_order"]
 
