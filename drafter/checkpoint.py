@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from drafter.config import DrafterConfig
@@ -31,10 +31,13 @@ __all__ = [
     "DrafterError",
     "canonical_name",
     "check_weights",
+    "copy_weights",
     "load_drafter",
     "public_names",
     "read_config",
     "save_drafter",
+    "stored_sizes",
+    "weights_file",
 ]
 
 CONFIG_FILE = "config.json"
@@ -106,7 +109,7 @@ def read_config(directory: Path) -> DrafterConfig:
 def load_drafter(directory: Path, *, dtype: torch.dtype, device: torch.device) -> Drafter:
     """Read a head, in eval mode. Raises :class:`DrafterError` listing missing, extra and misshapen tensors."""
     config = read_config(directory)
-    tensors = {canonical_name(name): tensor for name, tensor in _read_tensors(directory).items()}
+    tensors = dict(_tensors(directory))
     drafter = _without_weights(config)
     wrong = _misfits(drafter, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     wrong += [text for name, tensor in tensors.items() for text in _unusable(name, tensor, dtype)]
@@ -117,23 +120,22 @@ def load_drafter(directory: Path, *, dtype: torch.dtype, device: torch.device) -
 
 
 def check_weights(directory: Path) -> None:
-    """Whether the tensors of ``model.safetensors`` are those of the configuration, and finite: one after the other.
+    """Whether the tensors are those of the configuration, and finite: one after the other.
 
     Raises :class:`DrafterError` as :func:`load_drafter`.
     """
-    path = directory / WEIGHTS_FILE
+    drafter = _without_weights(read_config(directory))
     shapes: dict[str, tuple[int, ...]] = {}
     broken: list[str] = []
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored: list[str] = file.keys()
-            for name in stored:
-                tensor = file.get_tensor(name)
-                shapes[canonical_name(name)] = tuple(tensor.shape)
-                broken += _unusable(canonical_name(name), tensor, torch.float32)
-    except (OSError, SafetensorError) as problem:
-        raise DrafterError(f"{directory}: the weights cannot be read: {problem}") from None
-    _refuse(directory, _misfits(_without_weights(read_config(directory)), shapes) + broken)
+    for name, tensor in _tensors(directory):
+        shapes[name] = tuple(tensor.shape)
+        broken += _unusable(name, tensor, torch.float32)
+    _refuse(directory, _misfits(drafter, shapes) + broken)
+
+
+def copy_weights(directory: Path, target: Path) -> None:
+    """Write the weights of the head in ``directory``, whatever they are called there, as the file ``target``."""
+    save_file({name: tensor.clone() for name, tensor in _tensors(directory)}, target, metadata={"format": "pt"})
 
 
 def _unusable(name: str, tensor: Tensor, dtype: torch.dtype) -> list[str]:
@@ -168,21 +170,38 @@ def _refuse(directory: Path, wrong: list[str]) -> None:
         raise DrafterError(f"{directory}: the weights do not fit the configuration: {'; '.join(wrong)}")
 
 
-def _read_tensors(directory: Path) -> Mapping[str, Tensor]:
+def stored_sizes(directory: Path) -> list[tuple[torch.dtype, int]]:
+    """Dtype and bytes of each stored tensor. Raises :class:`DrafterError`."""
+    return [(tensor.dtype, tensor.nbytes) for _, tensor in _tensors(directory)]
+
+
+def weights_file(directory: Path) -> Path:
+    """The file with the weights: ``model.safetensors``, or else ``model.pt``. Raises :class:`DrafterError`."""
     path, old = directory / WEIGHTS_FILE, directory / "model.pt"
     if not path.is_file() and not old.is_file():
         raise DrafterError(f"{directory}: no {WEIGHTS_FILE} (nor model.pt)")
+    return path if path.is_file() else old
+
+
+def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors by their public names."""
+    path = weights_file(directory)
     try:
-        if path.is_file():
-            return load_file(path)
-        state: Any = torch.load(old, map_location="cpu", weights_only=True)
+        if path.name == WEIGHTS_FILE:
+            with safe_open(path, framework="pt") as file:
+                stored: list[str] = file.keys()
+                for name in stored:
+                    yield canonical_name(name), file.get_tensor(name)
+            return
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as problem:
         raise DrafterError(f"{directory}: the weights cannot be read: {problem}") from None
     except Exception:  # what a damaged pickle raises depends on the byte that it breaks at
         state = None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise DrafterError(f"{old}: damaged, or not a dictionary of tensors as state_dict() makes it")
-    return {str(name): tensor for name, tensor in state.items()}
+        raise DrafterError(f"{path}: damaged, or not a dictionary of tensors as state_dict() makes it")
+    for name, tensor in state.items():
+        yield canonical_name(str(name)), tensor
 
 
 def canonical_name(name: str) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from drafter.checkpoint import DrafterError, load_drafter
+from drafter.checkpoint import WEIGHTS_FILE, DrafterError, load_drafter, stored_sizes, weights_file
 from trtkit.build.draft_head import PLAN_FILE
 from trtkit.bundled import PRACTICE, practice_dir
 from trtkit.checkpoint.compressed_export import EXPORTED_BY
@@ -102,7 +102,7 @@ def describe(directory: Path, *, verify: bool = False) -> Description:
     offenders: list[str] = []
     verified = None
     if kind not in _UNVERIFIED or kind == FOREIGN:
-        data["weights"], offenders = _weights(directory)
+        data["weights"], offenders = (_head_weights if kind == DRAFTER else _weights)(directory)
         sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in data["weights"]["by_dtype"].items())
         facts["weights"] = f"{data['weights']['files']} file(s), {data['weights']['tensors']} tensors: {sizes}"
     if verify:
@@ -265,13 +265,29 @@ def _weights(directory: Path) -> tuple[JsonObject, list[str]]:
     else:
         shards, offenders = open_shards(directory)
         entries = list(shards.entries.values())
+    return _counted(
+        len({entry.path for entry in entries}), [(entry.dtype, entry.nbytes) for entry in entries]
+    ), offenders
+
+
+def _head_weights(directory: Path) -> tuple[JsonObject, list[str]]:
+    """``_weights`` of a draft head, which may lie in a ``model.pt``."""
+    try:
+        path = weights_file(directory)
+        if path.name == WEIGHTS_FILE:
+            return _weights(directory)
+        return _counted(1, stored_sizes(directory)), []
+    except DrafterError as problem:
+        raise CheckpointError(str(problem)) from None
+
+
+def _counted(files: int, tensors: Sequence[tuple[torch.dtype, int]]) -> JsonObject:
     by_dtype: dict[str, int] = {}
-    for entry in entries:
-        name = str(entry.dtype).removeprefix("torch.")
-        by_dtype[name] = by_dtype.get(name, 0) + entry.nbytes
-    total = sum(entry.nbytes for entry in entries)
-    files = {entry.path for entry in entries}
-    return {"files": len(files), "tensors": len(entries), "bytes": total, "by_dtype": by_dtype}, offenders
+    for dtype, nbytes in tensors:
+        name = str(dtype).removeprefix("torch.")
+        by_dtype[name] = by_dtype.get(name, 0) + nbytes
+    total = sum(by_dtype.values())
+    return {"files": files, "tensors": len(tensors), "bytes": total, "by_dtype": by_dtype}
 
 
 def _rank_entries(directory: Path) -> tuple[list[Entry], list[str]]:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tests.chat_files import save_chat_files
 from tests.tiny import save_tiny
 from tests.trtllm_double.model import save_head
-from trtkit.build.draft_head import add_head, check_head
+from trtkit.build.draft_head import add_head, check_head, head_bytes
 from trtkit.chat import load_chat
+from trtkit.describe import describe
 from trtkit.errors import CheckpointError
 from trtkit.model_spec import read_model_spec
 from trtkit.recipe import DRAFTER_DIR, TOKEN_ORDER_FILE, TRAINING_FILE
@@ -58,3 +59,26 @@ def test_an_engine_gets_what_training_left_beside_the_weights(tmp_path: Path) ->
     names = ("config.json", "model.safetensors", TOKEN_ORDER_FILE, TRAINING_FILE)
     assert copied == {name: (head / name).read_bytes() for name in names}
     assert digests.keys() == {f"{DRAFTER_DIR}/{name}" for name in copied}
+
+
+def test_a_head_whose_weights_are_a_state_dict_goes_into_an_engine_as_safetensors(tmp_path: Path) -> None:
+    """`solve --drafter` took such heads, and `build --drafter` and `inspect` did not."""
+    model = save_tiny(tmp_path / "model")
+    save_chat_files(model)
+    head = save_head(tmp_path / "head")
+    tensors = load_file(head / "model.safetensors")
+    (head / "model.safetensors").unlink()
+    torch.save({name.replace("lm_head.", "lm_heads."): tensor for name, tensor in tensors.items()}, head / "model.pt")
+    check_head(head, read_model_spec(model), load_chat(model))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert describe(head, verify=True).data["weights"]["bytes"] == total
+    assert head_bytes(head) >= total
+    assert f"{DRAFTER_DIR}/model.safetensors" in add_head(head, tmp_path)
+    written = load_file(tmp_path / DRAFTER_DIR / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    (head / "model.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.pt: damaged"):
+        check_head(head, read_model_spec(model), load_chat(model))
+    with pytest.raises(CheckpointError, match=r"model\.pt: damaged"):
+        describe(head)

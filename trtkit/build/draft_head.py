@@ -5,7 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, DrafterError, check_weights, read_config
+from drafter.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    DrafterError,
+    check_weights,
+    copy_weights,
+    read_config,
+    weights_file,
+)
 from trtkit.chat import Chat
 from trtkit.errors import CheckpointError, UnsupportedError
 from trtkit.files import digest_file, read_json
@@ -22,8 +30,6 @@ def check_head(directory: Path, spec: ModelSpec, chat: Chat) -> None:
     """Raises :class:`CheckpointError` for what is no head, :class:`UnsupportedError` for one of another model."""
     try:
         config = read_config(directory)
-        if not (directory / WEIGHTS_FILE).is_file():
-            raise CheckpointError(f"no {WEIGHTS_FILE}", where=str(directory))
         # Now, not when the finished engine is opened.
         check_weights(directory)
     except DrafterError as problem:
@@ -58,17 +64,21 @@ def check_head(directory: Path, spec: ModelSpec, chat: Chat) -> None:
 
 def head_bytes(directory: Path | None) -> int:
     """What the weights of a head take on a disk; nothing without one."""
-    path = None if directory is None else directory / WEIGHTS_FILE
-    return path.stat().st_size if path is not None and path.is_file() else 0
+    try:
+        return 0 if directory is None else weights_file(directory).stat().st_size
+    except DrafterError:
+        return 0
 
 
 def add_head(directory: Path, stage: Path) -> dict[str, str]:
-    """Copy the head into the engine directory; digests of its files by their path in it."""
+    """Copy the head into the engine directory, its weights as safetensors; digests of its files by their path in it."""
     target = stage / DRAFTER_DIR
     target.mkdir()
-    names = [
-        name for name in (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE, TOKEN_ORDER_FILE) if (directory / name).is_file()
-    ]
-    for name in names:
-        shutil.copyfile(directory / name, target / name)
-    return {f"{DRAFTER_DIR}/{name}": digest_file(target / name) for name in names}
+    for name in (CONFIG_FILE, TRAINING_FILE, TOKEN_ORDER_FILE):
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, target / name)
+    if (weights := weights_file(directory)).name == WEIGHTS_FILE:
+        shutil.copyfile(weights, target / WEIGHTS_FILE)
+    else:
+        copy_weights(directory, target / WEIGHTS_FILE)
+    return {f"{DRAFTER_DIR}/{path.name}": digest_file(path) for path in sorted(target.iterdir())}
