@@ -8,7 +8,6 @@ spellings must agree when both are present.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,9 @@ _ARCHITECTURES: dict[str, Family] = {
     "LlamaForCausalLM": "llama",
 }
 _MODEL_TYPES: dict[Family, str] = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama"}
+_MOST_LAYERS = 10_000
+"""The names of all tensors are made before the first one is looked for."""
+_LARGEST = 1e300
 _SCALING_FIELDS = {
     "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
@@ -115,12 +117,15 @@ class _Fields:
         self.where = where
         self.offenders: list[str] = []
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def integer(self, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         value = self.config.get(name)
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             self.offenders.append(f"{name}: expected a positive integer, found {value!r}")
+            return 1
+        if value > most:
+            self.offenders.append(f"{name}: more than {most:,}, which no model has")
             return 1
         return value
 
@@ -128,7 +133,7 @@ class _Fields:
         value = source.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
             self.offenders.append(f"{name}: expected a positive number, found {value!r}")
             return 1.0
         return float(value)
@@ -178,7 +183,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -
     max_positions = fields.integer("max_position_embeddings")
     spec = ModelSpec(
         family=family,
-        layers=fields.integer("num_hidden_layers"),
+        layers=fields.integer("num_hidden_layers", most=_MOST_LAYERS),
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
