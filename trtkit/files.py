@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import hashlib
@@ -21,11 +22,14 @@ __all__ = [
     "cache_home",
     "check_lasting",
     "digest_file",
+    "each_jsonl",
     "nearest",
     "read_json",
     "read_jsonl",
     "read_text",
     "read_toml",
+    "refuse_malformed",
+    "sampled_jsonl",
     "write_json",
     "write_text",
     "write_toml",
@@ -36,6 +40,7 @@ JsonObject: TypeAlias = dict[str, Any]
 
 _SAVE = "save the text in a file and name that"
 _SHOWN = 5
+_LONGEST_LINE = 1 << 26
 
 
 def check_lasting(path: Path) -> None:
@@ -50,20 +55,28 @@ def read_text(path: Path, error: type[TrtkitError] = ConfigError) -> str:
     """The file's text. Raises ``error`` when it is missing, unreadable or not UTF-8 (with the byte's line)."""
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
-        raise error("no such file", where=str(path), hint=_what_is_there(path)) from None
     except OSError as problem:
-        raise error(f"cannot be read: {problem.strerror or problem}", where=str(path)) from None
+        _raise_unreadable(path, problem, error)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raw = problem.object  # its places count from behind a byte order mark
         line = raw[: problem.start].count(b"\n") + 1
-        raise error(
-            f"not UTF-8 text (byte 0x{raw[problem.start]:02x})",
-            where=f"{path}:{line}",
-            hint="convert the file to UTF-8, for example with iconv",
-        ) from None
+        _raise_no_utf8(problem, f"{path}:{line}", error)
+
+
+def _raise_unreadable(path: Path, problem: OSError, error: type[TrtkitError]) -> NoReturn:
+    if isinstance(problem, FileNotFoundError):
+        raise error("no such file", where=str(path), hint=_what_is_there(path)) from None
+    raise error(f"cannot be read: {problem.strerror or problem}", where=str(path)) from None
+
+
+def _raise_no_utf8(problem: UnicodeDecodeError, where: str, error: type[TrtkitError]) -> NoReturn:
+    raise error(
+        f"not UTF-8 text (byte 0x{problem.object[problem.start]:02x})",
+        where=where,
+        hint="convert the file to UTF-8, for example with iconv",
+    ) from None
 
 
 def _what_is_there(path: Path) -> str | None:
@@ -102,20 +115,76 @@ def read_jsonl(path: Path, error: type[TrtkitError] = InputError) -> list[tuple[
 
     Raises ``error`` with every malformed line listed, not only the first one.
     """
-    rows: list[tuple[int, JsonObject]] = []
     offenders: list[str] = []
-    for number, line in enumerate(read_text(path, error).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as problem:
-            offenders.append(f"{path}:{number}: not valid JSON: {getattr(problem, 'msg', problem)}")
-            continue
-        if isinstance(value, dict):
-            rows.append((number, value))
-        else:
-            offenders.append(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
+    rows = list(each_jsonl(path, offenders, error))
+    refuse_malformed(path, offenders, error)
+    return rows
+
+
+def each_jsonl(
+    path: Path, offenders: list[str], error: type[TrtkitError] = InputError
+) -> Iterator[tuple[int, JsonObject]]:
+    """The rows of :func:`read_jsonl`, each when it is asked for; what is wrong with a line goes to ``offenders``."""
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                raw = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if (row := _row(raw, f"{path}:{number}", offenders, error)) is not None:
+                    yield number, row
+    except OSError as problem:
+        _raise_unreadable(path, problem, error)
+
+
+def sampled_jsonl(path: Path, count: int, offenders: list[str]) -> list[tuple[str, JsonObject]]:
+    """About ``count`` rows from places that are spread evenly over the file, and where each begins.
+
+    For files too large to go through: no line but these is read. Raises :class:`InputError`.
+    """
+    found: dict[int, JsonObject] = {}
+    try:
+        with path.open("rb") as stream:
+            size = path.stat().st_size
+            for number in range(count):
+                if place := size * number // count:
+                    stream.seek(place - 1)
+                    stream.readline(_LONGEST_LINE)  # the rest of the line before
+                begin, line = stream.tell(), stream.readline(_LONGEST_LINE)
+                if len(line) == _LONGEST_LINE:
+                    raise InputError(
+                        f"a line of more than {_LONGEST_LINE >> 20} MiB", where=f"{path}: byte {begin}",
+                        hint="every line must be one JSON object",
+                    )  # fmt: skip
+                if begin in found:
+                    continue
+                raw = line if begin else line.removeprefix(codecs.BOM_UTF8)
+                if (row := _row(raw, f"{path}: byte {begin}", offenders, InputError)) is not None:
+                    found[begin] = row
+    except OSError as problem:
+        _raise_unreadable(path, problem, InputError)
+    return [(f"{path}: byte {begin}", row) for begin, row in found.items()]
+
+
+def _row(line: bytes, where: str, offenders: list[str], error: type[TrtkitError]) -> JsonObject | None:
+    """The object in a line; None for a blank one, and for a malformed one, which goes to ``offenders``."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        _raise_no_utf8(problem, where, error)
+    if not text.strip():
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        offenders.append(f"{where}: not valid JSON: {getattr(problem, 'msg', problem)}")
+        return None
+    if not isinstance(value, dict):
+        offenders.append(f"{where}: expected a JSON object, found {type(value).__name__}")
+        return None
+    return value
+
+
+def refuse_malformed(path: Path, offenders: list[str], error: type[TrtkitError] = InputError) -> None:
+    """Raise ``error`` when :func:`each_jsonl` or :func:`sampled_jsonl` has found malformed lines."""
     if offenders:
         raise error(
             f"{len(offenders)} malformed line(s)",
@@ -123,7 +192,6 @@ def read_jsonl(path: Path, error: type[TrtkitError] = InputError) -> list[tuple[
             offenders=offenders[:20],
             hint='every line must be one JSON object, e.g. {"id": "1", "problem": "..."}',
         )
-    return rows
 
 
 def read_toml(path: Path, error: type[TrtkitError] = ConfigError) -> JsonObject:

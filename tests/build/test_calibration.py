@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +64,32 @@ def test_rows_that_judge_are_others_and_both_come_from_all_over_the_file(
         if len(kind) >= 8:
             gaps = [after - before for before, after in zip([-1, *kind], [*kind, lines_there], strict=True)]
             assert max(gaps) <= 2 * lines_there / len(kind) + 1, "no part of the file is left out"
+
+
+def test_of_a_large_file_only_the_rows_that_are_needed_are_read(
+    tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """50 GB of OpenMathReasoning took ten times as much memory."""
+    path = save_problems(tmp_path / "text.jsonl", 2300)
+    text = path.read_bytes().splitlines(keepends=True)
+    monkeypatch.setattr("trtkit.build.calibration._WHOLE_BYTES", 1000)
+    path.write_bytes(codecs.BOM_UTF8 + b"".join([*text[:700], b"\n" * 700, *text[700:]]))
+    again, found = read(path, chat), read(path, chat)
+    assert again == found
+    calibration, held_out = numbers(found.calibration, chat), numbers(found.held_out, chat)
+    assert not set(calibration) & set(held_out)
+    assert len(calibration) == pytest.approx(128, abs=2)
+    for kind, gap in ((calibration, 60), (held_out, 180)):
+        assert max(after - before for before, after in itertools.pairwise([0, *sorted(kind), 2300])) < gap
+    path.write_bytes(b"".join([*text[:700], *(b"[%50d\n" % number for number in range(50)), *text[700:]]))
+    with pytest.raises(InputError, match="malformed") as caught:
+        read(path, chat)
+    begin = int(caught.value.offenders[0].removeprefix(f"{path}: byte ").split(":")[0])
+    assert path.read_bytes()[begin:].startswith(b"[  ")
+    monkeypatch.setattr("trtkit.files._LONGEST_LINE", 5000)
+    path.write_bytes(b"[" * 5001)
+    with pytest.raises(InputError, match="a line of more than"):
+        read(path, chat)
 
 
 def test_a_problem_with_several_solutions_does_not_calibrate_and_judge(

@@ -204,6 +204,12 @@ def test_rows_are_filtered_and_one_per_problem(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [(r.problem, r.solution) for r in read_rows(str(path), count=9)] == [("a", "x"), ("c", "w")]
     assert [r.problem for r in read_rows(str(path), count=9, solutions=False)] == ["a", "c", "d"]
+    with path.open("a") as stream:
+        stream.write("{broken\n")
+    assert len(read_rows(str(path), count=2)) == 2, "no more is read than is needed"
+    with pytest.raises(InputError, match="1 malformed") as caught:
+        read_rows(str(path), count=9)
+    assert caught.value.offenders[0].startswith(f"{path}:6: not valid JSON")
     path.write_text('{"text": "no problem here"}\n')
     with pytest.raises(InputError, match="no usable rows"):
         read_rows(str(path), count=9)

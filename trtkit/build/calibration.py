@@ -8,9 +8,10 @@ from typing import Any
 
 from trtkit.chat import VARIANTS, Chat
 from trtkit.errors import CheckpointError, InputError
+from trtkit.files import JsonObject, refuse_malformed, sampled_jsonl
 from trtkit.log import logger
 from trtkit.quant.batches import TextRow
-from trtkit.tables import read_records
+from trtkit.tables import is_table, read_records
 
 __all__ = ["CALIBRATION_FILE", "CalibrationText", "read_calibration"]
 
@@ -20,6 +21,8 @@ CALIBRATION_FILE = "calibration.jsonl"
 _PROBLEM = ("problem", "question")
 _SOLUTION = ("generated_solution", "solution")
 _LEAST_HELD_OUT = 8
+_WHOLE_BYTES = 1 << 26
+"""Smaller files are read whole, so that every unusable line is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +37,13 @@ def read_calibration(path: Path, chat: Chat, *, rows: int, tokens: int, vocab: i
     """About ``rows`` calibration rows, each cut to ``tokens`` tokens, and a fifth of the whole held out (at least 8).
 
     A row has ``problem`` (or ``question``) with ``generated_solution`` (or ``solution``), as in OpenMathReasoning, or
-    plain ``text``. The rows are spread evenly over the file, so a file sorted by topic is sampled fairly. Other
-    solutions of a problem that judges calibrate nothing, unless too few rows are left. Raises :class:`InputError`
-    naming every unusable line.
+    plain ``text``. The rows are spread evenly over the file, so a file sorted by topic is sampled fairly; of JSON lines
+    beyond 64 MiB only these rows are read. Other solutions of a problem that judges calibrate nothing, unless too few
+    rows are left. Raises :class:`InputError` naming every unusable line.
     """
-    found = read_records(path, known=(*_PROBLEM, *_SOLUTION, "text"), needed=(*_PROBLEM, "text"))
-    offenders = [f"{path}:{line}: {reason}" for line, row in found if (reason := _wrong(row))]
+    held = max(_LEAST_HELD_OUT, -(-rows // 4))
+    found = _records(path, rows + held)
+    offenders = [f"{place}: {reason}" for place, row in found if (reason := _wrong(row))]
     if offenders:
         raise InputError(
             f"{len(offenders)} row(s) cannot be used for calibration",
@@ -47,7 +51,6 @@ def read_calibration(path: Path, chat: Chat, *, rows: int, tokens: int, vocab: i
             offenders=offenders[:20],
             hint='each row needs "problem" and "generated_solution" (or "question" and "solution"), or "text"',
         )
-    held = max(_LEAST_HELD_OUT, -(-rows // 4))
     least = 2 * _LEAST_HELD_OUT
     if len(found) < least:
         raise InputError(
@@ -74,6 +77,17 @@ def read_calibration(path: Path, chat: Chat, *, rows: int, tokens: int, vocab: i
     return CalibrationText(
         calibration=tuple(texts[index] for index in apart), held_out=tuple(texts[index] for index in sorted(judged))
     )
+
+
+def _records(path: Path, count: int) -> list[tuple[str, JsonObject]]:
+    """(place, row) of the whole file, or of ``count`` places in a large one."""
+    if path.is_file() and path.stat().st_size > _WHOLE_BYTES and not is_table(path):
+        offenders: list[str] = []
+        sampled = sampled_jsonl(path, count, offenders)
+        refuse_malformed(path, offenders)
+        return sampled
+    known = (*_PROBLEM, *_SOLUTION, "text")
+    return [(f"{path}:{line}", row) for line, row in read_records(path, known=known, needed=(*_PROBLEM, "text"))]
 
 
 def _wrong(row: dict[str, Any]) -> str | None:

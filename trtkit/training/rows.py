@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trtkit.errors import HubError, InputError, MissingDependency
-from trtkit.files import check_lasting
-from trtkit.tables import read_records
+from trtkit.files import check_lasting, each_jsonl, refuse_malformed
+from trtkit.tables import is_table, read_records
 
 __all__ = ["OPENMATHREASONING", "Row", "read_rows"]
 
@@ -35,12 +35,13 @@ class Row:
 def read_rows(source: str, *, count: int, split: str = "cot", solutions: bool = True) -> list[Row]:
     """At most ``count`` rows, streamed from ``openmathreasoning`` (nothing stays on disk) or from a file.
 
-    Files are JSONL, CSV or Parquet.
+    Files are JSONL, CSV or Parquet. Of JSONL and Parquet no more is read than is needed.
 
     With ``solutions`` rows without one are skipped. Raises :class:`InputError` when nothing usable is left,
     :class:`HubError` when the hub cannot be reached, :class:`MissingDependency` without the ``train`` extra.
     """
-    records = _stream(split) if source == OPENMATHREASONING else _from_file(Path(source))
+    offenders: list[str] = []
+    records = _stream(split) if source == OPENMATHREASONING else _from_file(Path(source), offenders)
     seen: set[str] = set()
     rows: list[Row] = []
     for record in records:
@@ -51,6 +52,7 @@ def read_rows(source: str, *, count: int, split: str = "cot", solutions: bool = 
         rows.append(row)
         if len(rows) == count:
             break
+    refuse_malformed(Path(source), offenders)
     if not rows:
         wanted = '"problem" and "generated_solution"' if solutions else '"problem"'
         raise InputError(
@@ -74,7 +76,7 @@ def _usable(record: dict[str, Any], solutions: bool) -> Row | None:
     return Row(problem=problem, solution=solution if isinstance(solution, str) else None)
 
 
-def _from_file(path: Path) -> Iterable[dict[str, Any]]:
+def _from_file(path: Path, offenders: list[str]) -> Iterable[dict[str, Any]]:
     if path.suffix.lower() == ".parquet":
         datasets = _datasets()
         if not path.is_file():
@@ -85,7 +87,8 @@ def _from_file(path: Path) -> Iterable[dict[str, Any]]:
         return records
     check_lasting(path)  # an interrupted training reads it again
     known = (*_PROBLEM, *_SOLUTION, "problem_type")
-    return (record for _, record in read_records(path, known=known, needed=_PROBLEM))
+    read = read_records(path, known=known, needed=_PROBLEM) if is_table(path) else each_jsonl(path, offenders)
+    return (record for _, record in read)
 
 
 def _stream(split: str) -> Iterator[dict[str, Any]]:
