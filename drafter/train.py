@@ -34,7 +34,7 @@ class StateError(ValueError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN. The last saved state is good."""
+    """The loss or its gradient became infinite or NaN. The last saved state is good."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,9 @@ def train(
         report = _report(update, rate, losses, world)
         if not math.isfinite(report.loss):
             raise NonFiniteLossError(f"the loss is {report.loss} at update {update + 1}")
-        torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip)
+        length = float(torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip))
+        if not math.isfinite(length):
+            raise NonFiniteLossError(f"the gradient is {length} at update {update + 1}")
         optimizer.step()
         last = update + 1 == config.updates
         if rank == 0 and ((update + 1) % config.report_every == 0 or last):

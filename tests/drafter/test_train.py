@@ -293,6 +293,21 @@ def test_a_broken_loss_stops_the_run_and_keeps_the_last_state(tmp_path: Path) ->
     assert all(bool(tensor.isfinite().all()) for tensor in state["drafter"].values())
 
 
+def test_a_gradient_beyond_all_numbers_is_no_step(tmp_path: Path) -> None:
+    """The loss is finite there, and the weights would be saved as NaN before the next one tells."""
+    head = Drafter(DrafterConfig(hidden_size=8, vocab_size=13, exit_dim=16, num_draft_layers=0, rnn=False))
+    torch.nn.init.zeros_(head.output.weight)
+
+    def steep(update: int, part: int) -> DraftBatch:
+        batch = _batch(update, part)
+        return dataclasses.replace(batch, hidden=torch.full_like(batch.hidden, 3e38))
+
+    with pytest.raises(NonFiniteLossError, match=r"gradient is .* at update 1"):
+        train(head, steep, dataclasses.replace(CONFIG, save_every=1), tmp_path)
+    assert not (tmp_path / "state.pt").exists()
+    assert bool(head.output.weight.isfinite().all())
+
+
 def test_the_rate_rises_and_falls() -> None:
     rates = [learning_rate(CONFIG, update) for update in range(24)]
     assert rates[0] == pytest.approx(0.005)
