@@ -158,6 +158,9 @@ def test_damaged_header_and_trailing_bytes(tmp_path: Path) -> None:
     path.write_bytes(good.replace(b'"F32"', b'["F"]', 1))
     with pytest.raises(CheckpointError, match=r"unknown dtype \['F'\]"):
         open_source(tmp_path)
+    path.write_bytes(good.replace(b"[320,256]", b"[1e999,2]", 1))
+    with pytest.raises(CheckpointError, match="header is damaged at"):
+        open_source(tmp_path)
 
 
 def test_missing_shards_and_wrong_index(tmp_path: Path) -> None:

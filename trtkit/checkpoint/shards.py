@@ -216,7 +216,7 @@ def _entry(path: Path, name: str, item: Any, start: int) -> Entry:
         begin, end = item["data_offsets"]
         shape = tuple(int(length) for length in item["shape"])
         code = item["dtype"]
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise CheckpointError(f"its header is damaged at {name!r}", where=str(path)) from None
     if not isinstance(code, str) or code not in _DTYPES:
         raise CheckpointError(f"{name}: unknown dtype {code!r}", where=str(path))
