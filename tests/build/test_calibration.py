@@ -154,6 +154,8 @@ def test_every_unusable_line_is_named(tmp_path: Path, chat: Chat) -> None:
     with pytest.raises(InputError, match=r"only 15 row.*16 are needed"):
         read(lines(path, [good] * 15), chat)
     assert len(read(lines(path, [good] * 16), chat).held_out) == 8
+    with pytest.raises(InputError, match="a Parquet file"):
+        read(path.rename(tmp_path / "text.parquet"), chat)
 
 
 def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path, chat: Chat) -> None:

@@ -81,6 +81,13 @@ def read_calibration(path: Path, chat: Chat, *, rows: int, tokens: int, vocab: i
 
 def _records(path: Path, count: int) -> list[tuple[str, JsonObject]]:
     """(place, row) of the whole file, or of ``count`` places in a large one."""
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        raise InputError(
+            "a Parquet file, and calibration text is read from JSON lines or CSV",
+            where=str(path),
+            hint='a thousand rows will do: pandas.read_parquet(FILE).sample(1000).to_json("calibration.jsonl", '
+            'orient="records", lines=True)',
+        )
     if path.is_file() and path.stat().st_size > _WHOLE_BYTES and not is_table(path):
         offenders: list[str] = []
         sampled = sampled_jsonl(path, count, offenders)
