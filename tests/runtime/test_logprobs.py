@@ -14,7 +14,7 @@ from drafter.model import Drafter
 from tests.engines import random_prompts, request
 from tests.tiny import save_tiny, tiny_model
 from trtkit.checkpoint.unified import open_unified
-from trtkit.runtime.api import Engine, Request
+from trtkit.runtime.api import Engine, Request, SwitchPenalty
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.torch_engine import TorchEngine
 from trtkit.runtime.torch_options import Drafting, TorchLimits
@@ -47,7 +47,15 @@ def test_they_are_those_of_transformers(tmp_path: Path, tree: TreeShape | None) 
     prompts = random_prompts(3, [1, 17, 40], VOCAB)
     requests = [
         dataclasses.replace(
-            request(str(i), prompt, seed=i, temperature=(0.0, 0.7, 1.0)[i], top_p=(1.0, 0.8, 1.0)[i], stop_ids=(5,)),
+            request(
+                str(i),
+                prompt,
+                seed=i,
+                temperature=(0.0, 0.7, 1.0)[i],
+                top_p=(1.0, 0.8, 1.0)[i],
+                stop_ids=(5,),
+                switch=SwitchPenalty(alpha=2.0, beta=9, tokens=(0, 1, 2, 3)) if i == 2 else None,
+            ),
             logprobs=i != 1,
         )
         for i, prompt in enumerate(prompts)

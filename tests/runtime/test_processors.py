@@ -27,7 +27,7 @@ from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.processors import (
     SWITCH_WORDS,
     parse_switch_penalty,
-    penalise,
+    penalised,
     read_switch_penalty,
     switch_rows,
     switch_tokens,
@@ -157,7 +157,9 @@ def test_a_node_is_lowered_where_its_own_path_is_young(
     root = torch.tensor([row.tokens[-1] for row in rows])
     tree = build_tree(root, torch.tensor([beams] * len(rows)))
     logits = torch.zeros(*tree.tokens.shape, VOCAB)
-    penalise(logits, tree, switch_rows(rows, torch.device("cpu")))
+    with penalised(logits, tree, switch_rows(rows, torch.device("cpu"))):
+        lowered = logits.clone()
+    assert not logits.any(), "they are the model's own again"
     for index, tokens in enumerate(said):
         for node in range(tree.tokens.shape[1]):
             path, at = [], node
@@ -168,7 +170,7 @@ def test_a_node_is_lowered_where_its_own_path_is_young(
             opened = max((place for place, token in enumerate(text) if token in penalty.tokens), default=0)
             young = len(text) - opened < penalty.beta
             expected = [-penalty.alpha * (young and token in penalty.tokens) for token in range(VOCAB)]
-            assert logits[index, node].tolist() == expected
+            assert lowered[index, node].tolist() == expected
 
 
 def test_drafts_across_a_switch_are_accepted(model: DecoderModel, head: Drafter) -> None:

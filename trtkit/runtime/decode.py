@@ -37,7 +37,7 @@ from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
 from trtkit.runtime.native.kernels import attend_fits as native_fits
 from trtkit.runtime.node_places import place_nodes, slots_of
-from trtkit.runtime.processors import SwitchRows, penalise
+from trtkit.runtime.processors import SwitchRows, penalised
 from trtkit.runtime.sampling import SamplingRows, pick
 from trtkit.runtime.scheduler import Row
 
@@ -225,13 +225,12 @@ def accept(
 ) -> AcceptedPath:
     """Draw at every node, follow the tree, and move the path's keys and values next to what the row had.
 
-    ``switch`` changes the logits in place. ``redraw`` as in :class:`Stepper`.
+    ``switch`` changes the logits while they are drawn from. ``redraw`` as in :class:`Stepper`.
     """
     count, nodes = tree.tokens.shape
-    if switch:
-        penalise(verified.logits, tree, switch)
     positions = at.cached[:, None] + 1 + tree.depth
-    picks = pick(verified.logits.flatten(0, 1), sampling, positions.flatten()).view(count, nodes)
+    with penalised(verified.logits, tree, switch):
+        picks = pick(verified.logits.flatten(0, 1), sampling, positions.flatten()).view(count, nodes)
     if redraw is not None:
         picks = redraw(tree, at, picks)
     path = follow(tree, picks)

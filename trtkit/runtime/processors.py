@@ -15,7 +15,8 @@ Letters: R rows, N nodes of the draft tree, V vocab, K switch tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ __all__ = [
     "SWITCH_WORDS",
     "SwitchRows",
     "parse_switch_penalty",
-    "penalise",
+    "penalised",
     "read_switch_penalty",
     "switch_rows",
     "switch_tokens",
@@ -88,15 +89,21 @@ def thought_age(tokens: Sequence[int], prompt: int, penalty: SwitchPenalty) -> i
     return next(age for age, token in enumerate(reversed(recent), start=1) if token in opens)
 
 
-def penalise(logits: Tensor, tree: TokenTree, groups: Sequence[SwitchRows]) -> None:
-    """Lower the switch tokens' logits (R, N, V) in place at every node whose thought is young."""
+@contextlib.contextmanager
+def penalised(logits: Tensor, tree: TokenTree, groups: Sequence[SwitchRows]) -> Iterator[None]:
+    """Inside the block the switch tokens' logits (R, N, V) are lower at every node whose thought is young."""
+    own: list[tuple[tuple[Tensor, Tensor, Tensor], Tensor]] = []
     for group in groups:
         rows, tokens, penalty = group.rows, group.tokens, group.penalty
         age = _ages(tree.tokens[rows], tree.depth[rows], tree.mask[rows], group.age, tokens)
         lowered = penalty.alpha * (age < penalty.beta)[:, :, None]  # (r, N, 1)
         node = torch.arange(logits.shape[1], device=logits.device)
         at = (rows[:, None, None], node[None, :, None], tokens[None, None, :])
+        own.append((at, logits[at]))
         logits[at] = (logits[at].float() - lowered).to(logits.dtype)
+    yield
+    for at, values in own:
+        logits[at] = values
 
 
 def _ages(nodes: Tensor, depth: Tensor, mask: Tensor, root: Tensor, tokens: Tensor) -> Tensor:
