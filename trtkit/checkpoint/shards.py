@@ -66,11 +66,6 @@ class Shards:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.nbytes for entry in self.entries.values())
-
     def tensor(self, name: str) -> Tensor:
         """Read one tensor into fresh memory. Raises :class:`CheckpointError` when the file has shrunk."""
         entry = self.entries[name]

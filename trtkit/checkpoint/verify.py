@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from trtkit.checkpoint.hf import HfCheckpoint
 from trtkit.checkpoint.shards import raise_damaged
 from trtkit.checkpoint.trtllm_reader import open_checkpoint
-from trtkit.checkpoint.unified import UnifiedCheckpoint
 from trtkit.files import digest_file
 from trtkit.log import Progress
-from trtkit.quant.group import effective_weight
-from trtkit.quant.tensor import dequantize
 from trtkit.recipe import ENGINE_FILE, read_manifest
 
-__all__ = ["TensorError", "relative_error", "tensor_errors", "verify_engine"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorError:
-    """Of one quantized weight."""
-
-    name: str
-    relative: float
-    """||W - Q|| / ||W||, Frobenius."""
+__all__ = ["relative_error", "verify_engine"]
 
 
 def verify_engine(directory: Path, name: str = ENGINE_FILE) -> int:
@@ -51,16 +36,6 @@ def verify_engine(directory: Path, name: str = ENGINE_FILE) -> int:
     if manifest.backend == "torch":
         open_checkpoint(directory)
     return len(digests)
-
-
-def tensor_errors(source: HfCheckpoint, built: UnifiedCheckpoint) -> Iterator[TensorError]:
-    """The error of every linear, in layer order, one weight in memory at a time."""
-    for layer in range(source.spec.layers):
-        for part in source.spec.linear_shapes:
-            linear = built.part(layer, part)
-            weight = source.part(layer, part).weight.data
-            quantized = effective_weight(linear, dequantize(linear.weight))
-            yield TensorError(name=f"layers.{layer}.{part}", relative=relative_error(weight, quantized))
 
 
 def relative_error(weight: Tensor, quantized: Tensor) -> float:
