@@ -193,12 +193,16 @@ def test_what_a_process_still_works_in_stays(tmp_path: Path) -> None:
         assert (mine / "mine").is_file()
 
 
-def test_where_locks_do_not_work_nothing_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("problem", [OSError("not here"), BlockingIOError("always another's")])
+def test_where_locks_do_not_work_nothing_is_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: OSError
+) -> None:
     def no_locks(handle: int, operation: int) -> None:
-        raise OSError("not here")
+        raise problem
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     (tmp_path / ".a.12345678.tmp").mkdir()
     with staged_dir(tmp_path / "a") as stage:
         (stage / "whole").touch()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.12345678.tmp", "a"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["whole"]
+    assert (tmp_path / ".a.12345678.tmp").is_dir()

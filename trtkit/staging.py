@@ -19,6 +19,8 @@ from trtkit.log import logger
 
 __all__ = ["staged_dir"]
 
+_TRIES = 5
+
 
 @contextlib.contextmanager
 def staged_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
@@ -54,7 +56,7 @@ def _stage_beside(target: Path) -> Iterator[Path]:
     handle = None
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        while True:
+        for _ in range(_TRIES):
             stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
             try:
                 handle = lock_directory(stage)
