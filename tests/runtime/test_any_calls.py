@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import pytest
@@ -21,6 +21,7 @@ from trtkit.checkpoint.unified import open_unified
 from trtkit.errors import RequestError
 from trtkit.runtime.api import FinishReason, Request, SamplingParams
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.prefill import PART_TOKENS
 from trtkit.runtime.torch_engine import TorchEngine
 from trtkit.runtime.torch_options import Drafting, TorchLimits
 
@@ -43,6 +44,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DecoderModel:
 def head() -> Drafter:
     torch.manual_seed(5)
     return Drafter(DrafterConfig(hidden_size=64, vocab_size=VOCAB, exit_dim=32)).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_prompts() -> Iterator[None]:
+    """A few tokens are worth taking over, and too many for one step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trtkit.runtime.scheduler._LEAST_REUSED", 4)
+        patch.setitem(PART_TOKENS, "cpu", 7)
+        yield
 
 
 class _Heard:
@@ -101,11 +111,11 @@ def _calls(draw: st.DrawFn) -> Call:
 @given(
     calls=st.lists(_calls(), min_size=10, max_size=50), tree=st.sampled_from([None, CHAIN, TREE]),
     lookup=st.booleans(), rows=st.sampled_from([1, 3, 6]), spare=st.sampled_from([0, 4, 100]),
-    form=st.sampled_from([(False, False), (True, False), (True, True)]),
+    form=st.sampled_from([(False, False), (True, False), (True, True)]), prefix_cache=st.booleans(),
 )  # fmt: skip
 def test_each_request_says_what_it_would_alone(
     model: DecoderModel, head: Drafter, calls: list[Call], tree: TreeShape | None, lookup: bool, rows: int, spare: int,
-    form: tuple[bool, bool],
+    form: tuple[bool, bool], prefix_cache: bool,
 ) -> None:  # fmt: skip
     def alone(request: Request) -> tuple[list[int], FinishReason]:
         limits = TorchLimits(rows=1, total_tokens=LONGEST, kv_blocks=12, block_size=4)
@@ -116,7 +126,7 @@ def test_each_request_says_what_it_would_alone(
     nodes = 1 if tree is None else tree.max_nodes
     limits = TorchLimits(
         rows=rows, total_tokens=LONGEST, kv_blocks=(LONGEST + nodes) // 4 + 2 + spare, block_size=4,
-        fixed_shapes=form[0], overlap=form[1],
+        fixed_shapes=form[0], overlap=form[1], prefix_cache=prefix_cache,
     )  # fmt: skip
     drafting = None if tree is None else Drafting(head=head, lookup=lookup, trees=(tree,))
     with TorchEngine(model, limits, drafting) as engine:
