@@ -14,6 +14,7 @@ from typing import Any
 
 from trtkit.errors import HubError, InputError, MissingDependency
 from trtkit.files import check_lasting, each_jsonl, refuse_malformed
+from trtkit.log import Progress
 from trtkit.tables import is_table, read_records
 
 __all__ = ["OPENMATHREASONING", "Row", "read_rows"]
@@ -44,14 +45,16 @@ def read_rows(source: str, *, count: int, split: str = "cot", solutions: bool = 
     records = _stream(split) if source == OPENMATHREASONING else _from_file(Path(source), offenders)
     seen: set[str] = set()
     rows: list[Row] = []
-    for record in records:
-        row = _usable(record, solutions)
-        if row is None or row.problem in seen:
-            continue
-        seen.add(row.problem)
-        rows.append(row)
-        if len(rows) == count:
-            break
+    with Progress("read rows", total=count, unit="problems", after_seconds=2) as progress:
+        for record in records:
+            row = _usable(record, solutions)
+            if row is None or row.problem in seen:
+                continue
+            seen.add(row.problem)
+            rows.append(row)
+            progress.advance()
+            if len(rows) == count:
+                break
     refuse_malformed(Path(source), offenders)
     if not rows:
         wanted = '"problem" and "generated_solution"' if solutions else '"problem"'
