@@ -174,7 +174,7 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None:
         """End a request now; the next ``step`` reports it as CANCELLED. Unknown or finished ids are ignored.
 
-        A held request that has finished is let go of in silence.
+        A held request that has finished is let go of in silence, and one that is paused may be.
         """
 
     def pause(self, request_id: str) -> None:
