@@ -13,7 +13,13 @@ from tests.runtime.native_here import need_kernels
 from tests.runtime.other_cpu import KINDS
 from trtkit.runtime.native import loader
 
-FILES = ("test_native.py", "test_native_linear.py", "test_native_layers.py", "test_native_steps.py")
+FILES = (
+    "test_native.py",
+    "test_native_linear.py",
+    "test_native_layers.py",
+    "test_native_prefill.py",
+    "test_native_steps.py",
+)
 
 
 @pytest.mark.slow

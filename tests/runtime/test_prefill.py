@@ -24,7 +24,8 @@ def test_passes_are_full_and_every_token_is_in_one(lengths: list[int], monkeypat
         Stretch(tokens=list(range(100 * number, 100 * number + length)), cached=number, blocks=range(20))
         for number, length in enumerate(lengths)
     ]
-    model, cache = SimpleNamespace(device=torch.device("cpu"), forward=forward), SimpleNamespace(block_size=2)
+    model = SimpleNamespace(device=torch.device("cpu"), native=False, forward=forward)
+    cache = SimpleNamespace(block_size=2)
     prefill(cast(Any, model), cast(Any, cache), stretches)
     wanted = [(100 * number + i, number + i) for number, length in enumerate(lengths) for i in range(length)]
     assert [pair for each in passes for pair in each] == wanted

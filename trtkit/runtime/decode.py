@@ -51,6 +51,7 @@ __all__ = [
     "draft",
     "emitted",
     "fill_pending",
+    "forward_nodes",
     "log_probabilities",
     "pending",
     "pending_from",
@@ -184,13 +185,15 @@ def verify(model: DecoderModel, cache: KvCache, at: Pending, tree: TokenTree) ->
             rows=count, nodes=nodes, blocks=at.blocks.flatten(), slots=slots.flatten(), hidden_slots=dark,
             native=model.native and native_fits(cache.stored[0], model.spec.head_dim, size, model.dtype),
         )  # fmt: skip
-        hidden = _forward(model, cache, batch, tokens, positions.flatten())
+        hidden = forward_nodes(model, cache, batch, tokens, positions.flatten())
     return Verified(
         logits=model.logits(hidden).view(count, nodes, -1), hidden=hidden.view(count, nodes, -1), slots=slots
     )
 
 
-def _forward(model: DecoderModel, cache: KvCache, batch: VerifyBatch, tokens: Tensor, positions: Tensor) -> Tensor:
+def forward_nodes(
+    model: DecoderModel, cache: KvCache, batch: VerifyBatch, tokens: Tensor, positions: Tensor
+) -> Tensor:  # fmt: skip
     """Hidden states (R * N, H) of tokens at positions (R * N,)."""
     if batch.native and model.native_layers is not None:
         return model.native_layers.run(

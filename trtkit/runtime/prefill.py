@@ -1,4 +1,11 @@
-"""The *prefill* phase: keys and values of known tokens, many at a time. Letters: T tokens."""
+"""The *prefill* phase: keys and values of known tokens, many at a time.
+
+The C++ kernels compute them as decode steps do: a stretch of tokens is a chain of nodes, cut into rows of a few. There
+the attention of steps is two to three times as fast as torch's, and keys and values have the same bits, whether they
+were computed with a prompt, in parts, token by token, or anew.
+
+Letters: T tokens, R rows, N nodes of a row, B blocks of the longest stretch.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +16,11 @@ import torch
 from torch import Tensor
 
 from trtkit.decoder import Attend
-from trtkit.runtime.attention import Span, attend_prefill
+from trtkit.runtime.attention import Span, VerifyBatch, attend_prefill
+from trtkit.runtime.decode import forward_nodes
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
+from trtkit.runtime.native import kernels
 
 __all__ = ["PART_TOKENS", "PREFILL_TOKENS", "Stretch", "prefill"]
 
@@ -19,6 +28,9 @@ PREFILL_TOKENS = 2048
 """Most tokens in one prefill pass: bounds the activations."""
 PART_TOKENS = {"cuda": 1024, "cpu": 256}
 """Prompt tokens that rows wait for at a time: a few steps' time, and enough for the products to be fast."""
+
+_NODES = 8
+"""Of a row: enough queries for each key that is read, and at most 7 nodes of padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +61,37 @@ def prefill(model: DecoderModel, cache: KvCache, stretches: Sequence[Stretch]) -
 
 
 def _prefill_pass(model: DecoderModel, cache: KvCache, batch: Sequence[Stretch]) -> None:
+    if model.native and kernels.attend_fits(cache.stored[0], model.spec.head_dim, cache.block_size, model.dtype):
+        _prefill_chains(model, cache, batch)
+    else:
+        _prefill_spans(model, cache, batch)
+
+
+def _prefill_chains(model: DecoderModel, cache: KvCache, batch: Sequence[Stretch]) -> None:
+    counts = [len(stretch.tokens) for stretch in batch]
+    rows = [-(-count // _NODES) for count in counts]
+    width = max(cache.blocks_for(s.cached + r * _NODES) for s, r in zip(batch, rows, strict=True))
+    tables = [[*s.blocks, *[cache.spare_block] * width][:width] for s in batch]
+    blocks = torch.tensor(tables).repeat_interleave(torch.tensor(rows), dim=0)
+    first = [s.cached + _NODES * row for s, count in zip(batch, rows, strict=True) for row in range(count)]
+    line = torch.arange(_NODES)
+    seen = torch.ones(_NODES, _NODES, dtype=torch.bool).tril()
+    slots, positions, hidden = kernels.place_nodes(
+        blocks, torch.tensor(first), line.expand(len(first), -1), seen.expand(len(first), -1, -1), cache.block_size
+    )
+    tokens = torch.zeros(len(first) * _NODES, dtype=torch.int64)
+    real = torch.cat([torch.arange(r * _NODES) < count for r, count in zip(rows, counts, strict=True)])
+    tokens[real] = torch.tensor([token for stretch in batch for token in stretch.tokens])
+    # What pads a row holds nothing: its keys and values go where nobody looks.
+    slots, positions = slots.flatten(), positions.flatten()
+    slots[~real], positions[~real] = cache.spare_block * cache.block_size, 0
+    nodes = VerifyBatch(
+        rows=len(first), nodes=_NODES, blocks=blocks.flatten(), slots=slots, hidden_slots=hidden, native=True
+    )
+    forward_nodes(model, cache, nodes, tokens, positions)
+
+
+def _prefill_spans(model: DecoderModel, cache: KvCache, batch: Sequence[Stretch]) -> None:
     device, size = model.device, cache.block_size
     spans: list[Span] = []
     slots: list[Tensor] = []
