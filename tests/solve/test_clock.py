@@ -236,3 +236,14 @@ def test_silent_steps_are_a_part_of_the_next_that_brings_something() -> None:
     pace.stepped(7.0, spoke=False)
     pace.stepped(1.0, spoke=True)
     assert pace.seconds == pytest.approx(4.0)
+
+
+def test_one_long_silence_is_not_the_pace_and_several_are() -> None:
+    pace = Pace()
+    for _ in range(10):
+        pace.stepped(0.03, spoke=True)
+    pace.stepped(300.0, spoke=True)
+    assert pace.seconds < 0.1
+    for _ in range(20):
+        pace.stepped(2.0, spoke=True)
+    assert pace.seconds == pytest.approx(2.0, rel=0.1)

@@ -135,7 +135,9 @@ class Loop:
         outputs = self._engine.step()
         now = self._now()
         seconds, self._stepped_at = now - self._stepped_at, now
-        self._pace.stepped(seconds, spoke=bool(outputs) or not working)
+        if working:
+            spoke = any(output.finish is not FinishReason.CANCELLED for output in outputs)
+            self._pace.stepped(seconds, spoke=spoke)
         new_tokens = 0
         for output in outputs:
             sample = self._samples.get(output.request_id)

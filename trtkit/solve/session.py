@@ -212,8 +212,8 @@ def open_session(
     settled = SolveOptions(**{**chosen, "policy": name, "time_limit": limit, **options})
     source = DirectorySource.of(Path(engine)) if isinstance(engine, str | Path) else engine
     return Session(
-        lambda: source.open(opening), source.chat, settled, problems=problems, engine=source.place,
-        out=None if out is None else Path(out), began=began,
+        lambda: source.open(opening, patient=limit is not None), source.chat, settled, problems=problems,
+        engine=source.place, out=None if out is None else Path(out), began=began,
     )  # fmt: skip
 
 

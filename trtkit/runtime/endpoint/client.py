@@ -24,6 +24,7 @@ __all__ = ["Chunk", "Client", "Event", "Lost", "Refused"]
 _CONNECT_SECONDS = 10
 _SILENCE_SECONDS = 900
 """Longest wait for a server's next word. A request may wait for others to end, so it is long."""
+_BUSY = 429
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that another try may not meet."""
 _LONGEST_LINE = 1 << 23
@@ -46,6 +47,8 @@ class Lost:
     why: str
     after: float = 0.0
     """Seconds that the server wants to be left alone for."""
+    busy: bool = False
+    """It works for others at the moment (429), so it is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +161,10 @@ class Client(Closing):
             if response.status not in _PASSING:
                 return Refused(handle=handle, status=response.status, why=why)
             after = response.headers.get("Retry-After", "")
-            return Lost(handle=handle, why=f"{response.status}: {why}", after=float(after) if after.isdigit() else 0.0)
+            return Lost(
+                handle=handle, why=f"{response.status}: {why}", after=float(after) if after.isdigit() else 0.0,
+                busy=response.status == _BUSY,
+            )  # fmt: skip
         finished = False
         async for line in response.content:
             if not line.startswith(b"data:"):
