@@ -247,8 +247,12 @@ def test_one_long_silence_is_not_the_pace_and_several_are() -> None:
     pace = Pace()
     for _ in range(10):
         pace.stepped(0.03, spoke=True)
-    pace.stepped(300.0, spoke=True)
+    pace.stepped(300.0, spoke=False)
+    pace.stepped(0.03, spoke=True)
     assert pace.seconds < 0.1
     for _ in range(20):
-        pace.stepped(2.0, spoke=True)
+        pace.stepped(1.9, spoke=False)
+        pace.stepped(0.1, spoke=True)
     assert pace.seconds == pytest.approx(2.0, rel=0.1)
+    pace.stepped(22.0, spoke=True)
+    assert pace.seconds == pytest.approx(6.0, rel=0.1), "a step that is long is no silence"

@@ -31,8 +31,8 @@ _PUBLISHED_RESERVE = 180 / 18_000
 _DRAWERS = 3
 """A problem draws at most this part of the bank."""
 _WEIGHT_LOW, _WEIGHT_HIGH = 0.5, 1.5
-_SURPRISE = 5
-"""A step counts for at most so many of the ones before it."""
+_LONG_SILENCE = 5
+"""A silence counts for at most so many steps."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -185,9 +185,10 @@ class Pace:
 
     def stepped(self, seconds: float, *, spoke: bool) -> None:
         """After a step. One that brought nothing, as from a server that is slow, is a part of the next that does."""
-        self._silent += seconds
-        if spoke:
-            # One long silence, of a server that was started anew say, is not the pace; several are.
-            heard = min(self._silent, _SURPRISE * self.seconds) if self.seconds else self._silent
-            self.seconds += (heard - self.seconds) * (0.2 if self.seconds else 1.0)
-            self._silent = 0.0
+        if not spoke:
+            self._silent += seconds
+            return
+        # One long silence, of a server that was started anew say, is not the pace; several are.
+        silent = min(self._silent, _LONG_SILENCE * self.seconds) if self.seconds else self._silent
+        self.seconds += (silent + seconds - self.seconds) * (0.2 if self.seconds else 1.0)
+        self._silent = 0.0
