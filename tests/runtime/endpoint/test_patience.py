@@ -77,7 +77,7 @@ def test_a_server_that_is_busy_with_others_is_waited_for(opened: Opened, status:
     assert told(it for it in outputs if it.request_id == "a") == ([9], FinishReason.LENGTH)
 
 
-def test_under_a_clock_a_server_that_has_worked_is_waited_for(opened: Opened) -> None:
+def test_under_a_clock_a_server_that_has_worked_is_waited_for(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
 
     def script(body: Any) -> Reply:
@@ -90,6 +90,10 @@ def test_under_a_clock_a_server_that_has_worked_is_waited_for(opened: Opened) ->
     engine.submit(asked())
     assert told(drain(engine))[0] == [5]
     assert len(server.bodies) == 9
+    assert [it.getMessage() for it in caplog.records if "Ctrl-C" in it.getMessage()] == [
+        "the server has not gone on for 100 s (503: starting); under a time limit it is waited for: Ctrl-C ends "
+        "the run, and the same command goes on from there"
+    ]
     engine, _ = opened(script, patience=60.0, clock=clock, patient=True, server=server)
     engine.submit(asked())
     with pytest.raises(EngineError, match="starting"):

@@ -90,7 +90,7 @@ class EndpointEngine(RestartingEngine[int]):
         """When the server was last known to be at work."""
         self._proof: _Proof | None = None
         self._proven = not server.dialect.ids
-        self._said_lost = False
+        self._said_lost = self._said_away = False
         self._begun: set[int] = set()
         """Handles that have said something, and will again."""
         self._steps = self._new_tokens = self._peak_rows = 0
@@ -197,7 +197,7 @@ class EndpointEngine(RestartingEngine[int]):
             tokens += self._unsaid_stop(started, said)
         if tokens:
             self._trouble.pop(request.id, None)
-            self._heard = self._now()
+            self._heard, self._said_away = self._now(), False
         self._new_tokens += len(tokens)
         if not request.logprobs:
             logprobs = []
@@ -254,7 +254,14 @@ class EndpointEngine(RestartingEngine[int]):
             return self._report(started, (), FinishReason.LENGTH)
         trouble = self._trouble.setdefault(name, _Trouble(since=now))
         silent = now - max(trouble.since, self._heard)
-        if silent > self._patience and not (self._patient and self._new_tokens):
+        if silent > self._patience and self._patient and self._new_tokens:
+            if not self._said_away:
+                logger.warning(
+                    "the server has not gone on for %.0f s (%s); under a time limit it is waited for: Ctrl-C ends "
+                    "the run, and the same command goes on from there", silent, why,
+                )  # fmt: skip
+                self._said_away = True
+        elif silent > self._patience:
             self._forget(name)
             raise EngineError(
                 f"the server has not gone on with {name} for {silent:.0f} s: {why}",
