@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.runtime.endpoint.scripted_server import CUT, Reply, said
 from tests.runtime.endpoint.test_trouble import EOS, asked, part
 from trtkit.errors import EngineError
 from trtkit.runtime.api import FinishReason, StepOutput
+from trtkit.runtime.endpoint import engine as endpoint_engine
 
 
 class Clock:
@@ -65,7 +67,7 @@ def test_a_server_that_is_busy_with_others_is_waited_for(opened: Opened, status:
     def script(body: Any) -> Reply:
         clock.now += 20
         if body["prompt"][0] == 1:
-            return refusal(status, "too many") if len(server.bodies) < 20 else said(part(9, finish="length"))
+            return refusal(status, "too many") if len(server.bodies) < 8 else said(part(9, finish="length"))
         return said(part(6), CUT)
 
     engine, server = opened(script, patience=60.0, clock=clock)
@@ -75,6 +77,29 @@ def test_a_server_that_is_busy_with_others_is_waited_for(opened: Opened, status:
     while not any(it.finish for it in outputs):
         outputs += engine.step()
     assert told(it for it in outputs if it.request_id == "a") == ([9], FinishReason.LENGTH)
+
+
+def test_a_server_that_refuses_more_is_asked_for_fewer_at_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes two at a time: the others wait until one has ended, and do not ask again and again meanwhile."""
+    monkeypatch.setattr(endpoint_engine, "_WAIT_SECONDS", 0.005)
+    ends: list[threading.Event] = []
+
+    def script(body: Any) -> Reply:
+        if server.open_now >= 2:
+            return refusal(429, "full")
+        ends.append(threading.Event())
+        return said(part(5), ends[-1], part(6, finish="length"))
+
+    engine, server = opened(script)
+    for number in range(8):
+        engine.submit(replace(asked(), id=str(number)))
+    done: list[str] = []
+    while engine.has_work:
+        for _ in range(8):
+            done += [it.request_id for it in engine.step() if it.finish is FinishReason.LENGTH]
+        next((end for end in ends if not end.is_set()), threading.Event()).set()
+    assert sorted(done) == [str(number) for number in range(8)]
+    assert len(server.bodies) < 25, "each one that is taken has another try behind it"
 
 
 def test_under_a_clock_a_server_that_has_worked_is_waited_for(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:

@@ -169,7 +169,7 @@ class EndpointEngine(RestartingEngine[int]):
             return self._take(started, event)
         if isinstance(event, Lost):
             self._heard = self._now() if event.busy else self._heard
-            return self._lost(started, event.why, event.after)
+            return self._lost(started, event.why, event.after, busy=event.busy)
         if self._new_tokens and event.status in _ABOUT_ONE:
             logger.warning("the server refuses %s, which ends there (%d): %s", name, event.status, event.why)
             return self._report(started, (), FinishReason.LENGTH)
@@ -244,7 +244,7 @@ class EndpointEngine(RestartingEngine[int]):
                 hint="name the checkpoint that it serves with --tokenizer",
             )  # fmt: skip
 
-    def _lost(self, started: Started[int], why: str, after: float) -> StepOutput | None:
+    def _lost(self, started: Started[int], why: str, after: float, *, busy: bool = False) -> StepOutput | None:
         """Let it go on from where it was heard of last."""
         name, now = started.request.id, self._now()
         if started.handle is not None:
@@ -271,7 +271,8 @@ class EndpointEngine(RestartingEngine[int]):
             logger.warning("the server let go of a sample (%s); it goes on from where it was", why)
             self._said_lost = True
         backoff = min(_FIRST_DELAY_SECONDS * 2**trouble.tries, _LONGEST_DELAY_SECONDS)
-        trouble.tries += 1
+        if not (busy and self._begun):  # else it takes others of ours, and the client waits for one of them to end
+            trouble.tries += 1
         started.losses += 1
         self._runs_as(started, self._send(started, delay=max(backoff, min(after, _LONGEST_DELAY_SECONDS))))
         return None
