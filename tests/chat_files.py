@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,16 +16,18 @@ _TEMPLATE = (
 )
 
 
-def save_chat_files(directory: Path) -> None:
-    """Byte-level tokenizer of 261 ids, and a generation config."""
+def save_chat_files(
+    directory: Path, *, special: Sequence[str] = _SPECIAL, template: str = _TEMPLATE, end: str = "<|im_end|>"
+) -> None:
+    """Byte-level tokenizer of 261 ids, unless other ``special`` tokens are named."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: index for index, letter in enumerate(letters)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(_SPECIAL)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
-    fast.chat_template = _TEMPLATE
+    tokenizer.add_special_tokens(list(special))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end)
+    fast.chat_template = template
     fast.save_pretrained(directory)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from trtkit.chat import THINK_END, PromptVariant
+from trtkit.chat import THINK_END, PromptVariant, Thought
 from trtkit.closing import Closing
 from trtkit.errors import RequestError
 from trtkit.runtime.api import EngineStats, FinishReason, Request, StepOutput
@@ -17,6 +17,7 @@ class FakeChat:
     """Ids are bytes. ``</think>`` is one id, or its eight bytes with ``single_think_end=False``."""
 
     eos_ids = (EOS_ID,)
+    thought = Thought()
 
     def __init__(self, *, single_think_end: bool = True) -> None:
         self.think_end = (THINK_ID,) if single_think_end else tuple(THINK_END.encode())

@@ -154,6 +154,8 @@ def test_variants_by_name() -> None:
 
 def test_an_end_of_thought_in_several_ids_is_known() -> None:
     class Plain:
+        chat_template = "no word of a thought"
+
         def encode(self, text: str, add_special_tokens: bool) -> list[int]:
             assert not add_special_tokens
             return list(text.encode())

@@ -23,6 +23,7 @@ __all__ = [
     "VARIANTS",
     "Chat",
     "PromptVariant",
+    "Thought",
     "load_chat",
     "prompt_names",
     "variant_named",
@@ -30,6 +31,28 @@ __all__ = [
 
 THINK_START = "<think>"
 THINK_END = "</think>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thought:
+    """What a model writes around its thought."""
+
+    opens: str = THINK_START
+    closes: str = THINK_END
+    ends: bool = True
+    """A sample may end where it closes. Not where the thought is several messages and the answer is the last one."""
+
+
+_OTHER_THOUGHTS = (
+    Thought(opens="<seed:think>", closes="</seed:think>"),
+    Thought(opens="[THINK]", closes="[/THINK]"),
+    Thought(
+        opens="<|channel|>analysis<|message|>",
+        closes="<|end|><|start|>assistant<|channel|>final<|message|>",
+        ends=False,
+    ),
+)
+"""Of Seed-OSS, of Magistral from 2507 on, and harmony, which gpt-oss speaks."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -101,8 +124,11 @@ class Chat:
         self._tokenizer = tokenizer
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         """Ids that end an assistant turn."""
-        self.think_end = tuple(tokenizer.encode(THINK_END, add_special_tokens=False))
-        """Ids of ``</think>``: one where the vocabulary has it, else the several that plain BPE gives (neighbouring
+        template = str(tokenizer.chat_template)
+        self.thought = next((thought for thought in _OTHER_THOUGHTS if thought.opens in template), Thought())
+        """``<think>``, unless the chat template has another word for it."""
+        self.think_end = tuple(tokenizer.encode(self.thought.closes, add_special_tokens=False))
+        """Ids that close it: one where the vocabulary has it, else the several that plain BPE gives (neighbouring
         characters may change the split then, so match the text, not the ids)."""
 
     @property
@@ -136,7 +162,7 @@ class Chat:
 
     def thinking(self, prompt: Sequence[int]) -> bool:
         """The chat template has opened the thought already, so that the answer does not begin with ``<think>``."""
-        return self.decode(prompt[-16:]).rstrip().endswith(THINK_START)
+        return self.decode(prompt[-16:]).rstrip().endswith(self.thought.opens)
 
     def completion(self, prompt: Sequence[int], solution: str) -> tuple[int, ...]:
         """Ids of a worked solution as the model would have written it after ``prompt``, with the end of turn.

@@ -16,6 +16,7 @@ from trtkit.runtime.api import Engine, FinishReason, Request
 from trtkit.runtime.load import OpenOptions, open_engine
 from trtkit.serve.engine_thread import EngineThread
 from trtkit.serve.engine_view import EngineView
+from trtkit.solve.ends import Ending
 from trtkit.solve.grading import Grader
 from trtkit.solve.options import SolveOptions
 from trtkit.solve.problems import Problem
@@ -45,7 +46,9 @@ def test_the_same_votes_from_the_same_samples(max_tokens: int) -> None:
             engine.submit(asking(f"other/{number}", "x" * 50), lambda *_: None)
         with EngineView(engine, "mine") as view:
             assert solved(view, options) == alone
-        assert any(forced for _, attempts, _ in alone for *_, forced, _ in attempts) == (max_tokens == 20)
+        forced = {ending for _, attempts, _ in alone for *_, forced, ending in attempts if forced}
+        assert (Ending.LENGTH in forced) == (max_tokens == 20)
+        assert Ending.THINK in forced, "a thought without an answer"
 
 
 def test_what_the_engine_did_meanwhile_is_taken_back() -> None:

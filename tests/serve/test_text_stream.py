@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.fakes import FakeChat
 from tests.reference.text_stream import split_thought, stopped_text
 from trtkit.bundled import practice_dir
-from trtkit.chat import load_chat
+from trtkit.chat import Thought, load_chat
 from trtkit.serve.text_stream import TextStream, ThoughtSplitter
 
 CHAT = FakeChat()
@@ -112,7 +112,7 @@ def test_a_real_tokenizer(size: int) -> None:
 
 @given(text=TEXTS, cuts=CUTS, opened=st.booleans())
 def test_the_thought_is_split_off_the_same_in_any_pieces(text: str, cuts: list[int], opened: bool) -> None:
-    splitter = ThoughtSplitter(opened=opened)
+    splitter = ThoughtSplitter(Thought(), opened=opened)
     pieces = [splitter.push(part) for part in map("".join, cut(text, cuts))] + [splitter.finish()]
     assert ("".join(it[0] for it in pieces), "".join(it[1] for it in pieces)) == split_thought(text, opened=opened)
 
@@ -123,18 +123,26 @@ def test_the_thought_is_split_off_the_same_in_any_pieces(text: str, cuts: list[i
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_the_line_ends_behind_a_tag_go_with_it(whole: str, size: int) -> None:
     for opened in (False, True):
-        splitter = ThoughtSplitter(opened=opened)
+        splitter = ThoughtSplitter(Thought(), opened=opened)
         pieces = [splitter.push(part) for part in cut(whole, [size])] + [splitter.finish()]
         got = "".join(it[0] for it in pieces), "".join(it[1] for it in pieces)
         assert got == split_thought(whole, opened=opened)
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_thought_in_other_words(size: int) -> None:
+    opens, closes = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"
+    splitter = ThoughtSplitter(Thought(opens=opens, closes=closes), opened=False)
+    pieces = [splitter.push(part) for part in cut(f"{opens}a<|end|>b{closes}c", [size])] + [splitter.finish()]
+    assert ("".join(it[0] for it in pieces), "".join(it[1] for it in pieces)) == ("a<|end|>b", "c")
+
+
 def test_only_what_may_become_a_tag_is_held_back() -> None:
-    splitter = ThoughtSplitter(opened=False)
+    splitter = ThoughtSplitter(Thought(), opened=False)
     assert splitter.push(" <thi") == ("", "")
     assert splitter.push("s") == ("", " <this"), "an answer, from here on as it comes"
     assert splitter.push("</think>") == ("", "</think>")
-    splitter = ThoughtSplitter(opened=False)
+    splitter = ThoughtSplitter(Thought(), opened=False)
     assert splitter.push("<think>a") == ("a", "")
     assert splitter.push("b</th") == ("b", "")
     assert splitter.push("ink>c") == ("", "c")

@@ -284,6 +284,8 @@ def test_nothing_is_left_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with open_sandbox(WALLS["no namespaces"]) as sandbox:
         run(sandbox, "open('mine', 'w').write('x')")
+        deep = "for _ in range(1500):\n  open('f', 'w').close()\n  os.mkdir('d')\n  os.chdir('d')"
+        assert run(sandbox, f"import os\n{deep}").status == "ok", "deeper than any path, and than Python's stack"
         sandbox.submit(Call(id="x", code="open('mine', 'w').write('x')\nwhile True: pass"))
         assert len(os.listdir(tmp_path)) == 1
     assert os.listdir(tmp_path) == []

@@ -22,6 +22,7 @@ from trtkit.runtime.api import Request, StepOutput
 from trtkit.runtime.load import OpenOptions
 from trtkit.solve.options import SolveOptions
 from trtkit.solve.policy import policy_named
+from trtkit.solve.problems import read_problems
 from trtkit.solve.session import PROBLEMS_FILE, Session, open_session
 
 
@@ -278,6 +279,22 @@ def test_a_session_that_died_within_a_problem_asks_it_again(world: World, tmp_pa
     with world.session(3, out=tmp_path / "run") as session:
         assert list(session.solutions) == ["a"]
         assert session.answer("b", "problem b") == "7"
+
+
+@pytest.mark.parametrize("torn", [1, 9, 1000])
+def test_what_a_crash_has_torn_is_asked_again(world: World, tmp_path: Path, torn: int) -> None:
+    out = tmp_path / "run"
+    with world.session(3, out=out) as session:
+        session.answer("a", "What is 3 + 4?")
+        session.answer("b", "What is 4 + 3 €?")
+    path = out / PROBLEMS_FILE
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    path.write_bytes(whole[: max(first, len(whole) - torn)])
+    with world.session(3, out=out) as session:
+        assert [session.answer(name, f"What is {text}?") for name, text in (("b", "4 + 3 €"), ("c", "7"))] == ["7", "7"]
+    assert path.read_bytes().startswith(whole)
+    assert [row.id for row in read_problems(path)] == ["a", "b", "c"]
 
 
 def test_a_problem_that_was_interrupted_can_be_asked_again_in_the_same_session(

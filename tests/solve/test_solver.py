@@ -211,7 +211,7 @@ def test_integer_mode_votes_modulo(grader: Grader) -> None:
     chat = FakeChat()
     engine = FakeEngine(scripted("\\boxed{1007}</think>", "\\boxed{7}</think>", "\\boxed{x}</think>", chat=chat))
     mode = AnswerMode(kind="integer", modulus=1000)
-    [solution] = solve(grader, engine, samples=3, mode=mode)
+    [solution] = solve(grader, engine, samples=3, mode=mode, force_close=False)
     assert solution.tally.leader is not None
     assert (solution.tally.leader.answer.key, solution.tally.leader.count) == ("7", 2)
     assert {attempt.box for attempt in solution.attempts} == {"1007", "7", "x"}

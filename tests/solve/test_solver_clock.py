@@ -139,6 +139,25 @@ def test_an_engine_that_falls_silent_costs_each_problem_its_share(grader: Grader
         assert all(40.0 < (solution.used_seconds or 0.0) < 200.0 for solution in found)
 
 
+def test_an_outage_does_not_close_problems_early(grader: Grader) -> None:
+    """That cancelled samples are reported is no word of the engine. It is away for the first problem and for most of
+    the second one's time, and back in time for it."""
+
+    class Away(TimedEngine):
+        def step(self) -> list[StepOutput]:
+            if not 60.0 < self.now < 257.0:
+                return super().step()
+            self.now += self._seconds
+            ended = [StepOutput(request_id=name, tokens=(), finish=FinishReason.CANCELLED) for name in self._ended]
+            self._ended.clear()
+            return ended
+
+    engine = Away(lambda request: CHAT.encode("So \\boxed{7}</think>"), rows=8)
+    found = solve(grader, engine, 4, time_limit=500.0, stop=(), default_answer="0")
+    assert [solution.answer and solution.answer.key for solution in found] == ["0", "7", "7", "7"]
+    assert not any(attempt.forced for solution in found for attempt in solution.attempts)
+
+
 def test_unused_time_goes_to_those_who_need_it(grader: Grader) -> None:
     engine = TimedEngine(easy_and_hard, rows=4)
     found = solve(grader, engine, 20, time_limit=2000.0, stop=())

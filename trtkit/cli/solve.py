@@ -268,7 +268,7 @@ def command(
     with sigterm_as_interrupt():
         outcome = run_solve(
             Places(problems=problems, engine=source.place, out=target),
-            lambda: source.open(opening),
+            lambda: source.open(opening, patient=limit is not None),
             chat,
             final,
             observer=observer_for(quiet=not logger.isEnabledFor(20)),

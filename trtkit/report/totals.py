@@ -236,7 +236,7 @@ _SAMPLES: tuple[tuple[str, str, _Text], ...] = (
     ("Finished samples", "Samples of settled problems that ran to an end.", lambda f: f"{f.samples:,}"),
     ("Without an answer", "Finished samples that wrote no box that counts.", lambda f: percent(f.blank_rate)),
     ("Truncated", "Cut off by the token budget, without an answer being forced.", lambda f: percent(f.truncated_rate)),
-    ("Forced", "Made to write an answer when budget or time was spent.", lambda f: percent(f.forced_rate)),
+    ("Forced", "Made to answer: budget, time or thought had ended without.", lambda f: percent(f.forced_rate)),
     ("Looped", "Ended because they repeated themselves.", lambda f: percent(f.looped_rate)),
     ("Cancelled", "Samples not run to their end: their problem was settled.", lambda f: f"{f.cancelled:,}"),
     (

@@ -52,8 +52,8 @@ class Source(Protocol):
     def notices(self, sampling: SamplingParams, *, logprobs: bool = False) -> tuple[str, ...]:
         """What to say before a run. Raises :class:`UsageError` where it cannot sample so."""
 
-    def open(self, options: OpenOptions | None = None) -> Engine:
-        """An engine on it."""
+    def open(self, options: OpenOptions | None = None, *, patient: bool = False) -> Engine:
+        """An engine on it. ``patient``: the caller has a clock, so that a server that is gone is waited for."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class DirectorySource:
         """As :class:`Source`."""
         return notices_for(self.manifest, sampling, logprobs=logprobs)
 
-    def open(self, options: OpenOptions | None = None) -> Engine:
+    def open(self, options: OpenOptions | None = None, *, patient: bool = False) -> Engine:
         """As :func:`trtkit.runtime.load.open_engine`."""
         from trtkit.runtime.load import open_engine  # loads torch
 

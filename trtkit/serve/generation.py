@@ -213,5 +213,5 @@ def _row(chat: Chat, asked: Asked, index: int, prompt: tuple[int, ...]) -> _Row:
         index=index,
         prompt=prompt if asked.token_ids else None,
         stream=TextStream(chat.decode, asked.stops),
-        splitter=ThoughtSplitter(opened=asked.thinking) if asked.splits else None,
+        splitter=ThoughtSplitter(chat.thought, opened=asked.thinking) if asked.splits else None,
     )

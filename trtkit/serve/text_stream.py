@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from trtkit.chat import THINK_END, THINK_START
+from trtkit.chat import Thought
 
 __all__ = ["TextStream", "ThoughtSplitter"]
 
@@ -85,8 +85,9 @@ class TextStream:
 class ThoughtSplitter:
     """Cuts text into the thought and what is said after it, without the tags and the line ends after them."""
 
-    def __init__(self, *, opened: bool) -> None:
+    def __init__(self, thought: Thought, *, opened: bool) -> None:
         """``opened``: the prompt has begun the thought; else it begins only where the text begins with ``<think>``."""
+        self._opens, self._closes = thought.opens, thought.closes
         self._place = "thought" if opened else "start"
         self._held = ""
         self._fresh = opened
@@ -104,21 +105,21 @@ class ThoughtSplitter:
         self._held = ""
         if self._place == "start":
             begun = text.lstrip()
-            if not last and THINK_START.startswith(begun) and begun != THINK_START:
+            if not last and self._opens.startswith(begun) and begun != self._opens:
                 self._held = text
                 return "", ""
-            if begun.startswith(THINK_START):
-                self._place, self._fresh, text = "thought", True, begun.removeprefix(THINK_START)
+            if begun.startswith(self._opens):
+                self._place, self._fresh, text = "thought", True, begun.removeprefix(self._opens)
             else:
                 self._place, self._fresh = "answer", False
         if self._place == "answer":
             return "", self._trimmed(text)
-        thought, tag, answer = text.partition(THINK_END)
+        thought, tag, answer = text.partition(self._closes)
         if tag:
             thought = self._trimmed(thought)
             self._place, self._fresh = "answer", True
             return thought, self._trimmed(answer)
-        kept = 0 if last else _begun(text, (THINK_END,))
+        kept = 0 if last else _begun(text, (self._closes,))
         self._held = text[len(text) - kept :]
         return self._trimmed(text[: len(text) - kept]), ""
 

@@ -10,7 +10,7 @@ from typing import Literal
 from trtkit.chat import THINK_END
 from trtkit.errors import UsageError
 from trtkit.solve.arithmetic import exact_value
-from trtkit.solve.canonical import canonical_text, last_side
+from trtkit.solve.canonical import canonical_text, last_side, split_modulo
 
 __all__ = ["Answer", "AnswerMode", "extract_box", "read_answer"]
 
@@ -82,12 +82,22 @@ def read_answer(box: str | None, mode: AnswerMode) -> Answer | None:
     if mode.kind == "auto":
         return Answer(raw=box, key=text if value is None else str(value), value=value)
     if value is None:
-        value = exact_value(last_side(text))
+        value = _last_value(text)
     if value is None or value.denominator != 1:
         return None
     if mode.modulus is not None and value >= 0:
         value = Fraction(value.numerator % mode.modulus)
     return Answer(raw=box, key=str(value), value=value)
+
+
+def _last_value(text: str) -> Fraction | None:
+    """The value of an equation's last side; where it is taken modulo a number, the remainder."""
+    said, modulo = split_modulo(text)
+    value = exact_value(last_side(said))
+    if value is None or modulo is None:
+        return value
+    modulus = exact_value(modulo)
+    return value % modulus if modulus is not None and modulus >= 1 else None
 
 
 def _last_box(text: str) -> str | None:

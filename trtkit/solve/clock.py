@@ -4,12 +4,12 @@ Every problem has a base, a fair part of the limit. What a problem leaves of its
 that needs more may draw from the bank, up to a cap. The published setting (NemoSkills, arXiv 2504.16891) is 350 s and
 up to 210 s more, for 50 problems in 5 hours; other limits and numbers of problems scale it.
 
-The rule is neutral about order. What a problem may take depends on the time and the number of problems that are left.
-The bases of all later problems are set aside before anybody draws, so nobody gets less than a fair part for coming
-late. And nobody takes more than a third of the bank, so that the first problems cannot empty it and the last ones do
-not inherit it: in simulations over shuffled problems the mean share of a place in the order varies by 15 to 30 %,
-where "what is left / problems left" favours the last one up to 20 times. Later problems count as unknown: only their
-number is used.
+What a problem may take depends on the time and the number of problems that are left. The bases of all later problems
+are set aside before anybody draws, so nobody gets less than a fair part for coming late, and nobody takes more than a
+third of the bank, so that the first problems cannot empty it. Where the bank holds more than the cap for each problem
+that is left, an even part of it takes the cap's place: time that nobody can take is lost when the limit is over. No
+problem gets less for that, since what it leaves is the same for each of the others. Later problems count as unknown:
+only their number is used.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _PUBLISHED_RESERVE = 180 / 18_000
 _DRAWERS = 3
 """A problem draws at most this part of the bank."""
 _WEIGHT_LOW, _WEIGHT_HIGH = 0.5, 1.5
+_LONG_SILENCE = 5
+"""A silence counts for at most so many steps."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -60,7 +62,7 @@ class TimeBudget:
     base_seconds: float
     """A problem's own time."""
     draw_seconds: float
-    """The most that one problem may take from the bank on top of that."""
+    """The most that one problem may take from the bank on top of that, unless the bank is full."""
 
     @classmethod
     def of(cls, limit_seconds: float, problems: int, reserve_seconds: float | None = None) -> TimeBudget:
@@ -147,8 +149,8 @@ class Clock:
         """Seconds that an open problem may still take, 0 or less when its time is up."""
         account = self._accounts[problem_id]
         drawn = max(account.used - account.base, 0.0)
-        drawers = min(_DRAWERS, len(self._accounts) + self._unopened)
-        draw = min(self.budget.draw_seconds, (self.bank(now) + drawn) / drawers)
+        bank, problems = self.bank(now) + drawn, len(self._accounts) + self._unopened
+        draw = min(max(self.budget.draw_seconds, bank / problems), bank / min(_DRAWERS, problems))
         return min(account.base + draw - account.used, self.left(now))
 
     def used(self, problem_id: str) -> float:
@@ -183,7 +185,10 @@ class Pace:
 
     def stepped(self, seconds: float, *, spoke: bool) -> None:
         """After a step. One that brought nothing, as from a server that is slow, is a part of the next that does."""
-        self._silent += seconds
-        if spoke:
-            self.seconds += (self._silent - self.seconds) * (0.2 if self.seconds else 1.0)
-            self._silent = 0.0
+        if not spoke:
+            self._silent += seconds
+            return
+        # One long silence, of a server that was started anew say, is not the pace; several are.
+        silent = min(self._silent, _LONG_SILENCE * self.seconds) if self.seconds else self._silent
+        self.seconds += (silent + seconds - self.seconds) * (0.2 if self.seconds else 1.0)
+        self._silent = 0.0

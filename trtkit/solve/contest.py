@@ -195,6 +195,7 @@ def force_answer(engine: Engine, rules: EndRules, sample: Sample, ending: Ending
             engine.pause(sample.request_id)
         closing = rules.close(sample.stream, ending)
         engine.extend(sample.request_id, closing, max_tokens=CLOSING_TOKENS, drop=sample.surplus)
+        sample.surplus = 0
     except RequestError:
         return False
     return True

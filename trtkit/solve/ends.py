@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from trtkit.chat import THINK_END, Chat
+from trtkit.chat import Chat
 from trtkit.runtime.api import FinishReason
 from trtkit.solve.answers import Answer, AnswerMode, extract_box, read_answer
 from trtkit.solve.stop_text import end_of_text
@@ -47,7 +47,7 @@ class Ending(StrEnum):
     """Why a sample ended."""
 
     THINK = "think"
-    """``</think>``."""
+    """``</think>``, or what the model writes in its place."""
     EOS = "eos"
     """The end of the turn."""
     BOX = "box"
@@ -135,12 +135,13 @@ class EndRules:
 
     def __init__(self, chat: Chat, mode: AnswerMode, *, at_think: bool, at_box: bool, loops: bool) -> None:
         """``at_think``: end at ``</think>``; ``at_box``: at the first answer before it; ``loops``: when it loops."""
-        single = len(chat.think_end) == 1
+        single, at_think = len(chat.think_end) == 1, at_think and chat.thought.ends
         self._decode: Callable[[Sequence[int]], str] = chat.decode
         self._encode: Callable[[str], Sequence[int]] = chat.encode
         self._mode = mode
         self._think_ids = chat.think_end if single and at_think else ()
         self._match_text = at_think and not single
+        self._closes = chat.thought.closes
         self._at_box = at_box
         self._loops = loops
         self.stop_ids = tuple(dict.fromkeys((*self._think_ids, *chat.eos_ids)))
@@ -177,8 +178,8 @@ class EndRules:
 
     def closing(self, stream: Stream) -> tuple[int, ...]:
         """The tokens that end its thought and open a box."""
-        opened = THINK_END in self.text(stream)
-        return tuple(self._encode(ANSWER_OPENING if opened else f"\n{THINK_END}{ANSWER_OPENING}"))
+        closed = self._closes in self.text(stream)
+        return tuple(self._encode(ANSWER_OPENING if closed else f"\n{self._closes}{ANSWER_OPENING}"))
 
     def close_with(self, stream: Stream, tokens: Sequence[int], ending: Ending) -> None:
         """Make a closing part of ``stream``: what follows is its answer."""
@@ -211,7 +212,7 @@ class EndRules:
     @property
     def closing_room(self) -> int:
         """Tokens that a sample must leave free to be made to answer."""
-        return len(self._encode(f"\n{THINK_END}{ANSWER_OPENING}")) + CLOSING_TOKENS
+        return len(self._encode(f"\n{self._closes}{ANSWER_OPENING}")) + CLOSING_TOKENS
 
     def _by_engine(self, stream: Stream, finish: FinishReason | None) -> End | None:
         if finish is None:
@@ -229,7 +230,7 @@ class EndRules:
             return self._by_forced_box(stream, seen)
         if not self._match_text:
             return None
-        length = end_of_text(stream.tokens, seen, THINK_END, self._decode)
+        length = end_of_text(stream.tokens, seen, self._closes, self._decode)
         return None if length is None else End(ending=Ending.THINK, finish=FinishReason.STOP, length=length)
 
     def _by_forced_box(self, stream: Stream, seen: int) -> End | None:

@@ -135,7 +135,9 @@ class Loop:
         outputs = self._engine.step()
         now = self._now()
         seconds, self._stepped_at = now - self._stepped_at, now
-        self._pace.stepped(seconds, spoke=bool(outputs) or not working)
+        if working:
+            spoke = any(output.finish is not FinishReason.CANCELLED for output in outputs)
+            self._pace.stepped(seconds, spoke=spoke)
         new_tokens = 0
         for output in outputs:
             sample = self._samples.get(output.request_id)
@@ -176,15 +178,18 @@ class Loop:
         if self._probes is not None and self._probes.asks(sample):
             end = self._probes.hear(sample, output)
         else:
+            reported = len(sample.stream.tokens) + len(output.tokens)
             end = self._ends.add(sample.stream, output.tokens, output.finish, output.logprobs)
             if any(rows is not None and rows.take(sample, output, end) for rows in (self._code, self._probes)):
                 return None
-        return None if end is None else self._finish(sample, end)
+            sample.surplus = 0 if end is None else reported - end.length
+        return None if end is None else self._finish(sample, end, running=output.finish is None)
 
-    def _finish(self, sample: Sample, end: End) -> Attempt | None:
+    def _finish(self, sample: Sample, end: End, *, running: bool = False) -> Attempt | None:
         """A sample has come to its end: make it answer if it has to, else the attempt."""
-        wants = end.ending is Ending.LENGTH and self._options.forces and self._ends.answer(sample.stream) is None
-        if wants and not sample.stream.forced and self._force(sample, Ending.LENGTH, running=False):
+        short = end.ending in (Ending.LENGTH, Ending.THINK) and not sample.stream.forced
+        wants = short and self._options.forces and self._ends.answer(sample.stream) is None
+        if wants and self._force(sample, end.ending, running=running):
             return None
         return self._end(sample, end.ending, end.finish)
 

@@ -17,7 +17,6 @@ import math
 import os
 import resource
 import selectors
-import shutil
 import signal
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from trtkit.solve.sandbox_folder import clear_folder
 from trtkit.solve.sandbox_jail import LAYERS, Jail, readable_places
 from trtkit.solve.sandbox_probe import Findings, probe
 from trtkit.solve.sandbox_run import ENDED, FAILED, Pipes, keep
@@ -217,7 +217,7 @@ class Server:
                 if kind in call.pipes and len(call.received.get(kind, b"")) == before:
                     self._close(call, kind)
         os.waitpid(call.keeper, 0)
-        shutil.rmtree(call.folder, ignore_errors=True)
+        clear_folder(call.folder)
         del self._running[call.name]
         status, reason = _verdict(call)
         texts = {kind: bytes(data).decode("utf-8", "replace") for kind, data in call.received.items()}
@@ -275,7 +275,7 @@ def main() -> None:
         channel.flush()
         server.serve()
     finally:
-        shutil.rmtree(home, ignore_errors=True)
+        clear_folder(home)
 
 
 def _prepare(config: dict[str, Any], home: str, channel: IO[str]) -> tuple[Server, Findings]:

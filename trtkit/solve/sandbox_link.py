@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import selectors
-import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import IO, Any
 
 import trtkit
 from trtkit.errors import TrtkitError
+from trtkit.solve.sandbox_folder import clear_folder
 
 __all__ = ["Link", "open_link"]
 
@@ -84,7 +84,7 @@ class Link:
             process.kill()
             process.wait()
         if "home" in self.greeting:
-            shutil.rmtree(self.greeting["home"], ignore_errors=True)
+            clear_folder(self.greeting["home"])
 
     def _flush(self) -> None:
         if self._unsent:

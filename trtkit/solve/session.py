@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from trtkit.chat import Chat
 from trtkit.closing import Closing
 from trtkit.errors import InputError, OutputError, TrtkitError, UsageError
-from trtkit.files import append_jsonl, digest_file, read_json, write_json
+from trtkit.files import append_jsonl, digest_file, read_json, write_json, write_text
 from trtkit.log import logger
 from trtkit.runtime.api import Engine
 from trtkit.runtime.sources import DirectorySource, Source
@@ -212,14 +212,21 @@ def open_session(
     settled = SolveOptions(**{**chosen, "policy": name, "time_limit": limit, **options})
     source = DirectorySource.of(Path(engine)) if isinstance(engine, str | Path) else engine
     return Session(
-        lambda: source.open(opening), source.chat, settled, problems=problems, engine=source.place,
-        out=None if out is None else Path(out), began=began,
+        lambda: source.open(opening, patient=limit is not None), source.chat, settled, problems=problems,
+        engine=source.place, out=None if out is None else Path(out), began=began,
     )  # fmt: skip
 
 
 def _asked_before(out: Path) -> dict[str, Problem]:
+    """What an earlier session wrote down. A last line that a crash has torn is taken away, and asked again."""
     path = out / PROBLEMS_FILE
-    return {problem.id: problem for problem in read_problems(path)} if path.exists() else {}
+    if not path.exists():
+        return {}
+    written = path.read_bytes()
+    whole = written[: written.rfind(b"\n") + 1]
+    if whole != written:
+        write_text(path, whole.decode())
+    return {problem.id: problem for problem in read_problems(path)} if whole else {}
 
 
 def _as_written(said: object) -> str:

@@ -61,7 +61,7 @@ class Summary:
     answers_per_problem: float = 0.0
     """Samples with an answer that were in when the vote was taken, the mean over problems."""
     forced: int = 0
-    """Finished samples that were made to answer because their budget or time was spent."""
+    """Finished samples that were made to answer: out of budget or time, or without an answer in their thought."""
     looped: int = 0
     """Finished samples that were ended because they went in circles."""
     settled: int = 0

@@ -29,7 +29,7 @@ _MARKS = ("```", _TOOL_END)
 _OPENING = re.compile(r"<tool_call>|^[ \t]*```[ \t]*(?P<language>[^\s`]*)[^\n`]*\n", re.MULTILINE)
 _CLOSING = re.compile(r"^[ \t]*```[ \t]*$", re.MULTILINE)
 _PYTHON = re.compile(r"^[ \t]*```[ \t]*(?:python3?|py)\b[^\n`]*\n", re.MULTILINE | re.IGNORECASE)
-_SPECIAL = re.compile(r"<(?=/?think>|/?tool_call>|/?tool_response>|[|\uff5c])")
+_SPECIAL = re.compile(r"<(?=/?(?:seed:)?think>|/?tool_call>|/?tool_response>|[|\uff5c])")
 _CUT = "<output cut>"
 
 

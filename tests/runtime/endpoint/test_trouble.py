@@ -41,15 +41,6 @@ def asked(**more: Any) -> Request:
     return request("a", (1, 2, 3), **{"seed": 5, "max_tokens": 9, "stop_ids": (EOS,), **more})
 
 
-class Clock:
-    """Time that passes when a test says so."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 LOSSES: dict[str, Reply] = {
     "cut": said(part(5, 6), CUT),
     "cut in a line": said(part(5, 6), part(7)[:-9], CUT),
@@ -137,69 +128,6 @@ def test_a_server_that_comes_up_later_is_found(opened: Opened, chat: Chat, caplo
         assert len(server.bodies) == 2
     assert len([it for it in caplog.records if it.name == "trtkit"]) == 1, "it is said once"
     assert "goes on from where it was" in caplog.text
-
-
-def test_trouble_that_lasts_ends_the_run_with_a_reason(opened: Opened) -> None:
-    clock = Clock()
-    engine, server = opened(lambda body: refusal(503, "still loading"), patience=60.0, clock=clock)
-    engine.submit(asked())
-    while len(server.bodies) < 3:
-        assert not list(engine.step())
-    clock.now += 59
-    while len(server.bodies) < 6:
-        assert not list(engine.step())
-    clock.now += 2
-    with pytest.raises(EngineError, match=r"not gone on with a for 61 s: 503: still loading") as caught:
-        drain(engine)
-    assert "goes on from here" in str(caught.value.hint)
-    assert server.root in str(caught.value.where)
-    assert not engine.has_work, "it is let go of"
-    engine.submit(asked())
-    assert engine.has_work
-
-
-def test_patience_begins_anew_with_every_word(opened: Opened) -> None:
-    clock = Clock()
-    busy = refusal(503, "x")
-    left = [busy, said(part(5), CUT), busy, said(part(6), CUT), said(part(7, EOS, finish="stop"))]
-
-    def script(body: Any) -> Reply:
-        clock.now += 40
-        return left.pop(0)
-
-    engine, _ = opened(script, patience=60.0, clock=clock)
-    engine.submit(asked())
-    assert told(drain(engine)) == ([5, 6, 7, EOS], FinishReason.STOP)
-
-
-def test_patience_begins_anew_with_every_part(opened: Opened) -> None:
-    """What was paused in trouble, and cancelled in trouble, does not bring the trouble along."""
-    clock = Clock()
-    busy = True
-
-    def script(body: Any) -> Reply:
-        return refusal(503, "x") if busy else said(part(5, finish="length"))
-
-    engine, server = opened(script, patience=60.0, clock=clock)
-    engine.submit(replace(asked(), hold=True))
-    while len(server.bodies) < 2:
-        engine.step()
-    engine.pause("a")
-    assert not engine.has_work
-    clock.now += 1000
-    engine.extend("a", [4], max_tokens=3)
-    count = len(server.bodies)
-    while len(server.bodies) < count + 2:
-        engine.step()
-    engine.cancel("a")
-    assert [it.finish for it in engine.step()] == [FinishReason.CANCELLED]
-    clock.now += 1000
-    engine.submit(asked())
-    count = len(server.bodies)
-    while len(server.bodies) < count + 2:
-        engine.step()
-    busy = False
-    assert told(drain(engine))[0] == [5]
 
 
 @pytest.mark.parametrize(

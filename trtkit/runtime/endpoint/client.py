@@ -24,6 +24,7 @@ __all__ = ["Chunk", "Client", "Event", "Lost", "Refused"]
 _CONNECT_SECONDS = 10
 _SILENCE_SECONDS = 900
 """Longest wait for a server's next word. A request may wait for others to end, so it is long."""
+_BUSY = 429
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that another try may not meet."""
 _LONGEST_LINE = 1 << 23
@@ -46,6 +47,8 @@ class Lost:
     why: str
     after: float = 0.0
     """Seconds that the server wants to be left alone for."""
+    busy: bool = False
+    """It works for others at the moment (429), so it is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +79,9 @@ class Client(Closing):
             ) from None
         self._aiohttp, self.url = aiohttp, url
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._gate = asyncio.Semaphore(most)
+        self._most, self._gate = most, asyncio.Semaphore(most)
+        self._fewer = 0
+        """So many requests less, because a server that is busy refuses more."""
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._handles = itertools.count()
@@ -143,11 +148,18 @@ class Client(Closing):
 
     async def _run(self, handle: int, body: Mapping[str, Any], delay: float) -> None:
         await asyncio.sleep(delay)
+        await self._gate.acquire()
+        event: Event | None = None
         try:
-            async with self._gate, self._session.post(f"{self.url}/completions", json=body) as response:
+            async with self._session.post(f"{self.url}/completions", json=body) as response:
                 event = await self._listen(handle, response)
         except Exception as problem:  # servers may say anything, and a sample of which nothing is told never ends
             event = Lost(handle=handle, why=_words(problem))
+        finally:
+            if isinstance(event, Lost) and event.busy and self._fewer + 1 < self._most:
+                self._fewer += 1
+            else:
+                self._gate.release()
         if event is not None:
             self._events.put(event)
 
@@ -158,7 +170,13 @@ class Client(Closing):
             if response.status not in _PASSING:
                 return Refused(handle=handle, status=response.status, why=why)
             after = response.headers.get("Retry-After", "")
-            return Lost(handle=handle, why=f"{response.status}: {why}", after=float(after) if after.isdigit() else 0.0)
+            return Lost(
+                handle=handle, why=f"{response.status}: {why}", after=float(after) if after.isdigit() else 0.0,
+                busy=response.status == _BUSY,
+            )  # fmt: skip
+        if self._fewer:  # it takes them again
+            self._fewer -= 1
+            self._gate.release()
         finished = False
         async for line in response.content:
             if not line.startswith(b"data:"):

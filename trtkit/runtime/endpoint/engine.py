@@ -7,6 +7,7 @@ the server had not said yet: the sample goes on from there.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ __all__ = ["PATIENCE_SECONDS", "ROWS", "EndpointEngine", "open_endpoint"]
 ROWS = 64
 """Requests that are open at once where nobody says how many the server runs."""
 PATIENCE_SECONDS = 180.0
-"""How long a sample may be kept from going on before the run ends: servers that are started anew load for minutes."""
+"""How long no sample may go on before the run ends: servers that are started anew load for minutes."""
 _WAIT_SECONDS = 0.1
 """Longest wait of one step, so that Ctrl-C and clocks are heard."""
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 15.0
@@ -55,16 +56,20 @@ class _Proof:
 
 
 def open_endpoint(
-    endpoint: Endpoint, server: Server, chat: Chat, *, rows: int | None = None, total_tokens: int | None = None
-) -> EndpointEngine:
+    endpoint: Endpoint, server: Server, chat: Chat, *, rows: int | None = None, total_tokens: int | None = None,
+    patient: bool = False,
+) -> EndpointEngine:  # fmt: skip
     """An engine on a server that :func:`trtkit.runtime.endpoint.server.look_at` has looked at.
 
-    ``total_tokens`` is the longest request where the server does not say. Raises :class:`MissingDependency`.
+    ``total_tokens`` is the longest request where the server does not say. ``patient``: see :class:`EndpointEngine`.
+    Raises :class:`MissingDependency`.
     """
     rows = rows or endpoint.rows or server.rows or ROWS
     total = server.total_tokens or total_tokens or _UNKNOWN_TOTAL
     client = Client(endpoint.url, key=endpoint.key, most=rows)
-    return EndpointEngine(client, server, chat, rows=rows, total_tokens=total, seeds=endpoint.seeds)
+    return EndpointEngine(
+        client, server, chat, rows=rows, total_tokens=total, seeds=endpoint.seeds, patient=patient
+    )  # fmt: skip
 
 
 class EndpointEngine(RestartingEngine[int]):
@@ -72,17 +77,20 @@ class EndpointEngine(RestartingEngine[int]):
 
     def __init__(
         self, client: Client, server: Server, chat: Chat, *, rows: int, total_tokens: int, seeds: bool = True,
-        patience: float = PATIENCE_SECONDS, clock: Callable[[], float] = time.monotonic,
+        patient: bool = False, patience: float = PATIENCE_SECONDS, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        """``chat`` holds the server's tokenizer; the engine closes ``client``. ``seeds``: see :class:`Endpoint`."""
+        """``chat`` holds the server's tokenizer; the engine closes ``client``. ``seeds``: see :class:`Endpoint`.
+        ``patient``: a server that has worked is waited for without end, because the caller has a clock."""
         super().__init__()
         self._client, self._server, self._chat = client, server, chat
         self._rows, self._total_tokens, self._seeds = rows, total_tokens, seeds
-        self._patience, self._now = patience, clock
+        self._patient, self._patience, self._now = patient, patience, clock
         self._trouble: dict[str, _Trouble] = {}
+        self._heard = -math.inf
+        """When the server was last known to be at work."""
         self._proof: _Proof | None = None
         self._proven = not server.dialect.ids
-        self._said_lost = False
+        self._said_lost = self._said_away = False
         self._begun: set[int] = set()
         """Handles that have said something, and will again."""
         self._steps = self._new_tokens = self._peak_rows = 0
@@ -141,7 +149,7 @@ class EndpointEngine(RestartingEngine[int]):
 
         So it takes about as long as the server's own, by which a solver measures what time a token takes. A request
         that the server refuses after it has taken others ends there. Raises :class:`EngineError` when it takes none,
-        or cannot be reached for longer than a sample may wait, or has another tokenizer.
+        or no sample of any problem has gone on for too long, or it has another tokenizer.
         """
         outputs = self._report_cancelled()
         if not self._by_handle:
@@ -160,7 +168,8 @@ class EndpointEngine(RestartingEngine[int]):
             self._begun.add(event.handle)
             return self._take(started, event)
         if isinstance(event, Lost):
-            return self._lost(started, event.why, event.after)
+            self._heard = self._now() if event.busy else self._heard
+            return self._lost(started, event.why, event.after, busy=event.busy)
         if self._new_tokens and event.status in _ABOUT_ONE:
             logger.warning("the server refuses %s, which ends there (%d): %s", name, event.status, event.why)
             return self._report(started, (), FinishReason.LENGTH)
@@ -188,6 +197,7 @@ class EndpointEngine(RestartingEngine[int]):
             tokens += self._unsaid_stop(started, said)
         if tokens:
             self._trouble.pop(request.id, None)
+            self._heard, self._said_away = self._now(), False
         self._new_tokens += len(tokens)
         if not request.logprobs:
             logprobs = []
@@ -234,7 +244,7 @@ class EndpointEngine(RestartingEngine[int]):
                 hint="name the checkpoint that it serves with --tokenizer",
             )  # fmt: skip
 
-    def _lost(self, started: Started[int], why: str, after: float) -> StepOutput | None:
+    def _lost(self, started: Started[int], why: str, after: float, *, busy: bool = False) -> StepOutput | None:
         """Let it go on from where it was heard of last."""
         name, now = started.request.id, self._now()
         if started.handle is not None:
@@ -243,17 +253,26 @@ class EndpointEngine(RestartingEngine[int]):
         if len(started.generated) >= started.limit:
             return self._report(started, (), FinishReason.LENGTH)
         trouble = self._trouble.setdefault(name, _Trouble(since=now))
-        if now - trouble.since > self._patience:
+        silent = now - max(trouble.since, self._heard)
+        if silent > self._patience and self._patient and self._new_tokens:
+            if not self._said_away:
+                logger.warning(
+                    "the server has not gone on for %.0f s (%s); under a time limit it is waited for: Ctrl-C ends "
+                    "the run, and the same command goes on from there", silent, why,
+                )  # fmt: skip
+                self._said_away = True
+        elif silent > self._patience:
             self._forget(name)
             raise EngineError(
-                f"the server has not gone on with {name} for {now - trouble.since:.0f} s: {why}",
+                f"the server has not gone on with {name} for {silent:.0f} s: {why}",
                 where=self._where, hint="when it runs again, the same command goes on from here",
             )  # fmt: skip
         if not self._said_lost:
             logger.warning("the server let go of a sample (%s); it goes on from where it was", why)
             self._said_lost = True
         backoff = min(_FIRST_DELAY_SECONDS * 2**trouble.tries, _LONGEST_DELAY_SECONDS)
-        trouble.tries += 1
+        if not (busy and self._begun):  # else it takes others of ours, and the client waits for one of them to end
+            trouble.tries += 1
         started.losses += 1
         self._runs_as(started, self._send(started, delay=max(backoff, min(after, _LONGEST_DELAY_SECONDS))))
         return None

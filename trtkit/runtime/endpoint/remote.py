@@ -68,10 +68,12 @@ class Remote:
         """Servers sample."""
         return False
 
-    def open(self, options: OpenOptions | None = None) -> EndpointEngine:
+    def open(self, options: OpenOptions | None = None, *, patient: bool = False) -> EndpointEngine:
         """An engine. Of the options it takes the rows: so many requests are open at once."""
         rows = None if options is None else options.rows
-        return open_endpoint(self.endpoint, self.server, self.chat, rows=rows, total_tokens=self.total_tokens)
+        return open_endpoint(
+            self.endpoint, self.server, self.chat, rows=rows, total_tokens=self.total_tokens, patient=patient
+        )
 
     def notices(self, sampling: SamplingParams, *, logprobs: bool = False) -> tuple[str, ...]:
         """What to say before a run. Raises :class:`UsageError` when the server cannot sample so."""
