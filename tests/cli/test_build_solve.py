@@ -237,6 +237,8 @@ def test_not_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     [(["--stop", "agre(4)"], "agree"), (["--prompt", "slove"], "solve"), (["--order", "x"], "order"),
      (["--answer-mode", "x"], "answer mode"), (["--modulus", "1000"], "integer"),
      (["--policy", "competition"], "--time-limit"), (["--policy", "x", "--time-limit", "9s"], "competition"),
+     (["--time-limit", ""], "--time-limit: '' is no duration"), (["--policy", ""], "competition"),
+     (["--reserve", "", "--time-limit", "9s"], "--reserve: '' is no duration"), (["--switch-penalty", ""], "penalty"),
      (["--time-limit", "soon"], "duration"), (["--weights", "lenght"], "length"), (["--stop-at", "box"], "first-box"),
      (["--full-vote", "--time-limit", "9s"], "full vote"), (["--reserve", "9s"], "time limit"),
      (["--default-answer", "x", "--answer-mode", "integer"], "default answer"),

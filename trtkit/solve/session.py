@@ -203,7 +203,7 @@ def open_session(
     :class:`EngineError` for a directory that holds no engine.
     """
     began = time.monotonic() if began is None else began
-    limit = parse_duration(time_limit) if isinstance(time_limit, str) else time_limit
+    limit = parse_duration(time_limit, "time_limit") if isinstance(time_limit, str) else time_limit
     name = policy or ("competition" if limit is not None else None)
     chosen = {} if name is None else dict(policy_named(name, time_limit=limit))
     unknown = sorted(set(options) - set(SolveOptions.__dataclass_fields__))
