@@ -110,6 +110,7 @@ def test_without_matplotlib_it_says_so_before_it_works(
         (["--finish-order", "random"], 2, "must be length or recorded"),
         (["--stop-at", "never"], 2, "must be think or eos"),
         (["--weights", "lengthy"], 2, "did you mean 'length'"),
+        (["--weights", "confidence"], 1, "42 of 42 answers were saved without their log-probability"),
         (["--modulus", "1000"], 2, "needs the answer mode integer"),
         (["--fields", "gold=nothing"], 1, "gold=nothing: no row has it"),
     ],

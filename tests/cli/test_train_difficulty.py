@@ -132,10 +132,10 @@ def test_a_run_whose_problems_are_gone_or_changed(
     problems.rename(out / "problems.jsonl")  # beside the run is found as well
     assert len(labels_of_run(out)) == 8
     _write(out / "problems.jsonl", 7)
-    with pytest.raises(InputError, match="changed after the run"):
+    with pytest.raises(InputError, match="changed since the run"):
         labels_of_run(out)
     (out / "problems.jsonl").unlink()
-    with pytest.raises(InputError, match="is gone"):
+    with pytest.raises(InputError, match="not found"):
         labels_of_run(out)
     assert run(["--quiet", "train-difficulty", "--data", str(tmp_path), "--model", str(base)]) == 1
     assert "not a run directory" in capsys.readouterr().err

@@ -76,7 +76,7 @@ def test_a_problems_file_that_changed_gives_no_texts(solved: Path, tmp_path: Pat
     (tmp_path / "problems.jsonl").write_text('{"id": "p0", "problem": "another one", "answer": "1"}\n')
     (read,) = read_runs([solved])
     assert {result.text for result in read.results} == {None}
-    assert "has changed" in read.notices[0]
+    assert "changed since the run" in read.notices[0]
     accuracy = figures_of(read).accuracy  # known answers come from solutions.jsonl
     assert accuracy is not None
     assert accuracy.count == 12

@@ -22,7 +22,8 @@ from trtkit.runtime.api import Request, StepOutput
 from trtkit.runtime.load import OpenOptions
 from trtkit.solve.options import SolveOptions
 from trtkit.solve.policy import policy_named
-from trtkit.solve.session import PROBLEMS_FILE, Session, open_session
+from trtkit.solve.run_head import PROBLEMS_FILE
+from trtkit.solve.session import Session, open_session
 
 
 def right(request: Request) -> Sequence[int]:
@@ -184,6 +185,25 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     assert [(result.id, result.text) for result in run.results] == [(name, f"problem {name}") for name in "abcd"]
     with world.session(4, out=out, samples=5) as again:
         assert {name: len(solution.attempts) for name, solution in again.solutions.items()} == dict.fromkeys("abcd", 5)
+
+
+def test_a_problem_that_no_prompt_holds_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    with world.session(2, time_limit=400.0) as session:
+        assert session.answer("long", "3 + 4 " * 200_000) == "0"
+        assert session.answer("b", "problem b") == "7"
+    assert [line for line in caplog.messages if "long" in line] == [
+        "problem long: the problem text has 1,200,000 characters, more than fit into any prompt; answered 0"
+    ]
+
+
+def test_a_session_that_was_not_closed_is_read_wherever_it_lies(world: World, tmp_path: Path) -> None:
+    with world.session(2, out=tmp_path / "run") as session:
+        session.ask("a", "problem a")
+        (run,) = read_runs([tmp_path / "run"])
+        assert [result.text for result in run.results] == ["problem a"]
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    (run,) = read_runs([moved])
+    assert [result.text for result in run.results] == ["problem a"]
 
 
 def test_a_disk_that_stays_full_costs_the_files_only(

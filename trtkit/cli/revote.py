@@ -246,19 +246,19 @@ def _advice(paths: Sequence[Path], fields: Sequence[str], options: ReplayOptions
 def _solved(paths: Sequence[Path]) -> list[str]:
     """Problems and engine of the run that was replayed, where they are still there; else the usual name."""
     from trtkit.errors import InputError
-    from trtkit.solve.run_head import RUN_FILE, read_head
+    from trtkit.solve.run_head import RUN_FILE, problems_file, read_head
 
     for path in paths:
         directory = path if path.is_dir() else path.parent
         # What lies beside a file of traces may be anything; that of a run was read, and found whole.
         with contextlib.suppress(InputError):
             run = read_head(directory) if (directory / RUN_FILE).is_file() else {}
-            problems, engine = Path((run.get("problems") or {}).get("path") or ""), run.get("engine") or {}
+            problems, engine = problems_file(directory, run), run.get("engine") or {}
             where, model = engine.get("path") or "", engine.get("model")
-            if problems.is_file() and model:  # whether the server still runs will be seen
+            if model:  # whether the server still runs will be seen
                 seedless = ["--no-endpoint-seeds"] if engine.get("seeds") == "no" else []
                 return [str(problems), "--endpoint", where, "--endpoint-model", model, *seedless]
-            if problems.is_file() and (Path(where) / "engine.json").is_file():
+            if (Path(where) / "engine.json").is_file():
                 return [str(problems), "--engine", where]
     return ["problems.jsonl"]
 

@@ -38,7 +38,7 @@ from trtkit.solve.policy import policy_named
 from trtkit.solve.problems import Problem, read_problems
 from trtkit.solve.records import Solution
 from trtkit.solve.run import claim, identity_of, write_results
-from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE
+from trtkit.solve.run_head import JOURNAL_FILE, PROBLEMS_FILE, RUN_FILE
 from trtkit.solve.sandbox import open_sandbox
 from trtkit.solve.solver import Solver
 from trtkit.solve.vote import Tally
@@ -46,10 +46,8 @@ from trtkit.solve.vote import Tally
 if TYPE_CHECKING:
     from trtkit.runtime.load import OpenOptions
 
-__all__ = ["PROBLEMS_FILE", "Session", "open_session"]
+__all__ = ["Session", "open_session"]
 
-PROBLEMS_FILE = "problems.jsonl"
-"""In the run directory: what was asked, in that order."""
 _BLANK = "(blank)"
 """For an id or a text of spaces alone, which no reader of problems takes."""
 
@@ -107,7 +105,7 @@ class Session(Closing):
             try:
                 self._go_on()
                 self._note()
-                return self._solver.ask(problem)
+                solution = self._solver.ask(problem)
             except Exception as failure:
                 logger.error("problem %s: %s: %s", name, type(failure).__name__, failure)
                 self._failed = True
@@ -116,6 +114,9 @@ class Session(Closing):
                 self._failed = True
                 self._solver.forget_unfinished()
                 raise
+            if solution.error is not None:
+                logger.warning("problem %s: %s; answered %s", name, solution.error, _told(solution))
+            return solution
 
     def answer(self, name: str, text: str) -> str | None:
         """The winning answer in canonical spelling, the default answer without one, None without both."""
@@ -220,6 +221,10 @@ def open_session(
 def _asked_before(out: Path) -> dict[str, Problem]:
     path = out / PROBLEMS_FILE
     return {problem.id: problem for problem in read_problems(path)} if path.exists() else {}
+
+
+def _told(solution: Solution) -> str:
+    return "nothing" if solution.answer is None else solution.answer.key
 
 
 def _as_written(said: object) -> str:
