@@ -68,6 +68,12 @@ def test_force_replaces_engines_only(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (checkpoint / "problems.jsonl").is_file()
     for _ in range(2):
         assert run([*arguments, str(tmp_path / "engine")]) == 0
+    journal = tmp_path / "engine" / "runs" / "a" / "journal.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.touch()
+    assert run([*arguments, str(tmp_path / "engine")]) == 1
+    assert f"- {journal.parent}\n" in capsys.readouterr().err
+    assert journal.is_file()
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("int8", 1e-6), pytest.param("int4", 2e-4, marks=pytest.mark.slow)])
