@@ -30,6 +30,14 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "larger GPU" in lines[-2]
 
 
+def test_a_computer_s_memory_is_told_for_all_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--gpu", "cpu", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    usable = [row["memory"]["usable_bytes"] / 1e9 for row in json.loads(lines[-1])["rows"]]
+    [memory] = [line for line in lines if line.split()[:1] == ["memory"]]
+    assert f"{min(usable):.2f} GB to {max(usable):.2f} GB usable" in memory
+
+
 def test_more_devices_than_a_model_can_be_split_over(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
