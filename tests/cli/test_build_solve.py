@@ -233,7 +233,11 @@ def test_not_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     problems = tmp_path / "p.jsonl"
     problems.write_text(PROBLEM + "\n", encoding="utf-8")
     assert solve(problems, tmp_path, tmp_path / "run") == 1
-    assert "not an engine directory" in capsys.readouterr().err
+    assert "not an engine directory (no engine.json)\nhint:  build one" in capsys.readouterr().err
+    assert solve(problems, problems, tmp_path / "run") == 1
+    assert "not an engine directory (a file)" in capsys.readouterr().err
+    assert solve(problems, practice_dir(), tmp_path / "run") == 1
+    assert f"trtkit build --model {practice_dir()}\n" in capsys.readouterr().err
     assert solve(tmp_path / "missing.jsonl", practice_dir(), tmp_path / "run") == 1
     assert not (tmp_path / "run").exists()
 

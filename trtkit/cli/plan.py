@@ -158,10 +158,10 @@ def _spec(model: str) -> ModelSpec:
         return spec
     if model == PRACTICE:
         return read_model_spec(practice_dir())
-    if not Path(model).is_dir():
+    if not (Path(model) / "config.json").is_file():
         raise UsageError(
             f"unknown model {model!r}{nearest(model, [*KNOWN_MODELS, PRACTICE])}",
-            hint=f"one of: {', '.join(KNOWN_MODELS)}, {PRACTICE}, or the directory of a checkpoint",
+            hint=f"one of: {', '.join(KNOWN_MODELS)}, {PRACTICE}, or a checkpoint directory (with its config.json)",
         )
     return read_model_spec(Path(model))
 
