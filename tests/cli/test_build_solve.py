@@ -135,8 +135,10 @@ def test_solve_json_and_resume(engine: Path, tmp_path: Path, capsys: pytest.Capt
     ]  # fmt: skip
     assert lines[-2] == f"next: trtkit report {out}"
     assert {"run.json", "journal.jsonl", "solutions.jsonl", "summary.json"} <= {path.name for path in out.iterdir()}
-    assert solve(problems, engine, out, "--json") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == document["tokens"]
+    assert solve(problems, engine, out, "--json", "--verbose") == 0
+    again = capsys.readouterr()
+    assert json.loads(again.out.splitlines()[-1])["tokens"] == document["tokens"]
+    assert "all 1 problem(s) were solved before" in again.err
     assert solve(problems, engine, out, "--seed", "5") == 2
     assert "different run" in capsys.readouterr().err
     assert solve(problems, engine, out, "--output-layer", "model") == 2

@@ -132,6 +132,8 @@ def run_solve(
                 )
                 late = answer_late(problems, solutions, journal, options, loading_seconds=starting)
                 solutions |= late
+            elif len(solutions) == len(problems):
+                logger.info("all %d problem(s) were solved before; these are the results", len(problems))
             if len(solutions) < len(problems):
                 with open_sandbox(options.tools) as sandbox, open_engine() as engine:
                     solver = Solver(engine, chat, options, grader, journal, observer)
