@@ -185,7 +185,8 @@ def _look_at_run(directory: Path) -> tuple[dict[str, str], JsonObject]:
             facts["result"] += f", accuracy {summary['accuracy']:.1%}"
         data["summary"] = summary
     else:
-        facts["result"] = "not finished; the same `trtkit solve` command goes on from here"
+        goes_on = "the same `trtkit solve` command" if "problems" in run else "a session on this directory"
+        facts["result"] = f"not finished; {goes_on} goes on from here"
     return facts, data
 
 

@@ -105,3 +105,12 @@ def test_a_training_from_python_is_not_given_the_command_of_another(
         training.train_head(plan, tmp_path / "out", device=torch.device("cpu"))
     assert run(["inspect", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("no option for held_out, trees")
+
+
+def test_a_head_is_named_as_engines_of_its_model_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "My Model").mkdir()
+    monkeypatch.chdir(tmp_path / "My Model")
+    places: list[Path] = []
+    monkeypatch.setattr(training, "train_head", lambda plan, target, **_: places.append(target))
+    assert run(["train-drafter", "--model", ".", "--problems", "p.jsonl"]) == 0
+    assert places == [Path("engines/built/my-model-drafter")]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from trtkit.bundled import PRACTICE, practice_dir
-from trtkit.cli.engines import DEFAULT_PRECISION, calibration_words, default_engine
+from trtkit.cli.engines import BUILT, DEFAULT_PRECISION, calibration_words, default_engine, stem
 from trtkit.cli.options import Device, Json, Model, Threads, refuse_idle
 from trtkit.cli.output import facts, finish, notice, quoted, table
 from trtkit.errors import InputError, UsageError
@@ -103,7 +103,7 @@ def command(
         seed=seed,
         max_tokens=max_tokens,
     )
-    target = out or Path("engines/built") / f"{Path(model).name.lower()}-drafter"
+    target = out or BUILT / f"{stem(model)}-drafter"
     set_threads(threads)
     report = train_head(plan, target, device=device_named(device))
     if report is None:  # another process of the same torchrun tells
