@@ -82,6 +82,9 @@ def test_problems_are_answered_as_they_come(world: World) -> None:
         assert list(session.solutions) == ["a", "b"]
         with pytest.raises(UsageError, match="another text"):
             session.ask("a", "What is 5 + 2?")
+    assert session.answer("a", "What is 3 + 4?") == "7"
+    with pytest.raises(UsageError, match="session is closed"):
+        session.ask("c", "What is 5 + 2?")
     assert len(world.engines) == 1
 
 

@@ -95,13 +95,18 @@ class Session(Closing):
         """The solution of the problem ``name``. An answer that was given before is given again.
 
         Never fails because of the engine: then the solution has an ``error``. Raises :class:`UsageError` when the name
-        stands for another text. After Ctrl-C it may be asked again; the engine is opened anew for that.
+        stands for another text, and for a new problem after :meth:`close`. After Ctrl-C it may be asked again; the
+        engine is opened anew for that.
         """
         name, text = _as_written(name), _as_written(text)
         with self._turn:
             problem = Problem(id=name, text=text)
             if self._asked.setdefault(name, problem).text != text:
                 raise UsageError(f"problem {name!r} was asked with another text", hint="give every problem its own id")
+            if self._closed:
+                if name in self._solver.solutions:
+                    return self._solver.solutions[name]
+                raise UsageError("this session is closed", hint="open another one on the same directory")
             try:
                 self._go_on()
                 self._note()
