@@ -137,6 +137,9 @@ def test_what_is_no_run_is_refused_all_at_once(solved: Path, tmp_path: Path) -> 
     with pytest.raises(InputError) as caught:
         read_runs([solved, tmp_path / "missing", tmp_path / "engine"])
     assert len(caught.value.offenders) == 2
+    with pytest.raises(InputError) as caught:
+        read_runs([solved.parent])
+    assert caught.value.offenders == (f"{solved.parent}: no run.json in it; runs in it: run",)
     with pytest.raises(UsageError, match="twice"):
         read_runs([solved, solved.parent / "run" / ".." / "run"])
 

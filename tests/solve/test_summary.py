@@ -235,6 +235,17 @@ def test_a_default_answer_and_a_tie_are_told_whatever_ended_the_problem(caplog: 
     assert caplog.messages[1].endswith("refused: failed: prompt too long; answered 0")
 
 
+def test_a_terminal_obeys_no_id_and_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    one = solved("a\x1b[2J\nb", ["\x1b[31m5"])
+    verdict = Verdict(problem=Problem(id=one.problem_id, text="x"), solution=one, correct=None, attempts_correct=None)
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(result_table([verdict]))
+    with caplog.at_level(logging.INFO, logger="trtkit"):
+        PlainLines().solved(verdict.problem, one)
+    assert "\x1b" not in stream.getvalue() + caplog.text
+    assert "a?[2J b: ?[31m5 (1 of 1 votes)" in caplog.text
+
+
 def test_live_display(verdicts: list[Verdict], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trtkit.solve.display._REDRAW_SECONDS", -1.0)
     stream = io.StringIO()

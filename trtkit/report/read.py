@@ -39,6 +39,7 @@ TOLD_SECONDS = 2.0
 """Stages of a report that take longer show their progress."""
 
 _SHOWN_LINES = 10
+_SHOWN_RUNS = 5
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -47,7 +48,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     Raises :class:`InputError` with everything that is no run directory, and for files that cannot be read;
     :class:`UsageError` when a run is named twice.
     """
-    wrong = [f"{path}: {_lack(path)}" for path in paths if _lack(path)]
+    wrong = [f"{path}: {lack}" for path in paths if (lack := _lack(path))]
     if wrong:
         raise InputError("not a run of trtkit solve", offenders=wrong, hint=f"name directories that hold a {RUN_FILE}")
     resolved = [path.resolve() for path in paths]
@@ -61,7 +62,12 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def _lack(path: Path) -> str:
     if not path.is_dir():
         return "no such directory"
-    return "" if (path / RUN_FILE).is_file() else f"no {RUN_FILE} in it"
+    if (path / RUN_FILE).is_file():
+        return ""
+    inside = sorted(found.parent.name for found in path.glob(f"*/{RUN_FILE}"))
+    more = ", ..." if len(inside) > _SHOWN_RUNS else ""
+    there = f"; runs in it: {', '.join(inside[:_SHOWN_RUNS])}{more}" if inside else ""
+    return f"no {RUN_FILE} in it{there}"
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -95,7 +95,7 @@ class PlainLines(_Counts):
     def solved(self, problem: Problem, solution: Solution) -> None:
         super().solved(problem, solution)
         self._spoke = time.monotonic()
-        logger.info("[%d/%d] %s: %s", self.done, self.total, problem.id, _said(solution))
+        logger.info("[%d/%d] %s: %s", self.done, self.total, _short(problem.id), _said(solution))
 
 
 class LiveDisplay(_Counts):
@@ -131,7 +131,7 @@ class LiveDisplay(_Counts):
     def solved(self, problem: Problem, solution: Solution) -> None:
         super().solved(problem, solution)
         self._open.pop(problem.id, None)
-        line = Text(f"[{self.done}/{self.total}] {problem.id}: {_said(solution)}")
+        line = Text(f"[{self.done}/{self.total}] {_short(problem.id)}: {_said(solution)}")
         self._console.print(line, overflow="ellipsis", no_wrap=True)
 
     def ended(self) -> None:
@@ -208,5 +208,6 @@ def _votes(tally: Tally) -> str:
 
 
 def _short(text: str, most: int = 40) -> str:
-    text = " ".join(text.split())
+    """One line of what files and models wrote, without what a terminal would obey."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     return text if len(text) <= most else text[: most - 3] + "..."
