@@ -156,7 +156,9 @@ def command(
     save_confidence: Annotated[
         bool, typer.Option("--save-confidence", help="Keep each sample's mean log-probability, for revote.")
     ] = False,
-    force_new: Annotated[bool, typer.Option("--force-new", help="Throw away what --out holds and start over.")] = False,
+    force_new: Annotated[
+        bool, typer.Option("--force-new", help="Throw away the run that --out holds and start over.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Solve problems by majority vote. Interrupt it at any time: the same command goes on from there."""
