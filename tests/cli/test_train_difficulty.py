@@ -106,6 +106,10 @@ def test_from_a_run_to_expected_tokens(
     guesses = predict_tokens(out, [Problem(id="h", text=hard), Problem(id="e", text=easy)])
     assert guesses["h"] > 1.5 * guesses["e"]
     assert 0.5 < guesses["e"] / tokens_needed(easy) < 2
+    told = out / "difficulty.json"
+    told.write_text(json.dumps({**json.loads(told.read_text()), "usable": False}))
+    assert run(["inspect", str(out)]) == 0
+    assert "`trtkit solve` refuses this one" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_useless_one_says_so(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
