@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engines import tiny_engine_dir
 from tests.training.small import small_training
+from trtkit.cli import train_drafter
 from trtkit.cli.app import run
 from trtkit.files import write_json
 from trtkit.training import answers
@@ -114,3 +116,11 @@ def test_a_head_is_named_as_engines_of_its_model_are(tmp_path: Path, monkeypatch
     monkeypatch.setattr(training, "train_head", lambda plan, target, **_: places.append(target))
     assert run(["train-drafter", "--model", ".", "--problems", "p.jsonl"]) == 0
     assert places == [Path("engines/built/my-model-drafter")]
+
+
+def test_the_next_line_builds_from_the_checkpoint_of_an_engine(tmp_path: Path) -> None:
+    engine = tiny_engine_dir(tmp_path / "engine")
+    told = json.loads((engine / "engine.json").read_text())["recipe"]
+    words = shlex.split(train_drafter._next_build(str(engine), tmp_path / "head"))
+    named = ["--precision", told["precision"], "--model", told["model"], "--drafter", str(tmp_path / "head")]
+    assert words[:8] == ["trtkit", "build", *named]
