@@ -157,7 +157,7 @@ def _look_at_trtllm(directory: Path) -> tuple[dict[str, str], JsonObject]:
     facts, data = _spec_facts(directory)
     config = read_trtllm_config(directory)
     options = config.options
-    facts["precision"] = f"quant_algo {config.scheme.quant_algo}, KV cache {config.scheme.kv_dtype}"
+    facts["precision"] = config.scheme.told
     tensor, pipeline = options.tensor_parallel, options.pipeline_parallel
     facts["ranks"] = f"{options.world_size}: tensor parallel {tensor}, pipeline parallel {pipeline}"
     facts["drafter"] = f"ReDrafter, tree {config.tree}{', greedy' if config.greedy else ''}" if config.head else "none"
