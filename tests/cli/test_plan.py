@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,17 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert not any(row["fits"] for row in json.loads(lines[-1])["rows"])
     assert "larger GPU" in lines[-2]
+
+
+def test_a_terminal_that_knows_no_unicode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "čísla"
+    save_tiny(model)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert run(["plan", "--model", str(model), "--gpu", "cpu", "--json"]) == 0
+    lines = written.getvalue().decode("ascii").splitlines()
+    assert lines[0].endswith(r"/\u010d\xedsla on CPU (nominal)")
+    assert json.loads(lines[-1])["model"] == str(model)
 
 
 def test_a_computer_s_memory_is_told_for_all_lines(capsys: pytest.CaptureFixture[str]) -> None:
