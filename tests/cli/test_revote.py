@@ -136,6 +136,13 @@ def test_the_same_samples_do_not_count_twice(traces: Path, capsys: pytest.Captur
     assert "named twice" in capsys.readouterr().err
 
 
+def test_the_answers_do_not_replace_the_samples(traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = traces.read_bytes()
+    assert revote(str(traces), *FIELDS, "--answers", str(traces)) == 2
+    assert "would replace the samples" in capsys.readouterr().err
+    assert traces.read_bytes() == before
+
+
 def test_no_traces_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert revote(str(tmp_path / "missing.jsonl")) == 1
     assert "no such file" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def command(
     from trtkit.solve.tradeoff_plot import draw_trade_offs, need_matplotlib
     from trtkit.solve.vote import parse_weighting
 
-    _refuse_twice(paths)
+    _refuse_twice(paths, out=answers)
     runs = [path.is_dir() or looks_like_journal(path) for path in paths]
     refuse_idle(context, [
         (all(runs), ("--fields",), "only with files of traces: a run says what is what"),
@@ -137,14 +137,17 @@ def _counts(text: str | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def _refuse_twice(paths: Sequence[Path]) -> None:
-    """Refuse samples that would count twice: doubled votes look like agreement. A run is also its own journal."""
+def _refuse_twice(paths: Sequence[Path], *, out: Path | None) -> None:
+    """Refuse samples that would count twice: doubled votes look like agreement. A run is also its own journal. Nor may
+    the answers take the place of the samples."""
     from trtkit.solve.run_head import JOURNAL_FILE
 
     named = [(path / JOURNAL_FILE if path.is_dir() else path).resolve() for path in paths]
     twice = [str(path) for path, place in zip(paths, named, strict=True) if named.count(place) > 1]
     if twice:
         raise UsageError("the same samples are named twice", offenders=twice, hint="name each run once")
+    if out is not None and out.resolve() in named:
+        raise UsageError(f"--answers {out}: would replace the samples", hint="name another file")
 
 
 def _read(paths: list[Path], fields: list[str], stop_at: str, problems: Path | None) -> Traces:
