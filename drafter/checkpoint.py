@@ -88,7 +88,8 @@ def read_config(directory: Path) -> DrafterConfig:
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
-        raise DrafterError(f"{path}: cannot be read as a draft head's configuration: {problem}") from None
+        said = getattr(problem, "strerror", None) or problem
+        raise DrafterError(f"{path}: cannot be read as a draft head's configuration: {said}") from None
     if not isinstance(data, dict):
         raise DrafterError(f"{path}: not a draft head's configuration: expected a JSON object")
     wanted = {"hidden_size": int, "vocab_size": int, "exit_dim": int, "num_draft_layers": int, "rnn": bool}

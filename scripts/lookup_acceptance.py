@@ -1,4 +1,4 @@
-"""How many drafts of `--drafter lookup` saved samples would have accepted: tokens per step by tree, without a model.
+"""How many drafts of `--lookup` saved samples would have accepted: tokens per step by tree, without a model.
 
     python scripts/lookup_acceptance.py traces.jsonl --tokenizer CHECKPOINT
 

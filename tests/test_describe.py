@@ -175,7 +175,9 @@ def test_a_run_and_a_draft_head(tmp_path: Path) -> None:
     found = describe(run)
     assert found.kind == RUN
     assert "2 entries" in found.facts["journal"]
-    assert "not finished" in found.facts["result"]
+    assert found.facts["result"] == "not finished; a session on this directory goes on from here"
+    write_json(run / "run.json", {"version": 1, "problems": {"path": "p.jsonl"}, "engine": {"path": "e"}})
+    assert describe(run).facts["result"] == "not finished; the same `trtkit solve` command goes on from here"
     write_json(run / "summary.json", {"answered": 2, "problems": 3, "accuracy": 0.5})
     assert describe(run).facts["result"] == "2 of 3 answered, accuracy 50.0%"
     with pytest.raises(UsageError, match="neither digests nor tensors"):

@@ -71,7 +71,8 @@ def test_a_python_that_was_not_tested_is_told(
 
 @pytest.mark.parametrize(("version", "status", "said"), [("0.40.0", "ok", "0.40.0"), (None, "info", "optional")])
 @pytest.mark.parametrize(
-    ("package", "extra"), [("nvidia-modelopt", "trtkit[modelopt]"), ("aiohttp", "trtkit[endpoint]")]
+    ("package", "extra"),
+    [("nvidia-modelopt", "trtkit[modelopt]"), ("aiohttp", "trtkit[endpoint]"), ("fastapi", "trtkit[serve]")],
 )
 def test_extras_are_optional(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str, version: str | None, status: str,

@@ -23,6 +23,7 @@ from trtkit.recipe import (
     write_manifest,
     write_recipe,
 )
+from trtkit.scheme import scheme_named
 
 AUTO = {
     ("bf16", "torch"): "model", ("fp8", "torch"): "model",
@@ -205,3 +206,8 @@ def test_a_draft_tree_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_recipe(path)
     assert caught.value.offenders == ("tree: a draft tree needs at least one beam and one token, not 0x3",)
+
+
+def test_a_scheme_is_told_without_a_name_that_it_has_not() -> None:
+    assert scheme_named("bf16").told == "bf16, KV cache model"
+    assert scheme_named("int4").told == "int4 (W4A16_AWQ), KV cache model"

@@ -157,7 +157,7 @@ def _look_at_trtllm(directory: Path) -> tuple[dict[str, str], JsonObject]:
     facts, data = _spec_facts(directory)
     config = read_trtllm_config(directory)
     options = config.options
-    facts["precision"] = f"quant_algo {config.scheme.quant_algo}, KV cache {config.scheme.kv_dtype}"
+    facts["precision"] = config.scheme.told
     tensor, pipeline = options.tensor_parallel, options.pipeline_parallel
     facts["ranks"] = f"{options.world_size}: tensor parallel {tensor}, pipeline parallel {pipeline}"
     facts["drafter"] = f"ReDrafter, tree {config.tree}{', greedy' if config.greedy else ''}" if config.head else "none"
@@ -185,7 +185,8 @@ def _look_at_run(directory: Path) -> tuple[dict[str, str], JsonObject]:
             facts["result"] += f", accuracy {summary['accuracy']:.1%}"
         data["summary"] = summary
     else:
-        facts["result"] = "not finished; the same `trtkit solve` command goes on from here"
+        goes_on = "the same `trtkit solve` command" if "problems" in run else "a session on this directory"
+        facts["result"] = f"not finished; {goes_on} goes on from here"
     return facts, data
 
 

@@ -71,6 +71,7 @@ def examine(directory: Path) -> Diagnosis:
         _python_check(), *(_package_check(name, least) for name, least in _LEAST.items()),
         _optional_check("nvidia-modelopt", "for --calibrator modelopt: pip install 'trtkit[modelopt]'"),
         _optional_check("aiohttp", "for solve and serve --endpoint: pip install 'trtkit[endpoint]'"),
+        _optional_check("fastapi", "for serve: pip install 'trtkit[serve]'"),
         _tensorrt_check(gpu), device, *_together_checks(gpu), *_kernels_checks(gpu), _threads_check(),
         _disk_check(directory), _practice_check(),
     )  # fmt: skip

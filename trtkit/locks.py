@@ -37,9 +37,9 @@ def exclusive(path: Path, doing: str) -> IO[str]:
     except BlockingIOError:
         stream.close()
         raise OutputError(
-            f"another process is working on {doing}",
+            f"{doing} is being worked on already",
             where=str(path.parent),
-            hint="wait for it, or choose another place with --out",
+            hint="wait for the other process, close the other session, or choose another place with --out",
         ) from None
     except OSError as problem:
         logger.warning(

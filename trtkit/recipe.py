@@ -6,6 +6,7 @@ A recipe is TOML (``engines/recipes/*.toml``), a manifest is the ``engine.json``
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import types
 import typing
 from collections.abc import Mapping
@@ -187,11 +188,12 @@ def read_manifest(directory: Path, name: str = ENGINE_FILE) -> EngineManifest:
     """Read ``engine.json`` of an engine directory. Raises :class:`EngineError`."""
     path = directory / name
     if not path.is_file():
-        raise EngineError(
-            f"not an engine directory ({'no engine.json' if directory.is_dir() else 'no such directory'})",
-            where=str(directory),
-            hint="build one with `trtkit build`, or ask `trtkit inspect` what this directory is",
-        )
+        lack = "no engine.json" if directory.is_dir() else "a file" if directory.exists() else "no such directory"
+        hint = "build one with `trtkit build`, or ask `trtkit inspect` what this directory is"
+        there = [(directory / other).is_file() for other in ("config.json", "tokenizer.json", "hf_quant_config.json")]
+        if there == [True, True, False]:
+            hint = f"a checkpoint is built first: trtkit build --model {shlex.quote(str(directory))}"
+        raise EngineError(f"not an engine directory ({lack})", where=str(directory), hint=hint)
     try:
         data = read_json(path, EngineError)
         if isinstance(data.get("recipe"), dict):

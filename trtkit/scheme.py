@@ -61,6 +61,11 @@ class QuantScheme:
         scales = 2 / self.group_size if self.group_size else 0.0
         return self.weight_bits / 8 + scales
 
+    @property
+    def told(self) -> str:
+        """``fp8 (FP8), KV cache model``: with TensorRT-LLM's name, where it has one."""
+        return f"{self.name}{f' ({self.quant_algo})' if self.quant_algo else ''}, KV cache {self.kv_dtype}"
+
 
 SCHEMES: dict[str, QuantScheme] = {
     scheme.name: scheme

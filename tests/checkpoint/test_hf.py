@@ -18,7 +18,7 @@ from trtkit.checkpoint.shard_writer import ShardWriter
 from trtkit.checkpoint.shards import open_shards
 from trtkit.checkpoint.unified import open_unified
 from trtkit.describe import describe
-from trtkit.errors import CheckpointError, ConfigError, HubError, InputError, OutputError, UnsupportedError
+from trtkit.errors import CheckpointError, HubError, InputError, OutputError, UnsupportedError
 from trtkit.files import digest_file
 
 Change = Callable[[dict[str, torch.Tensor]], None]
@@ -207,8 +207,11 @@ def test_what_a_download_may_have_left_out_is_named(tmp_path: Path) -> None:
 def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         open_source(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"config\.json"):
+    (tmp_path / "run.json").touch()
+    with pytest.raises(CheckpointError, match=r"no config\.json\)\nhint: `trtkit inspect"):
         open_source(tmp_path)
+    with pytest.raises(CheckpointError, match="is a file, not a directory"):
+        open_source(tmp_path / "run.json")
     save_tiny(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="safe_serialization"):

@@ -173,7 +173,7 @@ def test_describe_says_what_it_is(native: Native, head_dirs: dict[str, Path], tm
     found = describe(tmp_path / "out", verify=True)
     assert found.kind == TRTLLM
     assert found.verified is True
-    assert found.facts["precision"] == "quant_algo FP8, KV cache fp8"
+    assert found.facts["precision"] == "fp8 (FP8), KV cache fp8"
     assert found.facts["drafter"] == "ReDrafter, tree 2x3"
     assert found.data["trtllm"]["tensor_parallel"] == 2
     assert found.data["weights"]["files"] == 2

@@ -68,6 +68,12 @@ def test_force_replaces_engines_only(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (checkpoint / "problems.jsonl").is_file()
     for _ in range(2):
         assert run([*arguments, str(tmp_path / "engine")]) == 0
+    journal = tmp_path / "engine" / "runs" / "a" / "journal.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.touch()
+    assert run([*arguments, str(tmp_path / "engine")]) == 1
+    assert f"- {journal.parent}\n" in capsys.readouterr().err
+    assert journal.is_file()
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("int8", 1e-6), pytest.param("int4", 2e-4, marks=pytest.mark.slow)])
@@ -129,8 +135,10 @@ def test_solve_json_and_resume(engine: Path, tmp_path: Path, capsys: pytest.Capt
     ]  # fmt: skip
     assert lines[-2] == f"next: trtkit report {out}"
     assert {"run.json", "journal.jsonl", "solutions.jsonl", "summary.json"} <= {path.name for path in out.iterdir()}
-    assert solve(problems, engine, out, "--json") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == document["tokens"]
+    assert solve(problems, engine, out, "--json", "--verbose") == 0
+    again = capsys.readouterr()
+    assert json.loads(again.out.splitlines()[-1])["tokens"] == document["tokens"]
+    assert "all 1 problem(s) were solved before" in again.err
     assert solve(problems, engine, out, "--seed", "5") == 2
     assert "different run" in capsys.readouterr().err
     assert solve(problems, engine, out, "--output-layer", "model") == 2
@@ -227,7 +235,11 @@ def test_not_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     problems = tmp_path / "p.jsonl"
     problems.write_text(PROBLEM + "\n", encoding="utf-8")
     assert solve(problems, tmp_path, tmp_path / "run") == 1
-    assert "not an engine directory" in capsys.readouterr().err
+    assert "not an engine directory (no engine.json)\nhint:  build one" in capsys.readouterr().err
+    assert solve(problems, problems, tmp_path / "run") == 1
+    assert "not an engine directory (a file)" in capsys.readouterr().err
+    assert solve(problems, practice_dir(), tmp_path / "run") == 1
+    assert f"trtkit build --model {practice_dir()}\n" in capsys.readouterr().err
     assert solve(tmp_path / "missing.jsonl", practice_dir(), tmp_path / "run") == 1
     assert not (tmp_path / "run").exists()
 
@@ -237,6 +249,8 @@ def test_not_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     [(["--stop", "agre(4)"], "agree"), (["--prompt", "slove"], "solve"), (["--order", "x"], "order"),
      (["--answer-mode", "x"], "answer mode"), (["--modulus", "1000"], "integer"),
      (["--policy", "competition"], "--time-limit"), (["--policy", "x", "--time-limit", "9s"], "competition"),
+     (["--time-limit", ""], "--time-limit: '' is no duration"), (["--policy", ""], "competition"),
+     (["--reserve", "", "--time-limit", "9s"], "--reserve: '' is no duration"), (["--switch-penalty", ""], "penalty"),
      (["--time-limit", "soon"], "duration"), (["--weights", "lenght"], "length"), (["--stop-at", "box"], "first-box"),
      (["--full-vote", "--time-limit", "9s"], "full vote"), (["--reserve", "9s"], "time limit"),
      (["--default-answer", "x", "--answer-mode", "integer"], "default answer"),

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,25 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert not any(row["fits"] for row in json.loads(lines[-1])["rows"])
     assert "larger GPU" in lines[-2]
+
+
+def test_a_terminal_that_knows_no_unicode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "čísla"
+    save_tiny(model)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert run(["plan", "--model", str(model), "--gpu", "cpu", "--json"]) == 0
+    lines = written.getvalue().decode("ascii").splitlines()
+    assert lines[0].endswith(r"/\u010d\xedsla on CPU (nominal)")
+    assert json.loads(lines[-1])["model"] == str(model)
+
+
+def test_a_computer_s_memory_is_told_for_all_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--gpu", "cpu", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    usable = [row["memory"]["usable_bytes"] / 1e9 for row in json.loads(lines[-1])["rows"]]
+    [memory] = [line for line in lines if line.split()[:1] == ["memory"]]
+    assert f"{min(usable):.2f} GB to {max(usable):.2f} GB usable" in memory
 
 
 def test_more_devices_than_a_model_can_be_split_over(

@@ -110,6 +110,7 @@ def test_without_matplotlib_it_says_so_before_it_works(
         (["--finish-order", "random"], 2, "must be length or recorded"),
         (["--stop-at", "never"], 2, "must be think or eos"),
         (["--weights", "lengthy"], 2, "did you mean 'length'"),
+        (["--weights", "confidence"], 1, "42 of 42 answers were saved without their log-probability"),
         (["--modulus", "1000"], 2, "needs the answer mode integer"),
         (["--fields", "gold=nothing"], 1, "gold=nothing: no row has it"),
     ],
@@ -133,6 +134,13 @@ def test_the_same_samples_do_not_count_twice(traces: Path, capsys: pytest.Captur
     (run_dir / "journal.jsonl").touch()
     assert revote(str(run_dir), str(run_dir / "journal.jsonl")) == 2
     assert "named twice" in capsys.readouterr().err
+
+
+def test_the_answers_do_not_replace_the_samples(traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = traces.read_bytes()
+    assert revote(str(traces), *FIELDS, "--answers", str(traces)) == 2
+    assert "would replace the samples" in capsys.readouterr().err
+    assert traces.read_bytes() == before
 
 
 def test_no_traces_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

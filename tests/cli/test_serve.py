@@ -102,6 +102,8 @@ def test_what_makes_no_sense_is_refused(engine: Path, tmp_path: Path, capsys: py
     err = capsys.readouterr().err
     assert [part for part in ("reasoning 'loud'", "name 'x:maj'", "the API key") if part not in err] == []
     assert run(["serve", str(engine), "--top-p", "0"]) == 2
+    assert run(["serve", str(engine), "--api-key", ""]) == 2
+    assert "the API key: is empty" in capsys.readouterr().err
     assert run(["serve", str(tmp_path)]) == 1
     assert "engine" in capsys.readouterr().err
 

@@ -106,6 +106,10 @@ def test_from_a_run_to_expected_tokens(
     guesses = predict_tokens(out, [Problem(id="h", text=hard), Problem(id="e", text=easy)])
     assert guesses["h"] > 1.5 * guesses["e"]
     assert 0.5 < guesses["e"] / tokens_needed(easy) < 2
+    told = out / "difficulty.json"
+    told.write_text(json.dumps({**json.loads(told.read_text()), "usable": False}))
+    assert run(["inspect", str(out)]) == 0
+    assert "`trtkit solve` refuses this one" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_useless_one_says_so(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,10 +136,10 @@ def test_a_run_whose_problems_are_gone_or_changed(
     problems.rename(out / "problems.jsonl")  # beside the run is found as well
     assert len(labels_of_run(out)) == 8
     _write(out / "problems.jsonl", 7)
-    with pytest.raises(InputError, match="changed after the run"):
+    with pytest.raises(InputError, match="changed since the run"):
         labels_of_run(out)
     (out / "problems.jsonl").unlink()
-    with pytest.raises(InputError, match="is gone"):
+    with pytest.raises(InputError, match="not found"):
         labels_of_run(out)
     assert run(["--quiet", "train-difficulty", "--data", str(tmp_path), "--model", str(base)]) == 1
     assert "not a run directory" in capsys.readouterr().err

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engines import tiny_engine_dir
 from tests.training.small import small_training
+from trtkit.cli import train_drafter
 from trtkit.cli.app import run
 from trtkit.files import write_json
 from trtkit.training import answers
@@ -105,3 +107,20 @@ def test_a_training_from_python_is_not_given_the_command_of_another(
         training.train_head(plan, tmp_path / "out", device=torch.device("cpu"))
     assert run(["inspect", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("no option for held_out, trees")
+
+
+def test_a_head_is_named_as_engines_of_its_model_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "My Model").mkdir()
+    monkeypatch.chdir(tmp_path / "My Model")
+    places: list[Path] = []
+    monkeypatch.setattr(training, "train_head", lambda plan, target, **_: places.append(target))
+    assert run(["train-drafter", "--model", ".", "--problems", "p.jsonl"]) == 0
+    assert places == [Path("engines/built/my-model-drafter")]
+
+
+def test_the_next_line_builds_from_the_checkpoint_of_an_engine(tmp_path: Path) -> None:
+    engine = tiny_engine_dir(tmp_path / "engine")
+    told = json.loads((engine / "engine.json").read_text())["recipe"]
+    words = shlex.split(train_drafter._next_build(str(engine), tmp_path / "head"))
+    named = ["--precision", told["precision"], "--model", told["model"], "--drafter", str(tmp_path / "head")]
+    assert words[:8] == ["trtkit", "build", *named]

@@ -222,7 +222,7 @@ def test_runs_in_which_nothing_happened_have_a_page(tmp_path: Path) -> None:
     assert "not settled" in Page(html(report_on([empty]))).words
     words = Page(html(report_on([gone]))).words
     assert "no sample has finished" in words
-    assert "is not found from this directory" in words
+    assert "not found from this directory" in words
     assert markdown(report_on([empty, gone]))
 
 

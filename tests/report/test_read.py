@@ -76,7 +76,7 @@ def test_a_problems_file_that_changed_gives_no_texts(solved: Path, tmp_path: Pat
     (tmp_path / "problems.jsonl").write_text('{"id": "p0", "problem": "another one", "answer": "1"}\n')
     (read,) = read_runs([solved])
     assert {result.text for result in read.results} == {None}
-    assert "has changed" in read.notices[0]
+    assert "changed since the run" in read.notices[0]
     accuracy = figures_of(read).accuracy  # known answers come from solutions.jsonl
     assert accuracy is not None
     assert accuracy.count == 12
@@ -137,6 +137,9 @@ def test_what_is_no_run_is_refused_all_at_once(solved: Path, tmp_path: Path) -> 
     with pytest.raises(InputError) as caught:
         read_runs([solved, tmp_path / "missing", tmp_path / "engine"])
     assert len(caught.value.offenders) == 2
+    with pytest.raises(InputError) as caught:
+        read_runs([solved.parent])
+    assert caught.value.offenders == (f"{solved.parent}: no run.json in it; runs in it: run",)
     with pytest.raises(UsageError, match="twice"):
         read_runs([solved, solved.parent / "run" / ".." / "run"])
 

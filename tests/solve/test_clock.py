@@ -220,8 +220,8 @@ def test_durations(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "0s", "-5m", "5 days", "h", "1x", "10m!", "nan", "inf"])
 def test_durations_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="is no duration"):
-        parse_duration(text)
+    with pytest.raises(UsageError, match=r"^--time-limit: .* is no duration"):
+        parse_duration(text, "--time-limit")
 
 
 @pytest.mark.parametrize("reserve", [10.0, -1.0])

@@ -164,7 +164,7 @@ def test_the_first_of_two_equal_attempts_counts(tmp_path: Path) -> None:
 
 
 def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
-    with Journal(tmp_path / "journal.jsonl"), pytest.raises(OutputError, match="another process"):
+    with Journal(tmp_path / "journal.jsonl"), pytest.raises(OutputError, match="being worked on already"):
         Journal(tmp_path / "journal.jsonl")
     Journal(tmp_path / "journal.jsonl").close()
 

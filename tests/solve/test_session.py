@@ -23,7 +23,8 @@ from trtkit.runtime.load import OpenOptions
 from trtkit.solve.options import SolveOptions
 from trtkit.solve.policy import policy_named
 from trtkit.solve.problems import read_problems
-from trtkit.solve.session import PROBLEMS_FILE, Session, open_session
+from trtkit.solve.run_head import PROBLEMS_FILE
+from trtkit.solve.session import Session, open_session
 
 
 def right(request: Request) -> Sequence[int]:
@@ -82,6 +83,9 @@ def test_problems_are_answered_as_they_come(world: World) -> None:
         assert list(session.solutions) == ["a", "b"]
         with pytest.raises(UsageError, match="another text"):
             session.ask("a", "What is 5 + 2?")
+    assert session.answer("a", "What is 3 + 4?") == "7"
+    with pytest.raises(UsageError, match="session is closed"):
+        session.ask("c", "What is 5 + 2?")
     assert len(world.engines) == 1
 
 
@@ -185,6 +189,25 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     assert [(result.id, result.text) for result in run.results] == [(name, f"problem {name}") for name in "abcd"]
     with world.session(4, out=out, samples=5) as again:
         assert {name: len(solution.attempts) for name, solution in again.solutions.items()} == dict.fromkeys("abcd", 5)
+
+
+def test_a_problem_that_no_prompt_holds_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    with world.session(2, time_limit=400.0) as session:
+        assert session.answer("long", "3 + 4 " * 200_000) == "0"
+        assert session.answer("b", "problem b") == "7"
+    assert [line for line in caplog.messages if "long" in line] == [
+        "problem long: the problem text has 1,200,000 characters, more than fit into any prompt; answered 0"
+    ]
+
+
+def test_a_session_that_was_not_closed_is_read_wherever_it_lies(world: World, tmp_path: Path) -> None:
+    with world.session(2, out=tmp_path / "run") as session:
+        session.ask("a", "problem a")
+        (run,) = read_runs([tmp_path / "run"])
+        assert [result.text for result in run.results] == ["problem a"]
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    (run,) = read_runs([moved])
+    assert [result.text for result in run.results] == ["problem a"]
 
 
 def test_a_disk_that_stays_full_costs_the_files_only(

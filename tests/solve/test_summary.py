@@ -213,6 +213,39 @@ def test_plain_lines(verdicts: list[Verdict], caplog: pytest.LogCaptureFixture) 
     assert caplog.messages[-1] == "[5/5] refused: failed: prompt too long"
 
 
+def test_a_default_answer_and_a_tie_are_told_whatever_ended_the_problem(caplog: pytest.LogCaptureFixture) -> None:
+    zero = read_answer("0", MODE)
+    solutions = [
+        replace(solved("none", [None, None], rule=DEADLINE), fallback=zero),
+        replace(solved("refused", [], error="prompt too long"), fallback=zero),
+        solved("tied", ["5", "6"], rule=DEADLINE),
+    ]
+    stream = io.StringIO()
+    verdicts = [
+        Verdict(problem=Problem(id=one.problem_id, text="x"), solution=one, correct=None, attempts_correct=None)
+        for one in solutions
+    ]
+    Console(file=stream, width=120).print(result_table(verdicts))
+    for note in ("stopped by deadline, default answer", "prompt too long, default answer", "stopped by deadline, tie"):
+        assert note in stream.getvalue()
+    with caplog.at_level(logging.INFO, logger="trtkit"):
+        for one in verdicts[:2]:
+            PlainLines().solved(one.problem, one.solution)
+    assert caplog.messages[0].endswith("none: 0 (default answer, none in 2 samples, deadline), 25 tokens, 2.0s")
+    assert caplog.messages[1].endswith("refused: failed: prompt too long; answered 0")
+
+
+def test_a_terminal_obeys_no_id_and_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    one = solved("a\x1b[2J\nb", ["\x1b[31m5"])
+    verdict = Verdict(problem=Problem(id=one.problem_id, text="x"), solution=one, correct=None, attempts_correct=None)
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(result_table([verdict]))
+    with caplog.at_level(logging.INFO, logger="trtkit"):
+        PlainLines().solved(verdict.problem, one)
+    assert "\x1b" not in stream.getvalue() + caplog.text
+    assert "a?[2J b: ?[31m5 (1 of 1 votes)" in caplog.text
+
+
 def test_live_display(verdicts: list[Verdict], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trtkit.solve.display._REDRAW_SECONDS", -1.0)
     stream = io.StringIO()

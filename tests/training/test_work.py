@@ -45,7 +45,7 @@ def test_two_processes_do_not_train_in_one_place(tmp_path: Path, monkeypatch: py
     _, plan = small_training(tmp_path, 12, own=False, max_tokens=120, trees=())
 
     def meanwhile(*_: Any, **__: Any) -> None:
-        with pytest.raises(OutputError, match="another process is working on this training"):
+        with pytest.raises(OutputError, match="this training is being worked on already"):
             run.train_head(plan, tmp_path / "out", device=CPU)
         raise KeyboardInterrupt
 

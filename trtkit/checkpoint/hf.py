@@ -126,8 +126,13 @@ def _download(model: str, files: Sequence[str]) -> Path:
 def read_config(directory: Path) -> JsonObject:
     """``config.json`` as it stands. Raises :class:`ConfigError`, or :class:`CheckpointError` for no directory."""
     if not directory.is_dir():
-        raise CheckpointError("no such directory", where=str(directory))
-    return read_json(directory / "config.json")
+        said = "is a file, not a directory" if directory.exists() else "no such directory"
+        raise CheckpointError(said, where=str(directory))
+    path = directory / "config.json"
+    if not path.exists():
+        hint = f"`trtkit inspect {directory}` says what it is"
+        raise CheckpointError("neither a checkpoint nor an engine (no config.json)", where=str(directory), hint=hint)
+    return read_json(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -99,6 +100,8 @@ def run(arguments: Sequence[str]) -> int:
     arguments = _globals_first(arguments)
     debug = "--debug" in arguments
     verb = next((word for word in arguments if not word.startswith("-")), "")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # where a terminal or a pipe knows no Unicode, as stderr does
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(args=arguments, prog_name="trtkit", standalone_mode=False)
         sys.stdout.flush()

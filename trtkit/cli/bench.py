@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trtkit.bundled import PRACTICE
-from trtkit.cli.engines import BUILT, chosen_engine
+from trtkit.cli.engines import BUILT, chosen_engine, stem
 from trtkit.cli.options import (
     Device,
     Drafter,
@@ -126,7 +126,7 @@ def command(
     if suite:
         from trtkit.bench.suite import measure_suite
 
-        target = out or BUILT / f"suite-{Path(model).name.lower()}"
+        target = out or BUILT / f"suite-{stem(model)}"
         result = measure_suite(model, target, options)
     else:
         result = measure(engines, options)

@@ -25,6 +25,8 @@ BUILT = Path("engines") / "built"
 """Where builds go by default, below the current directory."""
 DEFAULT_PRECISION = "fp8"
 """Of ``trtkit build``."""
+_WORK = ("run.json", "journal.jsonl", ENGINE_FILE, BUNDLE_FILE)
+"""What tells a run, an engine or a bundle."""
 
 
 def chosen_engine(engine: Path | None) -> Path:
@@ -42,15 +44,26 @@ def chosen_engine(engine: Path | None) -> Path:
 
 
 def check_replaced(out: Path, *, force: bool, marks: Sequence[str] = (ENGINE_FILE, BUNDLE_FILE)) -> None:
-    """``--force`` replaces what its verb once wrote, which one of the files ``marks`` tells, never another directory.
+    """``--force`` replaces what its verb once wrote, which one of the files ``marks`` tells, never another directory,
+    nor one in which runs or engines lie.
 
     Raises :class:`OutputError`: a checkpoint, a trained head or a home directory would be gone for good.
     """
-    if force and out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in marks):
+    if not force or not out.is_dir():
+        return
+    if any(out.iterdir()) and not any((out / name).is_file() for name in marks):
         raise OutputError(
             f"holds something else (no {' or '.join(marks)}), which --force does not replace",
             where=str(out),
             hint="choose another --out, or remove the directory yourself",
+        )
+    inside = {str(path.parent) for path in out.rglob("*.json*") if path.name in _WORK and path.parent != out}
+    if inside:
+        raise OutputError(
+            "--force would remove what lies in it",
+            where=str(out),
+            offenders=sorted(inside),
+            hint="move that elsewhere, or choose another --out",
         )
 
 

@@ -134,7 +134,7 @@ def _trtllm(directory: Path, out: Path, options: TrtllmOptions, *, force: bool) 
         "TensorRT-LLM checkpoint",
         {
             "directory": str(out),
-            "precision": f"{written.scheme.name} ({written.scheme.quant_algo}), KV cache {written.scheme.kv_dtype}",
+            "precision": written.scheme.told,
             "ranks": f"{options.world_size}, {_size(out)} in all",
             "drafter": tree,
         },
@@ -161,7 +161,7 @@ def _unified(directory: Path, out: Path, *, force: bool) -> dict[str, Any]:
         "unified HF checkpoint",
         {
             "directory": str(out),
-            "precision": f"{scheme.name} ({scheme.quant_algo}), KV cache {scheme.kv_dtype}",
+            "precision": scheme.told,
             "size": _size(out),
             "speculative": f"{modes}; no ReDrafter",
         },

@@ -49,6 +49,8 @@ def command(
         advice = _NEXT.get(found.kind, "trtkit --help").format(
             path=quoted(directory), calibration=calibration_words(directory)
         )
+    if found.data.get("difficulty", {}).get("usable") is False:
+        advice = "solve more problems with --full-vote and train on all those runs: `trtkit solve` refuses this one"
     if found.offenders:
         advice = "get the damaged files again, or build again with --force"
     finish(advice, document if as_json else None)

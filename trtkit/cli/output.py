@@ -84,7 +84,8 @@ def finish(next_step: str, document: Mapping[str, Any] | None) -> None:
     """The end of every verb: what to do next, then the machine form as the very last line if it was asked for."""
     print(f"next: {next_step}")
     if document is not None:
-        print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+        unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+        print(json.dumps(document, ensure_ascii=not unicode, allow_nan=False))
 
 
 def quoted(word: object) -> str:

@@ -158,10 +158,10 @@ def _spec(model: str) -> ModelSpec:
         return spec
     if model == PRACTICE:
         return read_model_spec(practice_dir())
-    if not Path(model).is_dir():
+    if not (Path(model) / "config.json").is_file():
         raise UsageError(
             f"unknown model {model!r}{nearest(model, [*KNOWN_MODELS, PRACTICE])}",
-            hint=f"one of: {', '.join(KNOWN_MODELS)}, {PRACTICE}, or the directory of a checkpoint",
+            hint=f"one of: {', '.join(KNOWN_MODELS)}, {PRACTICE}, or a checkpoint directory (with its config.json)",
         )
     return read_model_spec(Path(model))
 
@@ -173,7 +173,7 @@ def _print(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, rows: l
         f"{model} on {gpu.title}",
         {
             "model": f"{spec.family}, {_parameters(spec)} parameters, {spec.layers} layers",
-            "memory": f"{gigabytes(rows[0].memory.usable_bytes)} usable per device, {gpu.count} device(s)",
+            "memory": f"{_usable(rows)}, {gpu.count} device(s)",
             "KV cache": f"{kv:g} KiB per token and device",
             **({"draft head": f"{gigabytes(head)} per device"} if head else {}),
             "asked": f"{work.batch} rows of at most {work.length:,} tokens",
@@ -202,6 +202,15 @@ def _print(model: str, spec: ModelSpec, gpu: GpuProfile, work: Workload, rows: l
         notice(
             "On HBM GPUs tok/s is the lower end: it follows published 2xH100 runs, which reached a sixth of the limit."
         )
+
+
+def _usable(rows: list[PlanRow]) -> str:
+    """A GPU's is one number; of a computer's memory keys and values get a part of what the weights leave."""
+    sizes = [row.memory.usable_bytes for row in rows]
+    least, most = gigabytes(min(sizes)), gigabytes(max(sizes))
+    if least == most:
+        return f"{most} usable per device"
+    return f"{least} to {most} usable, the weights and a part of what they leave"
 
 
 def _parameters(spec: ModelSpec) -> str:

@@ -91,7 +91,7 @@ def command(
     from trtkit.solve.tradeoff_plot import draw_trade_offs, need_matplotlib
     from trtkit.solve.vote import parse_weighting
 
-    _refuse_twice(paths)
+    _refuse_twice(paths, out=answers)
     runs = [path.is_dir() or looks_like_journal(path) for path in paths]
     refuse_idle(context, [
         (all(runs), ("--fields",), "only with files of traces: a run says what is what"),
@@ -137,14 +137,17 @@ def _counts(text: str | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def _refuse_twice(paths: Sequence[Path]) -> None:
-    """Refuse samples that would count twice: doubled votes look like agreement. A run is also its own journal."""
+def _refuse_twice(paths: Sequence[Path], *, out: Path | None) -> None:
+    """Refuse samples that would count twice: doubled votes look like agreement. A run is also its own journal. Nor may
+    the answers take the place of the samples."""
     from trtkit.solve.run_head import JOURNAL_FILE
 
     named = [(path / JOURNAL_FILE if path.is_dir() else path).resolve() for path in paths]
     twice = [str(path) for path, place in zip(paths, named, strict=True) if named.count(place) > 1]
     if twice:
         raise UsageError("the same samples are named twice", offenders=twice, hint="name each run once")
+    if out is not None and out.resolve() in named:
+        raise UsageError(f"--answers {out}: would replace the samples", hint="name another file")
 
 
 def _read(paths: list[Path], fields: list[str], stop_at: str, problems: Path | None) -> Traces:
@@ -246,19 +249,19 @@ def _advice(paths: Sequence[Path], fields: Sequence[str], options: ReplayOptions
 def _solved(paths: Sequence[Path]) -> list[str]:
     """Problems and engine of the run that was replayed, where they are still there; else the usual name."""
     from trtkit.errors import InputError
-    from trtkit.solve.run_head import RUN_FILE, read_head
+    from trtkit.solve.run_head import RUN_FILE, problems_file, read_head
 
     for path in paths:
         directory = path if path.is_dir() else path.parent
         # What lies beside a file of traces may be anything; that of a run was read, and found whole.
         with contextlib.suppress(InputError):
             run = read_head(directory) if (directory / RUN_FILE).is_file() else {}
-            problems, engine = Path((run.get("problems") or {}).get("path") or ""), run.get("engine") or {}
+            problems, engine = problems_file(directory, run), run.get("engine") or {}
             where, model = engine.get("path") or "", engine.get("model")
-            if problems.is_file() and model:  # whether the server still runs will be seen
+            if model:  # whether the server still runs will be seen
                 seedless = ["--no-endpoint-seeds"] if engine.get("seeds") == "no" else []
                 return [str(problems), "--endpoint", where, "--endpoint-model", model, *seedless]
-            if problems.is_file() and (Path(where) / "engine.json").is_file():
+            if (Path(where) / "engine.json").is_file():
                 return [str(problems), "--engine", where]
     return ["problems.jsonl"]
 

@@ -128,7 +128,7 @@ def command(
         name=name or stem(source.model), host=host, port=port,
         reasoning=reasoning,  # type: ignore[arg-type]  # checked there
         voting=SolveOptions(samples=samples, max_tokens=max_tokens, sampling=sampling, **variants),
-        most_unfinished=queue, key=api_key or None,
+        most_unfinished=queue, key=api_key,
     )  # fmt: skip
 
     def tell(serving: Serving) -> None:

@@ -75,7 +75,8 @@ def command(
         ),
     ] = None,
     reserve: Annotated[
-        str | None, typer.Option("--reserve", help="Part of the time limit that is kept back; default: 1 %.")
+        str | None,
+        typer.Option("--reserve", help="Time of the limit to keep back, e.g. 3m; default: 1 % of it."),
     ] = None,
     difficulty: Annotated[
         Path | None, typer.Option("--difficulty", help="From train-difficulty: harder problems get more of the clock.")
@@ -155,7 +156,9 @@ def command(
     save_confidence: Annotated[
         bool, typer.Option("--save-confidence", help="Keep each sample's mean log-probability, for revote.")
     ] = False,
-    force_new: Annotated[bool, typer.Option("--force-new", help="Throw away what --out holds and start over.")] = False,
+    force_new: Annotated[
+        bool, typer.Option("--force-new", help="Throw away the run that --out holds and start over.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Solve problems by majority vote. Interrupt it at any time: the same command goes on from there."""
@@ -181,8 +184,8 @@ def command(
     refuse_directory(problems)
     directory = None if endpoint is not None else chosen_engine(engine)
     defaults = SolveOptions()
-    limit = parse_duration(time_limit) if time_limit else None
-    chosen: dict[str, Any] = dict(policy_named(policy, time_limit=limit)) if policy else {}
+    limit = parse_duration(time_limit, "--time-limit") if time_limit is not None else None
+    chosen: dict[str, Any] = {} if policy is None else dict(policy_named(policy, time_limit=limit))
     waves = "only in pooled runs, without --time-limit and --full-vote: elsewhere all samples of a problem run at once"
     pooled = (order or chosen.get("order", defaults.order)) == "pooled" and limit is None and not full_vote
     refuse_idle(context, [
@@ -214,7 +217,7 @@ def command(
             weighting=weights,
             outstanding=2 * batch if batch else defaults.outstanding,
             time_limit=limit,
-            reserve=parse_duration(reserve) if reserve else None,
+            reserve=parse_duration(reserve, "--reserve") if reserve is not None else None,
             policy=policy,
             tools=code,
             save_text=save_text,
@@ -241,7 +244,7 @@ def command(
         chosen["difficulty"] = predict_tokens(difficulty, rows)
     chat = source.chat
     with out_of_range_is_usage():
-        switch = read_switch_penalty(switch_penalty, chat.encode, chat.decode) if switch_penalty else None
+        switch = None if switch_penalty is None else read_switch_penalty(switch_penalty, chat.encode, chat.decode)
     told = [name for name in variants if VARIANTS[name].tools] if code is None else []
     if told:
         logger.warning("note: --prompt %s tells the model that its code runs, and without --tools it does not", told[0])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trtkit.cli.engines import check_replaced
+from trtkit.cli.engines import BUILT, check_replaced
 from trtkit.cli.options import Device, Json, Threads
 from trtkit.cli.output import facts, finish, notice, quoted
 
@@ -53,7 +53,7 @@ def command(
     plan = DifficultyPlan(
         model=model, epochs=epochs, batch=batch, rate=rate, max_tokens=max_tokens, held_out=held_out, seed=seed
     )
-    target = out or Path("engines/built/difficulty")
+    target = out or BUILT / "difficulty"
     check_replaced(target, force=force, marks=[DIFFICULTY_FILE])
     set_threads(threads)
     report = train_difficulty(plan, labels, target, device=device_named(device), replace_out=force)

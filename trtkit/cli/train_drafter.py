@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from trtkit.bundled import PRACTICE, practice_dir
-from trtkit.cli.engines import DEFAULT_PRECISION, calibration_words, default_engine
+from trtkit.cli.engines import BUILT, DEFAULT_PRECISION, calibration_words, default_engine, stem
 from trtkit.cli.options import Device, Json, Model, Threads, refuse_idle
 from trtkit.cli.output import facts, finish, notice, quoted, table
 from trtkit.errors import InputError, UsageError
+from trtkit.recipe import ENGINE_FILE, read_manifest
 
 _SELF = "self"
 _FEW = 10
@@ -103,7 +104,7 @@ def command(
         seed=seed,
         max_tokens=max_tokens,
     )
-    target = out or Path("engines/built") / f"{Path(model).name.lower()}-drafter"
+    target = out or BUILT / f"{stem(model)}-drafter"
     set_threads(threads)
     report = train_head(plan, target, device=device_named(device))
     if report is None:  # another process of the same torchrun tells
@@ -135,12 +136,19 @@ def command(
             + ("" if own else ", or on --data self")
         )
     document = {"drafter_dir": str(target), **asdict(report)}
-    there = default_engine(model, DEFAULT_PRECISION)
-    aside = f" --out {there}-drafter" if there.exists() else ""  # build refuses to write over an engine
-    finish(
-        f"trtkit build --model {quoted(model)} --drafter {quoted(target)}{aside}{calibration_words(model)}",
-        document if as_json else None,
-    )
+    finish(_next_build(model, target), document if as_json else None)
+
+
+def _next_build(model: str, head: Path) -> str:
+    """The engine that the head is for; where it was trained for an engine, that one, from its checkpoint."""
+    precision, said = DEFAULT_PRECISION, ""
+    if (Path(model) / ENGINE_FILE).is_file():
+        recipe = read_manifest(Path(model)).recipe
+        model, precision, said = recipe.model, recipe.precision, f"--precision {recipe.precision} "
+    there = default_engine(model, precision)
+    aside = f" --out {quoted(f'{there}-drafter')}" if there.exists() else ""  # build refuses to write over an engine
+    words = calibration_words(model, precision=precision)
+    return f"trtkit build {said}--model {quoted(model)} --drafter {quoted(head)}{aside}{words}"
 
 
 def same_command(plan: Mapping[str, Any], out: str) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtkit.errors import InputError, TrtkitError, UsageError
-from trtkit.files import JsonObject, digest_file
+from trtkit.errors import InputError, UsageError
+from trtkit.files import JsonObject
 from trtkit.log import Progress
 from trtkit.report.journal import AttemptRow, JournalRows, SolutionRow, read_rows
 from trtkit.report.records import Result, Run, Sample, VoteCount
@@ -26,6 +26,7 @@ from trtkit.solve.run_head import (
     SUMMARY_FILE,
     engine_told,
     mode_of,
+    problems_file,
     read_head,
     read_solution_golds,
     read_summary,
@@ -38,6 +39,7 @@ TOLD_SECONDS = 2.0
 """Stages of a report that take longer show their progress."""
 
 _SHOWN_LINES = 10
+_SHOWN_RUNS = 5
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -46,7 +48,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     Raises :class:`InputError` with everything that is no run directory, and for files that cannot be read;
     :class:`UsageError` when a run is named twice.
     """
-    wrong = [f"{path}: {_lack(path)}" for path in paths if _lack(path)]
+    wrong = [f"{path}: {lack}" for path in paths if (lack := _lack(path))]
     if wrong:
         raise InputError("not a run of trtkit solve", offenders=wrong, hint=f"name directories that hold a {RUN_FILE}")
     resolved = [path.resolve() for path in paths]
@@ -60,7 +62,12 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def _lack(path: Path) -> str:
     if not path.is_dir():
         return "no such directory"
-    return "" if (path / RUN_FILE).is_file() else f"no {RUN_FILE} in it"
+    if (path / RUN_FILE).is_file():
+        return ""
+    inside = sorted(found.parent.name for found in path.glob(f"*/{RUN_FILE}"))
+    more = ", ..." if len(inside) > _SHOWN_RUNS else ""
+    there = f"; runs in it: {', '.join(inside[:_SHOWN_RUNS])}{more}" if inside else ""
+    return f"no {RUN_FILE} in it{there}"
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -78,7 +85,7 @@ def _read(path: Path, label: str, grader: Grader) -> Run:
     rows = read_rows(path / JOURNAL_FILE)
     notices = _damage(rows)
     summary = read_summary(path)
-    problems = _problems(_mapping(head, "problems"), notices)
+    problems = _problems(path, head, notices)
     if problems is None:
         problems = _from_solutions(path, rows, notices)
     reading = _Reading(
@@ -221,18 +228,12 @@ def _cancelled(settled: SolutionRow, asked: int, finished: int) -> int:
     return 0 if settled.error else max(asked - finished, 0)  # older runs
 
 
-def _problems(head: Mapping[str, Any], notices: list[str]) -> list[Problem] | None:
+def _problems(path: Path, head: Mapping[str, Any], notices: list[str]) -> list[Problem] | None:
     """The problems file, if it is still the one that was solved."""
-    path = Path(str(head.get("path", "")))
     try:
-        if not path.is_file():
-            notices.append(f"The problems file {path} is not found from this directory: problem texts are not shown.")
-        elif digest_file(path) != head.get("sha256"):
-            notices.append(f"The problems file {path} has changed since the run: problem texts are not shown.")
-        else:
-            return read_problems(path)
-    except (OSError, TrtkitError) as problem:
-        notices.append(f"The problems file {path} cannot be read ({problem}): problem texts are not shown.")
+        return read_problems(problems_file(path, head))
+    except InputError as problem:
+        notices.append(f"The problems file {problem.where}: {problem.message}. Problem texts are not shown.")
     return None
 
 

@@ -72,17 +72,16 @@ def totals(runs: Sequence[Run], figures: Sequence[Figures], comparison: Comparis
         name="Time", meaning="Work by all sessions, without loading the engine.", values=tuple(map(_time, runs))
     )
     speed = (time, *rows(*_SPEED))
+    loading = [run.loading_seconds for run in runs]
+    if any(seconds is not None for seconds in loading):
+        values = tuple("-" if seconds is None else duration(seconds) for seconds in loading)
+        speed += (Metric(name="Loading", meaning="Time to load the engine, all sessions.", values=values),)
     for there, row in (
-        (any(run.loading_seconds is not None for run in runs), None),
         (any(f.accepted_by_depth for f in figures), _ACCEPTED),
         (any(f.phase_seconds for f in figures), _PHASES),
         (any(f.bank for f in figures), _BANK),
     ):
-        if there and row is None:
-            values = tuple("-" if run.loading_seconds is None else duration(run.loading_seconds) for run in runs)
-            speed += (Metric(name="Loading", meaning="Time to load the engine, all sessions.", values=values),)
-        elif there and row is not None:
-            speed += rows(row)
+        speed += rows(row) if there else ()
     return [
         Group(name="Answers", metrics=answers, budget_bound=True),
         Group(name="Samples", metrics=rows(*_SAMPLES)),

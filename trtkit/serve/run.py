@@ -47,8 +47,8 @@ class ServeOptions:
             wrong.append(f"reasoning {self.reasoning!r}: must be {' or '.join(get_args(Reasoning))}")
         if not self.name.strip() or self.name.endswith(VOTED):
             wrong.append(f"name {self.name!r}: must be some text that does not end with {VOTED}")
-        if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
-            wrong.append("the API key: must be printable ASCII")
+        if self.key is not None and not (self.key and self.key.isascii() and self.key.isprintable()):
+            wrong.append("the API key: must be printable ASCII" if self.key else "the API key: is empty")
         if wrong:
             raise UsageError("options that make no sense", offenders=wrong)
 

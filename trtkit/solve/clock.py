@@ -36,8 +36,11 @@ _LONG_SILENCE = 5
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def parse_duration(text: str) -> float:
-    """``90s``, ``10m``, ``5h``, ``1h30m``, or seconds as a plain number. Raises :class:`UsageError`."""
+def parse_duration(text: str, where: str | None = None) -> float:
+    """``90s``, ``10m``, ``5h``, ``1h30m``, or seconds as a plain number; ``where`` is what asked for it.
+
+    Raises :class:`UsageError`.
+    """
     plain = re.fullmatch(r"[0-9]+(\.[0-9]+)?", text.strip())
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([hms])", text)
     if plain:
@@ -47,7 +50,7 @@ def parse_duration(text: str) -> float:
     else:
         seconds = 0.0
     if seconds <= 0:
-        raise UsageError(f"{text!r} is no duration", hint="a positive time such as 90s, 10m, 5h or 1h30m")
+        raise UsageError(f"{text!r} is no duration", where=where, hint="a positive time such as 90s, 10m, 5h or 1h30m")
     return seconds
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from trtkit.difficulty import Labelled, load_regressor
 from trtkit.errors import InputError
-from trtkit.files import digest_file
 from trtkit.log import logger
 from trtkit.solve.ends import Ending
 from trtkit.solve.journal import read_history
 from trtkit.solve.problems import Problem, read_problems
-from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, read_head
+from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, problems_file, read_head
 
 __all__ = ["is_run", "labels_of_run", "predict_tokens"]
 
@@ -46,12 +45,8 @@ def labels_of_run(path: Path) -> list[Labelled]:
             hint="pass what `trtkit solve` wrote, or a JSONL file with problem and tokens",
         )
     run = read_head(directory)
-    try:
-        source, digest = Path(run["problems"]["path"]), run["problems"]["sha256"]
-        full_vote = bool(run["arguments"]["full_vote"])
-    except (KeyError, TypeError) as problem:
-        raise InputError(f"incomplete: {problem} is missing", where=str(directory / RUN_FILE)) from None
-    texts = {problem.id: problem.text for problem in read_problems(_problems_file(directory, source, digest))}
+    full_vote = bool((run.get("arguments") or {}).get("full_vote"))
+    texts = {problem.id: problem.text for problem in read_problems(problems_file(directory, run))}
     attempts = read_history(journal).attempts
     finished = {name: [a for a in all_ if a.ending is not Ending.DEADLINE] for name, all_ in attempts.items()}
     labels = [
@@ -76,21 +71,3 @@ def labels_of_run(path: Path) -> list[Labelled]:
             directory,
         )
     return labels
-
-
-def _problems_file(directory: Path, source: Path, digest: str) -> Path:
-    """Where the run's problems lie: as written in run.json, or relative to the run directory."""
-    for path in (source, directory / source, directory / source.name):
-        if path.is_file():
-            if digest_file(path) == digest:
-                return path
-            raise InputError(
-                "this problems file was changed after the run",
-                where=str(path),
-                hint="restore it, or pass a JSONL file with problem and tokens",
-            )
-    raise InputError(
-        f"the problems file {source} is gone",
-        where=str(directory / RUN_FILE),
-        hint="put it back there or into the run directory, or pass a JSONL file with problem and tokens",
-    )

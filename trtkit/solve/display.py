@@ -64,7 +64,7 @@ class _Counts(Observer):
         self._partly.pop(problem.id, None)
 
     def headline(self) -> str:
-        """``12/30 problems, 24 samples running, 512 tok/s, about 3:10 left``."""
+        """``12/30 problems, 24 samples unfinished, 512 tok/s, about 3:10 left``."""
         now = time.monotonic()
         recent = [entry for entry in self._recent if now - entry[0] <= _WINDOW_SECONDS]
         span = max(now - max(self._began, now - _WINDOW_SECONDS), 1e-3)
@@ -95,7 +95,7 @@ class PlainLines(_Counts):
     def solved(self, problem: Problem, solution: Solution) -> None:
         super().solved(problem, solution)
         self._spoke = time.monotonic()
-        logger.info("[%d/%d] %s: %s", self.done, self.total, problem.id, _said(solution))
+        logger.info("[%d/%d] %s: %s", self.done, self.total, _short(problem.id), _said(solution))
 
 
 class LiveDisplay(_Counts):
@@ -131,7 +131,7 @@ class LiveDisplay(_Counts):
     def solved(self, problem: Problem, solution: Solution) -> None:
         super().solved(problem, solution)
         self._open.pop(problem.id, None)
-        line = Text(f"[{self.done}/{self.total}] {problem.id}: {_said(solution)}")
+        line = Text(f"[{self.done}/{self.total}] {_short(problem.id)}: {_said(solution)}")
         self._console.print(line, overflow="ellipsis", no_wrap=True)
 
     def ended(self) -> None:
@@ -162,9 +162,8 @@ def result_table(verdicts: Sequence[Verdict], *, most: int = 40) -> Table:
     for verdict in verdicts[:most]:
         solution = verdict.solution
         leader = solution.tally.leader
-        note = solution.error or (f"stopped by {solution.stopped_early}" if solution.stopped_early else "")
-        if solution.defaulted:
-            note += ", default answer" if note else "default answer"
+        stop = solution.error or (f"stopped by {solution.stopped_early}" if solution.stopped_early else "")
+        note = [stop, "default answer" if solution.defaulted else "", "tie" if solution.tally.tied else ""]
         table.add_row(
             Text(_short(solution.problem_id)),
             Text(_short(solution.answer.key) if solution.answer else "-"),
@@ -172,7 +171,7 @@ def result_table(verdicts: Sequence[Verdict], *, most: int = 40) -> Table:
             Text({True: "yes", False: "no", None: ""}[verdict.correct]),
             Text(f"{solution.tokens:,}"),
             Text(_time(solution)),
-            Text(note + ("tie" if not note and solution.tally.tied else "")),
+            Text(", ".join(filter(None, note))),
         )
     if len(verdicts) > most:
         table.add_row(Text(f"... and {len(verdicts) - most} more"), *[Text("")] * 6)
@@ -181,14 +180,16 @@ def result_table(verdicts: Sequence[Verdict], *, most: int = 40) -> Table:
 
 def _said(solution: Solution) -> str:
     """``73 (11 of 16 votes, unassailable), 12,345 tokens, 4.1s``."""
-    if solution.error:
-        return f"failed: {solution.error}"
     leader, finished = solution.tally.leader, solution.tally.finished
-    if leader is None:
-        said = f"no answer ({finished} samples)"
-    else:
-        rule = f", {solution.stopped_early}" if solution.stopped_early else ""
+    if solution.error:
+        return f"failed: {solution.error}" + (f"; answered {_short(solution.answer.key)}" if solution.answer else "")
+    rule = f", {solution.stopped_early}" if solution.stopped_early else ""
+    if leader is not None:
         said = f"{_short(leader.answer.key)} ({leader.count} of {finished} votes{rule})"
+    elif solution.answer is not None:
+        said = f"{_short(solution.answer.key)} (default answer, none in {finished} samples{rule})"
+    else:
+        said = f"no answer ({finished} samples{rule})"
     return f"{said}, {solution.tokens:,} tokens, {format_seconds(solution.seconds)}"
 
 
@@ -207,5 +208,6 @@ def _votes(tally: Tally) -> str:
 
 
 def _short(text: str, most: int = 40) -> str:
-    text = " ".join(text.split())
+    """One line of what files and models wrote, without what a terminal would obey."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     return text if len(text) <= most else text[: most - 3] + "..."

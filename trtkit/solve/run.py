@@ -73,6 +73,11 @@ _ADDED = {
 }
 """What older versions did, which did not have these arguments: so their runs can be gone on with. Arguments that are
 null now need no entry."""
+_DIGESTS = {
+    "problems.sha256": "problems: the file is another one, or was changed since",
+    "engine.sha256": "engine: it is another one, or was built anew since",
+}
+"""What differs in words where the values say nothing."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "math-verify", "tensorrt-llm")
 
 
@@ -132,6 +137,8 @@ def run_solve(
                 )
                 late = answer_late(problems, solutions, journal, options, loading_seconds=starting)
                 solutions |= late
+            elif len(solutions) == len(problems):
+                logger.info("all %d problem(s) were solved before; these are the results", len(problems))
             if len(solutions) < len(problems):
                 with open_sandbox(options.tools) as sandbox, open_engine() as engine:
                     solver = Solver(engine, chat, options, grader, journal, observer)
@@ -217,7 +224,8 @@ def claim(out: Path, identity: Mapping[str, Any], *, force_new: bool) -> None:
         wanted, there = _flat(identity), _ADDED | _flat(found)
         names = [name for name in {**there, **wanted} if name.split(".")[0] in identity]
         differences = [
-            f"{name}: {there.get(name, 'not there')} in that run, {wanted.get(name, 'not there')} now"
+            _DIGESTS.get(name)
+            or f"{name}: {there.get(name, 'not there')} in that run, {wanted.get(name, 'not there')} now"
             for name in names
             if there.get(name, "null") != wanted.get(name, "null") and name not in _FREE
         ]

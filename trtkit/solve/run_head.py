@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from trtkit.errors import InputError, UsageError
-from trtkit.files import JsonObject, read_json, read_jsonl
+from trtkit.files import JsonObject, digest_file, read_json, read_jsonl
 from trtkit.solve.answers import AnswerMode
 from trtkit.solve.vote import parse_weighting
 
-__all__ = ["JOURNAL_FILE", "RUN_FILE", "SOLUTIONS_FILE", "SUMMARY_FILE", "engine_told", "mode_of", "read_head",
-           "read_solution_golds", "read_summary"]  # fmt: skip
+__all__ = ["JOURNAL_FILE", "PROBLEMS_FILE", "RUN_FILE", "SOLUTIONS_FILE", "SUMMARY_FILE", "engine_told", "mode_of",
+           "problems_file", "read_head", "read_solution_golds", "read_summary"]  # fmt: skip
 
 RUN_FILE = "run.json"
 JOURNAL_FILE = "journal.jsonl"
 SOLUTIONS_FILE = "solutions.jsonl"
 SUMMARY_FILE = "summary.json"
+PROBLEMS_FILE = "problems.jsonl"
+"""In the run directory of a session: what was asked, in that order."""
 
 _TEXT, _TABLE, _COUNT, _NUMBER = "text", "a table", "a whole number", "a number"
 _TYPES = {
@@ -53,6 +55,26 @@ def read_head(directory: Path) -> JsonObject:
             "`trtkit revote` reads a journal.jsonl alone, in a directory without it",
         )
     return head
+
+
+def problems_file(directory: Path, head: Mapping[str, Any]) -> Path:
+    """The problems of a run: where ``run.json`` says, else in the run directory, which may have moved.
+
+    A session writes there what it was asked, and into ``run.json`` only when it is closed. Raises :class:`InputError`
+    where the file is gone, cannot be read or is not the one that was solved.
+    """
+    told = head.get("problems") or {}
+    source = Path(told.get("path") or PROBLEMS_FILE)
+    for path in (*([source] if told else []), directory / source, directory / source.name):
+        if path.is_file():
+            try:
+                changed = bool(told) and digest_file(path) != told.get("sha256")
+            except OSError as problem:
+                raise InputError(f"cannot be read: {problem.strerror or problem}", where=str(path)) from None
+            if changed:
+                raise InputError("changed since the run", where=str(path), hint="restore the file as it was")
+            return path
+    raise InputError("not found from this directory", where=str(source), hint=f"put it back there, or into {directory}")
 
 
 def mode_of(head: Mapping[str, Any]) -> AnswerMode | None:

@@ -38,7 +38,7 @@ from trtkit.solve.policy import policy_named
 from trtkit.solve.problems import Problem, read_problems
 from trtkit.solve.records import Solution
 from trtkit.solve.run import claim, identity_of, write_results
-from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE
+from trtkit.solve.run_head import JOURNAL_FILE, PROBLEMS_FILE, RUN_FILE
 from trtkit.solve.sandbox import open_sandbox
 from trtkit.solve.solver import Solver
 from trtkit.solve.vote import Tally
@@ -46,10 +46,8 @@ from trtkit.solve.vote import Tally
 if TYPE_CHECKING:
     from trtkit.runtime.load import OpenOptions
 
-__all__ = ["PROBLEMS_FILE", "Session", "open_session"]
+__all__ = ["Session", "open_session"]
 
-PROBLEMS_FILE = "problems.jsonl"
-"""In the run directory: what was asked, in that order."""
 _BLANK = "(blank)"
 """For an id or a text of spaces alone, which no reader of problems takes."""
 
@@ -97,17 +95,22 @@ class Session(Closing):
         """The solution of the problem ``name``. An answer that was given before is given again.
 
         Never fails because of the engine: then the solution has an ``error``. Raises :class:`UsageError` when the name
-        stands for another text. After Ctrl-C it may be asked again; the engine is opened anew for that.
+        stands for another text, and for a new problem after :meth:`close`. After Ctrl-C it may be asked again; the
+        engine is opened anew for that.
         """
         name, text = _as_written(name), _as_written(text)
         with self._turn:
             problem = Problem(id=name, text=text)
             if self._asked.setdefault(name, problem).text != text:
                 raise UsageError(f"problem {name!r} was asked with another text", hint="give every problem its own id")
+            if self._closed:
+                if name in self._solver.solutions:
+                    return self._solver.solutions[name]
+                raise UsageError("this session is closed", hint="open another one on the same directory")
             try:
                 self._go_on()
                 self._note()
-                return self._solver.ask(problem)
+                solution = self._solver.ask(problem)
             except Exception as failure:
                 logger.error("problem %s: %s: %s", name, type(failure).__name__, failure)
                 self._failed = True
@@ -116,6 +119,9 @@ class Session(Closing):
                 self._failed = True
                 self._solver.forget_unfinished()
                 raise
+            if solution.error is not None:
+                logger.warning("problem %s: %s; answered %s", name, solution.error, _told(solution))
+            return solution
 
     def answer(self, name: str, text: str) -> str | None:
         """The winning answer in canonical spelling, the default answer without one, None without both."""
@@ -203,7 +209,7 @@ def open_session(
     :class:`EngineError` for a directory that holds no engine.
     """
     began = time.monotonic() if began is None else began
-    limit = parse_duration(time_limit) if isinstance(time_limit, str) else time_limit
+    limit = parse_duration(time_limit, "time_limit") if isinstance(time_limit, str) else time_limit
     name = policy or ("competition" if limit is not None else None)
     chosen = {} if name is None else dict(policy_named(name, time_limit=limit))
     unknown = sorted(set(options) - set(SolveOptions.__dataclass_fields__))
@@ -227,6 +233,10 @@ def _asked_before(out: Path) -> dict[str, Problem]:
     if whole != written:
         write_text(path, whole.decode())
     return {problem.id: problem for problem in read_problems(path)} if whole else {}
+
+
+def _told(solution: Solution) -> str:
+    return "nothing" if solution.answer is None else solution.answer.key
 
 
 def _as_written(said: object) -> str:

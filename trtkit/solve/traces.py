@@ -5,6 +5,7 @@ Texts are read once and dropped; of each sample remain its box, its length and h
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from trtkit.chat import THINK_END
 from trtkit.errors import InputError
-from trtkit.files import check_lasting, digest_file
+from trtkit.files import check_lasting
 from trtkit.log import logger
 from trtkit.runtime.api import FinishReason
 from trtkit.solve.answers import AnswerMode, extract_box
@@ -21,7 +22,7 @@ from trtkit.solve.ends import Ending, Probe, is_looping
 from trtkit.solve.journal import read_history
 from trtkit.solve.problems import read_problems
 from trtkit.solve.records import Attempt
-from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, mode_of, read_head, read_solution_golds
+from trtkit.solve.run_head import JOURNAL_FILE, RUN_FILE, mode_of, problems_file, read_head, read_solution_golds
 
 __all__ = ["StopAt", "Trace", "TracedProblem", "Traces", "looks_like_journal", "merge", "read_run", "trace_of_text"]
 
@@ -219,11 +220,9 @@ def _of_attempt(attempt: Attempt, stop_at: StopAt) -> Trace:
 
 
 def _golds(directory: Path, run: Mapping[str, Any], problems: Path | None) -> dict[str, str]:
-    described = run.get("problems") or {}
-    if problems is None and described.get("path"):
-        named = Path(described["path"])
-        if named.is_file() and digest_file(named) == described.get("sha256"):
-            problems = named
+    if problems is None and run:
+        with contextlib.suppress(InputError):
+            problems = problems_file(directory, run)
     if problems is not None:
         return {problem.id: problem.answer for problem in read_problems(problems) if problem.answer is not None}
     return {name: gold for name, gold in read_solution_golds(directory).items() if gold is not None}

@@ -120,8 +120,10 @@ def trade_offs(
 ) -> list[Tradeoff]:
     """Every policy at every number of samples; ``advance`` is called once per problem and number.
 
-    Raises :class:`InputError` when no problem has enough samples or recorded times are missing.
+    Raises :class:`InputError` when no problem has enough samples, or recorded times or confidences are missing.
     """
+    if options.weighting.by == "confidence":
+        _refuse_unweighed(traces)
     together = _with_full(policies)
     rows = []
     # A number that no problem can fill must not surface after the replay of the others.
@@ -186,6 +188,17 @@ def _filled(traces: Traces, count: int, options: ReplayOptions) -> list[TracedPr
                 hint="use --finish-order length, or name the column: --fields seconds=...",
             )
     return enough
+
+
+def _refuse_unweighed(traces: Traces) -> None:
+    """An answer without its confidence would weigh 1, more than all others."""
+    boxed = [trace for problem in traces.problems for trace in problem.traces if trace.box is not None]
+    missing = sum(trace.confidence is None for trace in boxed)
+    if missing:
+        raise InputError(
+            f"{missing} of {len(boxed)} answers were saved without their log-probability, by which votes would weigh",
+            hint="make the run with --save-confidence, or leave out --weights confidence",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -147,7 +147,7 @@ def test_a_key_is_asked_for_and_shown(status: int, monkeypatch: pytest.MonkeyPat
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(free_socket()) as bound:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        with pytest.raises(EngineError, match="cannot be reached") as caught:
+        with pytest.raises(EngineError, match="cannot be reached: Connect call failed") as caught:
             look_at(endpoint_named(url))
     assert caught.value.where == f"{url}/v1"
     assert "is it running" in str(caught.value.hint)

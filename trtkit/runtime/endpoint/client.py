@@ -214,5 +214,6 @@ def _words(problem: BaseException) -> str:
     """What went wrong, also of errors without words of their own."""
     if isinstance(problem, TimeoutError):
         return "no answer in time"
-    words = str(problem) if isinstance(problem, OSError) else f"{type(problem).__name__}: {problem}"
+    problem = getattr(problem, "os_error", problem)  # aiohttp's own words speak of TLS, also where there is none
+    words = problem.strerror or str(problem) if isinstance(problem, OSError) else f"{type(problem).__name__}: {problem}"
     return " ".join(words.split())
