@@ -168,6 +168,7 @@ def test_a_broken_device_is_left_for_a_new_process(tmp_path: Path, monkeypatch: 
     assert document["copy_bytes_per_second"] == copied, "what was measured is not measured again"
 
 
+@pytest.mark.slow
 def test_the_script_goes_on_behind_a_stage_that_ends_the_process(tmp_path: Path) -> None:
     """What crashes or hangs is named; the budget counts what it took."""
     out, python = tmp_path / "bench.json", tmp_path / "python"

@@ -76,7 +76,8 @@ def test_force_replaces_engines_only(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert journal.is_file()
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("int8", 1e-6), pytest.param("int4", 2e-4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "limit"), [("int8", 1e-6), ("int4", 2e-4)])
 def test_an_int8_output_layer_costs_the_practice_model_little(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str, limit: float
 ) -> None:

@@ -87,7 +87,7 @@ CASES = {
 }
 
 
-ALIKE = ("first box", "to the end of the turn", "no rule", "full vote", "greedy")
+ALIKE = ("confidence", "cuts", "first box", "to the end of the turn", "no rule", "full vote", "greedy")
 
 
 @pytest.mark.parametrize("case", [slow(case) if case in ALIKE else case for case in CASES])

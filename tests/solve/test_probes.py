@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from drafter.config import TreeShape
+from tests.examples import slow
 from tests.on_server import practice_engine, practice_problems, remote, served
 from trtkit.chat import Chat, load_chat
 from trtkit.errors import InputError, UsageError
@@ -79,7 +80,7 @@ def saved(directory: Path, problems: list[Problem], grader: Grader) -> dict[tupl
     return together
 
 
-@pytest.mark.parametrize("lookup", [False, True], ids=["plain", "drafting from the text"])
+@pytest.mark.parametrize("lookup", [False, slow(True)], ids=["plain", "drafting from the text"])
 def test_a_sample_that_was_asked_writes_what_it_would_have_written(
     directory: Path, problems: list[Problem], grader: Grader, saved: dict[tuple[str, int], Attempt], lookup: bool
 ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -278,6 +279,21 @@ def test_a_lost_server_is_replaced() -> None:
         [result] = wait(sandbox)
         assert (result.id, result.status) == ("a", "broken")
         assert run(sandbox, "print(1)").output == "1\n"
+
+
+def test_a_call_whose_server_is_gone_before_it_is_bound_to_it_ends() -> None:
+    """Nobody would end what it runs, and its server's output would stay open."""
+    orphan = """
+import os, time
+from trtkit.solve.sandbox_jail import die_with_parent
+server = os.getpid()
+if os.fork() == 0:
+    while os.getppid() == server: time.sleep(0.001)
+    die_with_parent(server)
+    print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", orphan], stdout=subprocess.PIPE, timeout=60, check=True)
+    assert done.stdout == b""
 
 
 def test_nothing_is_left_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

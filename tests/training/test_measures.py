@@ -80,6 +80,7 @@ def test_a_damaged_line_is_measured_again(spoil: Callable[[str], str], tmp_path:
     assert Measures(path, head(), parts=1).part("hits", DepthHits, never) == (HITS,)
 
 
+@pytest.mark.slow
 def test_a_training_that_is_interrupted_while_it_measures_goes_on_behind_the_last_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

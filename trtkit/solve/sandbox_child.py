@@ -146,9 +146,10 @@ class Server:
         folder = tempfile.mkdtemp(dir=self._home)
         now = time.monotonic()
         jail = replace(self._jail, cpu_seconds=math.ceil(self._seconds * len(blocks)))
+        server = os.getpid()
         keeper = os.fork()
         if keeper == 0:
-            keep(jail, folder, blocks, Pipes(**{kind: end[1] for kind, end in ends.items()}))
+            keep(jail, folder, blocks, Pipes(**{kind: end[1] for kind, end in ends.items()}), server)
         pipes = {}
         for kind, (read, write) in ends.items():
             os.close(write)

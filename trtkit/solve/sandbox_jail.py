@@ -161,9 +161,11 @@ def lock(jail: Jail, folder: str) -> None:
         sandbox_seccomp.install()
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that forked it is gone."""
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when ``parent``, which forked it, is gone; it ends at once where that is so."""
     _call("pdeathsig", _libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    if os.getppid() not in (parent, 0):  # 0: from within a process space of its own the parent has no number
+        os._exit(1)
 
 
 def adopt_orphans() -> None:

@@ -48,10 +48,11 @@ class Pipes:
     report: int
 
 
-def keep(jail: Jail, folder: str, blocks: list[str], pipes: Pipes) -> NoReturn:
+def keep(jail: Jail, folder: str, blocks: list[str], pipes: Pipes, server: int) -> NoReturn:
     """The keeper's life. ``blocks`` are the earlier blocks of the sample, run again in silence, and the one to run.
 
-    ``folder`` is an empty directory: the place of the new root, or the code's own folder without that layer.
+    ``server`` is the process that forked it. ``folder`` is an empty directory: the place of the new root, or the code's
+    own folder without that layer.
     """
     # A selector or a pipe of the server that is garbage must not be collected here: it would close a file number that
     # now is another file.
@@ -66,14 +67,15 @@ def keep(jail: Jail, folder: str, blocks: list[str], pipes: Pipes) -> NoReturn:
     report: dict[str, Any] = {}
     try:
         os.setsid()
-        sandbox_jail.die_with_parent()
+        sandbox_jail.die_with_parent(server)
         sandbox_jail.adopt_orphans()
         if "namespaces" in jail.layers:
             sandbox_jail.enter_namespaces()
+        keeper = os.getpid()
         child = os.fork()
         if child == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            _jailed(jail, folder, blocks, pipes)
+            _jailed(jail, folder, blocks, pipes, keeper)
         for pipe in (pipes.output, pipes.errors, pipes.go):
             os.close(pipe)
         _, status, usage = os.wait4(child, 0)
@@ -114,9 +116,9 @@ def _children() -> list[int]:
     return found
 
 
-def _jailed(jail: Jail, folder: str, blocks: list[str], pipes: Pipes) -> NoReturn:
+def _jailed(jail: Jail, folder: str, blocks: list[str], pipes: Pipes, keeper: int) -> NoReturn:
     try:
-        sandbox_jail.die_with_parent()
+        sandbox_jail.die_with_parent(keeper)
         os.setpgid(0, 0)
         os.nice(19)
         with contextlib.suppress(OSError):  # where memory is short anyway, this goes first
@@ -126,7 +128,7 @@ def _jailed(jail: Jail, folder: str, blocks: list[str], pipes: Pipes) -> NoRetur
             sandbox_jail.only_folder(jail, folder)
         else:
             os.chdir(folder)
-        sandbox_jail.die_with_parent()  # again: a change of privileges may have undone it
+        sandbox_jail.die_with_parent(keeper)  # again: a change of privileges may have undone it
         sandbox_jail.lock(jail, os.getcwd())
         _tell(report, json.dumps({"locked": True}))
         os.close(report)

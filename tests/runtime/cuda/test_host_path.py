@@ -159,7 +159,7 @@ def test_an_engine_runs_on_the_device_and_its_steps_wait_for_nothing(
     assert plain >= 5
 
 
-@pytest.mark.parametrize("tree", [TreeShape(beams=1, length=8), TreeShape(beams=2, length=4)], ids=str)
+@pytest.mark.parametrize("tree", [slow(TreeShape(beams=1, length=8)), TreeShape(beams=2, length=4)], ids=str)
 def test_drafts_that_the_host_looks_up_come_with_the_input(gpu: FakeGpu, tree: TreeShape) -> None:
     """No head, nothing launched ahead of what is looked up, and no copy or wait more than without drafts."""
     model = _model()

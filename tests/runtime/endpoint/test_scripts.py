@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engines import request, run_all
-from tests.examples import examples
+from tests.examples import examples, slow
 from tests.runtime.endpoint.replies import event, frame, refusal
 from tests.runtime.endpoint.scripted_server import CUT, Reply, ScriptedServer, said, scripted
 from trtkit.chat import Chat
@@ -90,7 +90,7 @@ def server() -> Iterator[ScriptedServer]:
         yield running
 
 
-@pytest.mark.parametrize("kind", ["vllm", "tensorrt_llm", "other"])
+@pytest.mark.parametrize("kind", ["vllm", slow("tensorrt_llm"), slow("other")])
 @examples(30)
 @given(seed=st.integers(0, 10**9))
 def test_the_tokens_are_the_scripts(server: ScriptedServer, chat: Chat, kind: str, seed: int) -> None:

@@ -137,6 +137,7 @@ def test_a_rank_that_cannot_open_says_why(directory: Path, tmp_path: Path) -> No
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_after_a_step_that_was_cut_short_the_ranks_go_no_further(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +171,7 @@ def test_after_a_step_that_was_cut_short_the_ranks_go_no_further(
     assert set(_children()) <= before
 
 
+@pytest.mark.slow
 def test_what_a_step_brought_without_a_rank_is_not_believed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On GPUs an exchange that is aborted returns, with whatever lies in memory."""
     real = ProcessRanks.sum
@@ -188,6 +190,7 @@ def test_what_a_step_brought_without_a_rank_is_not_believed(directory: Path, mon
             engine.step()
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_before_they_meet_is_missed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "_MEETING", timedelta(seconds=1))
     before = set(_children())
