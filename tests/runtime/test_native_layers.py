@@ -11,7 +11,7 @@ import torch
 
 from drafter.tree import TokenTree
 from tests.engines import random_prompts
-from tests.runtime.native_here import need_kernels, need_product
+from tests.runtime.native_here import run_on
 from tests.tiny import save_tiny
 from trtkit.checkpoint.unified import open_unified
 from trtkit.decoder import LinearName
@@ -19,7 +19,6 @@ from trtkit.quant.tensor import LinearWeights, quantize_fp8, quantize_int4, quan
 from trtkit.runtime import decode, linear
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.native import kernels, loader
 from trtkit.scheme import KvDtype
 
 CPU = torch.device("cpu")
@@ -56,11 +55,7 @@ class Quantized:
 @pytest.fixture(autouse=True, params=["tiles", "dots", "panels"])
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """``tiles`` and ``dots`` want their instructions; ``panels`` run on any CPU with kernels."""
-    monkeypatch.setenv(loader.SWITCH, "1")
-    need_kernels()
-    need_product(request.param)
-    monkeypatch.setattr(kernels, "_loaded", True)
-    monkeypatch.setattr(linear, "packed_product", lambda _: request.param)
+    run_on(request.param, monkeypatch)
 
 
 def _model(directory: Path, precision: str = "bf16") -> DecoderModel:

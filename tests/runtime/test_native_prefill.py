@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from tests.engines import random_prompts
-from tests.runtime.native_here import need_kernels, need_product
+from tests.runtime.native_here import run_on
 from tests.runtime.test_native_layers import Quantized
 from tests.tiny import save_tiny
-from trtkit.runtime import decode, linear
+from trtkit.runtime import decode
 from trtkit.runtime.kv_cache import KvCache
 from trtkit.runtime.model import DecoderModel
-from trtkit.runtime.native import kernels, loader
+from trtkit.runtime.native import kernels
 from trtkit.runtime.prefill import Stretch, prefill
 from trtkit.scheme import KvDtype
 
@@ -27,11 +27,7 @@ BLOCKS = (7, 2, 9)
 
 @pytest.fixture(autouse=True, params=["tiles", "dots", "panels"])
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(loader.SWITCH, "1")
-    need_kernels()
-    need_product(request.param)
-    monkeypatch.setattr(kernels, "_loaded", True)
-    monkeypatch.setattr(linear, "packed_product", lambda _: request.param)
+    run_on(request.param, monkeypatch)
 
 
 def _model(directory: Path, precision: str = "bf16", dtype: torch.dtype = torch.bfloat16) -> DecoderModel:
@@ -93,6 +89,9 @@ def test_the_bits_are_those_of_decode_steps(tmp_path: Path, family: str, precisi
             cache = _cache(model)
             way(model, cache, tokens, blocks)
             assert torch.equal(_found(cache, blocks, LENGTH), whole), (way.__name__, blocks)
+    model.native_layers = None  # as ranks have it, which meet twice in each layer
+    _in_company(model, cache, tokens, BLOCKS)
+    assert torch.equal(_found(cache, BLOCKS, LENGTH), whole)
 
 
 @torch.inference_mode()
