@@ -108,7 +108,14 @@ inline int64_t seen(const bool* hidden, int64_t nodes, int64_t slots) {
   return length;
 }
 
-// Write k and v at their slots, then attend over the block table. Rows may look at what others write.
+// Whether two rows in a row have one table: parts of one text, of which the later look at what the earlier write.
+inline bool texts_in_parts(const int64_t* table, int64_t rows, int64_t width) {
+  for (int64_t row = 1; row < rows; row++)
+    if (std::equal(table + (row - 1) * width, table + row * width, table + row * width)) return true;
+  return false;
+}
+
+// Write k and v at their slots, then attend over the block table.
 // q (R * N, heads, D), k and v (R * N, kv_heads, D): views of one qkv matrix. keys, values (kv_heads, blocks, block * D).
 // table (R, B), slots (R * N), hidden (R, N, S) -> (R * N, heads * D)
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values,
@@ -130,15 +137,20 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
     E *pool_k = keys.data_ptr<E>(), *pool_v = values.data_ptr<E>(), *y = out.data_ptr<E>();
     const Shape shape{nodes, group, dim, block, table.numel() / rows};
     const auto plane = [&](int64_t task) { return task % kv_heads * blocks * block * dim; };
-    at::parallel_for(0, rows * kv_heads, std::max<int64_t>(1, 65536 / (nodes * dim)), [&](int64_t from, int64_t to) {
-      for (int64_t task = from; task < to; task++) {
-        for (int64_t token = task / kv_heads * nodes, end = token + nodes; token < end; token++) {
-          const int64_t at = plane(task) + place[token] * dim, head = task % kv_heads;
-          std::memcpy(pool_k + at, fresh_k + token * k.stride(0) + head * dim, dim * sizeof(E));
-          std::memcpy(pool_v + at, fresh_v + token * v.stride(0) + head * dim, dim * sizeof(E));
-        }
+    const auto write = [&](int64_t task) {
+      for (int64_t token = task / kv_heads * nodes, end = token + nodes; token < end; token++) {
+        const int64_t at = plane(task) + place[token] * dim, head = task % kv_heads;
+        std::memcpy(pool_k + at, fresh_k + token * k.stride(0) + head * dim, dim * sizeof(E));
+        std::memcpy(pool_v + at, fresh_v + token * v.stride(0) + head * dim, dim * sizeof(E));
       }
-    });
+    };
+    // Rows of their own write as they go: what a thread has just written it need not get from another core.
+    const bool first = texts_in_parts(listed, rows, shape.blocks_per_row);
+    if (first) {
+      at::parallel_for(0, rows * kv_heads, std::max<int64_t>(1, 65536 / (nodes * dim)), [&](int64_t from, int64_t to) {
+        for (int64_t task = from; task < to; task++) write(task);
+      });
+    }
     // A piece holds about 2^16 multiply-adds at least.
     const int64_t piece = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, group * nodes * width * dim * 2));
     at::parallel_for(0, rows * kv_heads, piece, [&](int64_t from, int64_t to) {
@@ -157,6 +169,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
       Work<E> work = work_of(from);
       for (int64_t task = from; task < to; task++) {
         const int64_t row = task / kv_heads, head = task % kv_heads;
+        if (!first) write(task);
         for (int64_t n = 0; n < nodes; n++)
           for (int64_t g = 0; g < group; g++)
             queries[g * nodes + n] = query + (row * nodes + n) * q.stride(0) + (head * group + g) * dim;
