@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ def chat_of(name: str, directory: Path) -> Chat:
 
 
 def ended(
-    grader: Grader, chat: Chat | FakeChat, said: str, forced: str = "8}", *, burst: int = 1, **options: object
+    grader: Grader, chat: Chat | FakeChat, said: str, forced: str = "8}", *, burst: int = 1, **options: Any
 ) -> tuple[Attempt, FakeEngine]:
     """A sample that says ``said``, and ``forced`` when it is made to answer."""
 
@@ -63,7 +64,7 @@ def ended(
         return chat.encode(forced if asked else said)
 
     engine = FakeEngine(script, burst=burst)
-    settings = SolveOptions(samples=1, save_text=True, **options)  # type: ignore[arg-type]
+    settings = SolveOptions(samples=1, save_text=True, **options)
     [solution] = Solver(engine, chat, settings, grader).solve([Problem(id="p", text="1?")])
     assert not engine.has_work
     assert engine._resting == {}

@@ -1,8 +1,8 @@
 """The *prefill* phase: keys and values of known tokens, many at a time.
 
-The C++ kernels compute them as decode steps do: a stretch of tokens is a chain of nodes, cut into rows of a few. There
-the attention of steps is two to three times as fast as torch's, and keys and values have the same bits, whether they
-were computed with a prompt, in parts, token by token, or anew.
+The C++ kernels compute them as decode steps do: a stretch of tokens is a chain of nodes, cut into rows of a few. Their
+keys and values have the same bits then, whether they were computed with a prompt, in parts, token by token, or anew. On
+AVX512 with BF16 that attention is two to three times as fast as torch's (``docs/cpu.md``).
 
 Letters: T tokens, R rows, N nodes of a row, B blocks of the longest stretch.
 """

@@ -73,7 +73,7 @@ def _chosen(shape: Shape, bucket: int) -> Choice:
 @pytest.fixture(autouse=True)
 def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
-        pytest.skip("replays are tested on the GPU")
+        pytest.skip("a GPU has graphs of its own: tests/runtime/test_fixed_steps.py")
     for room in ("cuda.kernels", "cuda.linear"):
         monkeypatch.setattr(f"trtkit.runtime.{room}.triton_runs", lambda _device: True)
     monkeypatch.setattr("trtkit.runtime.sampling._triton_runs", lambda *_: True)
